@@ -1,0 +1,149 @@
+# make          the library, tools and examples, in build/
+# make demo     the wave simulation; installs what it needs
+# make test     all tests; installs what they need
+# make bench    measurements against others; installs what it needs
+# make clean
+#
+# make test-plain, test-asan, test-tsan, test-compile, test-scripts, test-floors: a part of the tests, installing nothing
+# make asan, make tsan: the tests' programs, built with a sanitizer
+
+CC  = gcc
+CXX = g++
+# clang's sanitizers see more; gcc's do where it is missing. Looked up when used, for `make test` may install it.
+SAN_CC  = $(shell command -v clang   || echo $(CC))
+SAN_CXX = $(shell command -v clang++ || echo $(CXX))
+
+WARNINGS  = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef -Werror
+C_FLAGS   = -std=c99 $(WARNINGS) -pthread
+CXX_FLAGS = -std=c++11 $(WARNINGS) -Wold-style-cast -fno-exceptions -fno-rtti -pthread
+LIBRARIES = -pthread -ldl -lm
+
+# No floating-point contraction: the demo compares fields bit for bit.
+PLAIN = -O2 -g -ffp-contract=off
+ASAN  = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+TSAN  = -O1 -g -fno-omit-frame-pointer -fsanitize=thread
+
+WAVE_ARGS  =
+BENCH      = tools/bench.py
+BENCH_ARGS =
+
+HEADERS  = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tools/*.h examples/*.h)
+TESTS    = $(patsubst tests/%.c,%,$(filter-out tests/impl.c,$(wildcard tests/*.c))) \
+           $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
+SCRIPTS  = $(filter-out tests/run.sh tests/compile.sh,$(wildcard tests/*.sh))
+FLOORS   = "tools/check_floors.py --self-test" tools/check_floors.py
+TOOLS    = $(patsubst tools/%.c,build/%,$(wildcard tools/*.c))
+EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c)) \
+           $(patsubst examples/%.cpp,build/%,$(wildcard examples/*.cpp))
+# The one program that needs a library; without that, `make` leaves it out.
+ifeq ($(filter demo test,$(MAKECMDGOALS))$(shell echo '\#include <png.h>' | $(CC) -E - >/dev/null 2>&1 || echo none),none)
+EXAMPLES := $(filter-out build/wave,$(EXAMPLES))
+endif
+
+plain_tests = $(TESTS:%=build/tests/%)
+asan_tests  = $(TESTS:%=build/asan/tests/%)
+tsan_tests  = $(TESTS:%=build/tsan/tests/%)
+
+# make test and make demo compile on all cores without being asked to.
+ifneq ($(filter demo test,$(MAKECMDGOALS)),)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
+endif
+MAKEFLAGS += --no-builtin-rules
+.SUFFIXES:
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: all demo test bench clean asan tsan setup-demo setup-test setup-bench \
+        test-plain test-asan test-tsan test-compile test-scripts test-floors
+
+all: build/libtprpc.a $(TOOLS) $(EXAMPLES)
+asan: $(asan_tests)
+tsan: $(tsan_tests)
+
+# ---- what installs: before the first compilation, hence the order-only $(SETUP) below ----
+
+SETUP = $(patsubst %,setup-%,$(filter demo test bench,$(MAKECMDGOALS)))
+
+setup-demo setup-test setup-bench:
+	@tools/setup.sh $(@:setup-%=%)
+
+demo: build/wave
+	build/wave $(WAVE_ARGS)
+
+test: $(plain_tests) $(asan_tests) $(tsan_tests) $(TOOLS) $(EXAMPLES)
+	@tests/run.sh $(FLOORS) tests/compile.sh $(plain_tests) $(SCRIPTS) $(asan_tests) $(tsan_tests)
+
+bench: all
+	$(BENCH) $(BENCH_ARGS)
+
+# ---- what does not ----
+
+test-plain: $(plain_tests)
+	@tests/run.sh $^
+test-asan: $(asan_tests)
+	@tests/run.sh $^
+test-tsan: $(tsan_tests)
+	@tests/run.sh $^
+test-compile:
+	@tests/run.sh tests/compile.sh
+test-scripts: $(TOOLS) $(EXAMPLES)
+	@tests/run.sh $(SCRIPTS)
+test-floors:
+	@tests/run.sh $(FLOORS)
+
+clean:
+	rm -rf build
+
+# ---- the tests, in variants: $(1) folder, $(2) C compiler, $(3) C++ compiler, $(4) flags ----
+# The implementation is compiled once per variant, with the test hooks, and asks for _GNU_SOURCE itself; tests may include
+# in any order, so they are given it.
+
+define variant
+$(1)/tests/%.o: tests/%.c $$(HEADERS) | $$(SETUP)
+	@mkdir -p $$(@D)
+	$(2) $$(C_FLAGS) $(4) -D_GNU_SOURCE -c $$< -o $$@
+
+$(1)/tests/impl.o: tests/impl.c $$(HEADERS) | $$(SETUP)
+	@mkdir -p $$(@D)
+	$(2) $$(C_FLAGS) $(4) -c $$< -o $$@
+
+$(1)/tests/%_cpp.o: tests/%_cpp.cpp $$(HEADERS) | $$(SETUP)
+	@mkdir -p $$(@D)
+	$(3) $$(CXX_FLAGS) $(4) -c $$< -o $$@
+
+$(1)/tests/%_cpp: $(1)/tests/%_cpp.o $(1)/tests/impl.o
+	$(3) $(4) $$^ $$(LIBRARIES) -o $$@
+
+$(1)/tests/%: $(1)/tests/%.o $(1)/tests/impl.o
+	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
+
+# A test of internals brings an implementation of its own.
+$(1)/tests/in_%: $(1)/tests/in_%.o
+	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
+endef
+
+$(eval $(call variant,build,$$(CC),$$(CXX),$$(PLAIN)))
+$(eval $(call variant,build/asan,$$(SAN_CC),$$(SAN_CXX),$$(ASAN)))
+$(eval $(call variant,build/tsan,$$(SAN_CC),$$(SAN_CXX),$$(TSAN)))
+
+# ---- the library, tools and examples: a program that does not compile the implementation itself gets the library ----
+
+build/tprpc.o: $(HEADERS) | $(SETUP)
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) $(PLAIN) -DTPRPC_IMPLEMENTATION -x c -c tprpc.h -o $@
+
+build/libtprpc.a: build/tprpc.o
+	rm -f $@
+	ar rc $@ $^
+
+build/wave: LIBRARIES += -lpng
+
+define program
+build/%: $(1)/%.c build/libtprpc.a $$(HEADERS) | $$(SETUP)
+	$$(CC) -I. $$(C_FLAGS) $$(PLAIN) $$< build/libtprpc.a $$(LIBRARIES) -o $$@
+
+build/%: $(1)/%.cpp build/libtprpc.a $$(HEADERS) | $$(SETUP)
+	$$(CXX) -I. $$(CXX_FLAGS) $$(PLAIN) $$< build/libtprpc.a $$(LIBRARIES) -o $$@
+endef
+
+$(eval $(call program,examples))
+$(eval $(call program,tools))

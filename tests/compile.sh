@@ -1,0 +1,392 @@
+#!/bin/sh
+# What tprpc.h promises to compilers, linkers and the files that include it:  tests/compile.sh [NAME...]
+# With names, only the checks that have one of them in theirs. Each check runs in a folder of its own, as many at a time
+# as there are cores; its output is shown when it fails.
+# shellcheck disable=SC2046,SC2086      # flags are words
+set -u
+root=$(cd "$(dirname "$0")/.." && pwd)
+header=$root/tprpc.h
+
+warnings='-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef -Werror'
+cxx_warnings='-Wold-style-cast -fno-exceptions -fno-rtti'
+libraries='-pthread -ldl -lm'
+
+# Lines of the sources that are compiled.
+include='#include "tprpc.h"'
+implement='#define TPRPC_IMPLEMENTATION'
+use='int use(void); int use(void) { return tprpc_version() != TPRPC_VERSION; }'
+
+has() { command -v "$1" >/dev/null 2>&1; }
+is_cxx() { case $1 in c++*) true ;; *) false ;; esac; }
+
+# The command of a compiler for a standard: gcc is g++ for C++.
+command_of() {
+    if ! is_cxx "$2"; then echo "$1"
+    elif [ "$1" = gcc ]; then echo g++
+    else echo "$1++"; fi
+}
+
+# compile COMPILER STANDARD ARGUMENT...: with all warnings, and they are errors.
+compile() {
+    compile_command=$(command_of "$1" "$2") compile_flags="-std=$2 $warnings"
+    ! is_cxx "$2" || compile_flags="$compile_flags $cxx_warnings"
+    shift 2
+    "$compile_command" $compile_flags -I"$root" "$@"
+}
+
+run() {
+    "$@"
+    rc=$?
+    [ $rc -eq 0 ] || echo "$*: exit status $rc"
+    return $rc
+}
+
+# write NAME STANDARD LINE...: a source file; sets `source` to its name.
+write() {
+    if is_cxx "$2"; then source=$1.cpp; else source=$1.c; fi
+    shift 2
+    printf '%s\n' "$@" >"$source"
+}
+
+# ---- the checks: run in an empty folder; what they print tells why they failed ----
+
+# compiles COMPILER STANDARD FLAGS LINE...: to x.o, without a word.
+compiles() {
+    compiler=$1 standard=$2 flags=$3
+    shift 3
+    write x "$standard" "$@"
+    compile "$compiler" "$standard" $flags -c "$source" -o x.o >said 2>&1
+    rc=$?
+    cat said
+    [ $rc -eq 0 ] && [ ! -s said ]
+}
+
+# Function names that the object x.o asks the system for.
+undefined() { nm -u x.o | sed 's/.* //; s/@.*//'; }
+
+# leaves_none FLAG REGEX: the implementation built so asks for none of these functions. Not optimised, for what is
+# merely optimised away is still there for the next compiler.
+leaves_none() {
+    compiles gcc c99 "$1" "$implement" "$include" || return 1
+    ! undefined | grep -Ex "$2"
+}
+
+# exports_tprpc COMPILER STANDARD FLAGS: the symbols that the object gives to others are tprpc_* and there are some.
+exports_tprpc() {
+    compiles "$@" "$implement" "$include" || return 1
+    nm -g --defined-only x.o | awk 'NF { names++; if ($NF !~ /^tprpc_/) { print; bad++ } } END { exit bad || !names }'
+}
+
+exports_nothing() {
+    compiles "$@" "$implement" "$include" || return 1
+    [ -z "$(nm -g --defined-only x.o | tee names)" ] || { cat names; return 1; }
+}
+
+# What is declared with TPRPC_API is defined, and the other way round.
+declares_what_it_defines() {
+    exports_tprpc gcc c99 '' || return 1
+    nm -g --defined-only x.o | sed 's/.* //' | sort >defined
+    write y c99 "$include"
+    compile gcc c99 -DTPRPC_API=MARK -E -P y.c | tr '\n' ' ' | grep -o 'MARK [^;]*' |
+        sed 's/^[^(]*\(tprpc_[a-z0-9_]*\) *(.*/\1/' | sort -u >declared
+    diff declared defined
+}
+
+# A shared library by TPRPC_DLL exports tprpc_* though all else is hidden, and a program that includes with TPRPC_DLL
+# calls it.
+dll() {
+    write lib "$2" "$implement" "$include"
+    compile "$1" "$2" -DTPRPC_DLL -fPIC -fvisibility=hidden -shared "$source" -o libx.so $libraries || return 1
+    nm -D --defined-only libx.so | awk '$NF !~ /^tprpc_/ && $NF !~ /^_/ { print; bad = 1 } END { exit bad }' || return 1
+    write main "$2" "$include" 'int main(void) { return tprpc_version() != TPRPC_VERSION; }'
+    compile "$1" "$2" -DTPRPC_DLL "$source" -L. -lx -Wl,-rpath,. -o main && ./main
+}
+
+# Other libraries' macros before the public part. Each expands to what compiles nowhere; min and max take arguments.
+hostile() {
+    compiles "$1" "$2" '' '#define min(a, b) @' '#define max(a, b) @' "$(
+        for name in near far small interface None Status Bool Success ERROR; do echo "#define $name @"; done)" \
+        "$include" "$use"
+}
+
+# unity COMPILER STANDARD FLAGS FILE...: these files included in one, which runs. `impl` has the implementation; `a` and
+# `b` are users, with a system header.
+unity() {
+    compiler=$1 standard=$2 flags=$3
+    shift 3
+    printf '%s\n' "$implement" "$include" >impl
+    printf '%s\n' "$include" '#include <string.h>' \
+        'static int version_a(void) { return strlen("a") == 1 ? tprpc_version() : 0; }' >a
+    printf '%s\n' '#include <stdio.h>' "$include" \
+        'int main(void) { return version_a() != TPRPC_VERSION || puts("") < 0; }' >b
+    write x "$standard" $(printf '#include"%s"\n' "$@")
+    compile "$compiler" "$standard" -I. $flags "$source" -o x $libraries && ./x
+}
+
+# Two copies of the library, each inside a shared library of its own, in one program.  vendored FLAG FLAG: of each copy
+vendored() {
+    cat >plugin.c <<'END'
+#define TPRPC_IMPLEMENTATION
+#include "tprpc.h"
+#define EXPORT __attribute__((visibility("default")))
+EXPORT int plugin_create(tprpc_context **context);
+EXPORT int plugin_destroy(tprpc_context *context);
+EXPORT int plugin_create(tprpc_context **context) {
+    tprpc_context_desc desc = {0};
+    tprpc_error error = {0};
+    return tprpc_context_create(&desc, context, &error) != TPRPC_OK;
+}
+EXPORT int plugin_destroy(tprpc_context *context) {
+    tprpc_poll(context, TPRPC_NOW, 0);
+    return tprpc_context_destroy(context) != TPRPC_OK;
+}
+END
+    cat >main.c <<'END'
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+struct tprpc_context;
+static int (*create[2])(struct tprpc_context **context), (*destroy[2])(struct tprpc_context *context);
+static int load(int i, const char *path) {
+    void *library = dlopen(path, RTLD_NOW | RTLD_GLOBAL), *symbol;
+    if (!library) return fprintf(stderr, "%s\n", dlerror()), 0;
+    symbol = dlsym(library, "plugin_create");
+    memcpy(&create[i], &symbol, sizeof symbol);
+    symbol = dlsym(library, "plugin_destroy");
+    memcpy(&destroy[i], &symbol, sizeof symbol);
+    return create[i] && destroy[i];
+}
+int main(void) {
+    struct tprpc_context *a = NULL, *b = NULL;
+    if (!load(0, "./a.so") || !load(1, "./b.so")) return 2;
+    if (create[0] == create[1]) return 3;
+    if (create[0](&a) || create[1](&b) || !a || !b || a == b) return 4;
+    if (destroy[0](a) || destroy[1](b)) return 5;
+    return 0;
+}
+END
+    compile gcc c99 "$1" -fPIC -shared plugin.c -o a.so $libraries &&
+        compile gcc c99 "$2" -fPIC -shared plugin.c -o b.so $libraries &&
+        compile gcc c99 main.c -o main -ldl && run ./main
+}
+
+# A system header came first without _GNU_SOURCE: one error that says so, and nothing else.
+one_error() {
+    write x "$2" '#include <string.h>' "$implement" "$include"
+    ! compile "$1" "$2" -c "$source" -o x.o >said 2>&1 || { echo 'it compiles'; return 1; }
+    cat said
+    [ "$(grep -c 'error:' said)" -eq 1 ] && ! grep -q 'warning:' said && grep -q 'error:.*_GNU_SOURCE' said
+}
+
+# mismatch WHAT: the program is built with a header that differs in this from that of the library.
+mismatch() {
+    case $1 in
+    nothing)      edit='' expected=NOTHING ;;
+    version)      edit='s/^\(#define TPRPC_VERSION  *\)[0-9]*/\1990000/' expected=BOTH ;;
+    context_desc) edit="s/^typedef struct tprpc_$1 {/& int64_t added_here[4];/" expected=CONTEXT ;;
+    agent_desc)   edit="s/^typedef struct tprpc_$1 {/& int64_t added_here[4];/" expected=AGENT ;;
+    esac
+    mkdir other && sed "$edit" "$header" >other/tprpc.h
+    if [ "$1" != nothing ] && cmp -s "$header" other/tprpc.h; then
+        echo 'found nothing to change in the header'
+        return 1
+    fi
+    cat >main.c <<'END'
+#include "tprpc.h"
+#include <stdio.h>
+#include <string.h>
+enum { NOTHING, CONTEXT, AGENT, BOTH };
+static int refused(const char *what, tprpc_status status, const void *object, const tprpc_error *error) {
+    printf("%s: status %d, \"%s\"\n", what, (int)status, error->text);
+    return status != TPRPC_OK && !object && strlen(error->text) > 20 && strchr(error->text, ' ') != NULL;
+}
+int main(void) {
+    tprpc_context_desc context_desc = {0};
+    tprpc_agent_desc agent_desc = {0};
+    tprpc_context *context = NULL;
+    tprpc_agent *agent = NULL;
+    tprpc_error error = {0};
+    tprpc_status status = tprpc_context_create(&context_desc, &context, &error);
+    if (EXPECTED & CONTEXT ? !refused("context", status, context, &error) : status != TPRPC_OK) return 2;
+    agent_desc.context = context;
+    agent_desc.name = "a";
+    agent_desc.init_method = "tcp://127.0.0.1:29599";
+    agent_desc.world_size = 1;
+    status = tprpc_agent_create(&agent_desc, &agent, &error);
+    if (EXPECTED & AGENT ? !refused("agent", status, agent, &error) : status != TPRPC_OK) return 3;
+    if (agent) tprpc_agent_destroy(agent);
+    if (context) tprpc_context_destroy(context);
+    return 0;
+}
+END
+    write lib c99 "$implement" "$include"
+    compile gcc c99 -c lib.c -o lib.o &&
+        gcc -std=c99 -Iother "-DEXPECTED=$expected" main.c lib.o -o main $libraries && run ./main
+}
+
+# The public part includes three headers.
+includes_three() {
+    write x "$2" "$include" "$use"
+    compile "$1" "$2" -H -fsyntax-only "$source" 2>&1 | sed -n 's|^\.\. .*/||p' | sort -u >included
+    [ -s included ] && ! grep -vxE 'stddef\.h|stdint\.h|stdbool\.h' included
+}
+
+# The public part adds macros TPRPC_* alone, and the implementation leaves none of its own.
+macros() {
+    write three "$2" '#include <stddef.h>' '#include <stdint.h>' '#include <stdbool.h>'
+    compile "$1" "$2" -E -dM "$source" | awk '{ print $2 }' | sort >before
+    write with "$2" "$include"
+    compile "$1" "$2" -E -dM "$source" | awk '{ print $2 }' | sort >after
+    write whole "$2" "$implement" "$include"
+    compile "$1" "$2" -E -dM "$source" | awk '{ print $2 }' | sort >with_implementation
+    [ -s before ] && grep -q '^TPRPC_' after && ! comm -13 before after | grep -v '^TPRPC_' &&
+        ! grep '^TPR_' with_implementation
+}
+
+# example COMPILER STANDARD FILE
+example() { compile "$1" "$2" -c "$3" -o x.o; }
+
+# hello.c is at most 40 lines long and in the README word for word.
+hello_in_readme() {
+    wc -l "$root/examples/hello.c"
+    [ "$(wc -l <"$root/examples/hello.c")" -le 40 ] &&
+        python3 -c 'import sys; hello, readme = (open(f).read() for f in sys.argv[1:]); sys.exit(hello not in readme)' \
+            "$root/examples/hello.c" "$root/README.md"
+}
+
+# ---- running them ----
+
+# Called by xargs. The job's file has the check's name in its first line, then the command, an argument a line.
+if [ "${1-}" = --job ]; then
+    job=$2
+    set --
+    { IFS= read -r name; while IFS= read -r argument; do set -- "$@" "$argument"; done; } <"$job"
+    mkdir "$job.d" && cd "$job.d" || exit 1
+    if "$@" >../"${job##*/}.log" 2>&1; then
+        printf 'ok %s\n' "$name"
+        : >"$job.ok"
+    else
+        printf '%s\n' "FAIL $name" "$(head -n 25 "$job.log" | sed 's/^/    | /')"
+    fi
+    exit 0
+fi
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/tprpc-compile.XXXXXX") || exit 2
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM HUP
+count=0 skipped=0
+
+wanted() {
+    wanted_name=$1
+    shift
+    [ $# -gt 0 ] || return 0
+    for pattern; do case $wanted_name in *"$pattern"*) return 0 ;; esac; done
+    return 1
+}
+filters=$*
+
+# check NAME COMMAND...: queues it. An argument of several lines would be several arguments, which is the same to all.
+check() {
+    wanted "$1" $filters || return 0
+    count=$((count + 1))
+    printf '%s\n' "$@" >"$work/$(printf '%03d' $count)"
+}
+
+skip() {
+    echo "SKIP $1: $2"
+    skipped=$((skipped + 1))
+}
+
+compilers=gcc
+if has clang && has clang++; then compilers='gcc clang'; else skip compile_clang 'clang is missing'; fi
+
+for compiler in $compilers; do
+    for std in c99 c11 c17 c++11 c++17 c++20; do
+        check "implementation $compiler $std" compiles $compiler $std '' "$implement" "$include"
+        check "declarations $compiler $std" compiles $compiler $std '' "$include" "$use"
+    done
+    for std in c99 c++11; do
+        check "static $compiler $std" exports_nothing $compiler $std -DTPRPC_STATIC
+        check "dll $compiler $std" dll $compiler $std
+        check "symbols $compiler $std" exports_tprpc $compiler $std ''
+        check "symbols with test hooks $compiler $std" exports_tprpc $compiler $std -DTPRPC_TEST_HOOKS
+        check "hostile macros $compiler $std" hostile $compiler $std
+        check "public includes $compiler $std" includes_three $compiler $std
+        check "macros $compiler $std" macros $compiler $std
+        check "twice $compiler $std" compiles $compiler $std '' "$include" "$include" "$use"
+        check "implementation twice $compiler $std" compiles $compiler $std '' "$implement" "$include" "$include" \
+            "$implement" "$include" "$use"
+        check "declarations before and after $compiler $std" compiles $compiler $std '' "$include" "$implement" \
+            "$include" '#undef TPRPC_IMPLEMENTATION' "$include" "$use"
+        check "unity $compiler $std" unity $compiler $std '' impl a b
+        check "unity, implementation within $compiler $std" unity $compiler $std -D_GNU_SOURCE a impl b
+    done
+    check "optimised, without assertions $compiler" compiles $compiler c99 '-O2 -DNDEBUG' "$implement" "$include"
+    check "one error $compiler c99" one_error $compiler c99
+    check "one error $compiler gnu99" one_error $compiler gnu99
+    check "no error with _GNU_SOURCE $compiler" compiles $compiler c99 -D_GNU_SOURCE '#include <string.h>' \
+        "$implement" "$include"
+    for file in "$root"/examples/*.c; do
+        if [ "${file##*/}" = wave.c ] && ! echo '#include <png.h>' | gcc -E - >/dev/null 2>&1; then
+            skip compile_wave 'png.h is missing'
+            continue
+        fi
+        check "example ${file##*/} $compiler c99" example $compiler c99 "$file"
+    done
+    for file in "$root"/examples/*.cpp; do
+        check "example ${file##*/} $compiler c++11" example $compiler c++11 "$file"
+        check "example ${file##*/} $compiler c++20" example $compiler c++20 "$file"
+    done
+done
+
+check "declared is defined" declares_what_it_defines
+check "hello.c in the README" hello_in_readme
+
+# What can be left out: each alone, and all together.
+left_out=$(grep -o 'TPRPC_NO_[A-Z0-9_]*' "$header" | sort -u)
+all=
+for macro in $left_out; do
+    check "without: $macro" compiles gcc c99 -D$macro "$implement" "$include"
+    all="$all -D$macro"
+done
+check "without: all" compiles gcc c99 "$all" "$implement" "$include"
+for compiler in $compilers; do
+    check "without: all $compiler c++17" compiles $compiler c++17 "$all" "$implement" "$include"
+done
+for macro in TCP SHM XTH THREADS DLOPEN FILES GETENV; do
+    check "can be left out: $macro" grep -qw "TPRPC_NO_$macro" "$header"
+done
+check "symbols without threads" leaves_none -DTPRPC_NO_THREADS '(pthread|thrd|mtx|cnd|tss)_.*'
+check "symbols without dlopen" leaves_none -DTPRPC_NO_DLOPEN 'dl(m?open|v?sym|close|error|addr1?|info|_iterate_phdr)'
+# What takes a path, or a file's own ways; fstat and ftruncate serve memory, too.
+opening='(__)?(open|openat|creat|fopen|freopen|tmpfile|mkostemps?|mkstemps?)(64)?(_2)?|openat2|fdopen|opendir'
+naming='mkdtemp|mkdir(at)?|(un)?link(at)?|rename(at|at2)?|l?stat(64)?|access|readlink(at)?|truncate(64)?|remove'
+check "symbols without files" leaves_none -DTPRPC_NO_FILES "$opening|$naming|realpath|flock|lockf(64)?"
+check "symbols without getenv" leaves_none -DTPRPC_NO_GETENV '(__)?(secure_)?getenv|(__)?environ'
+
+check "two copies, hidden" vendored -fvisibility=hidden -fvisibility=hidden
+check "two copies, static" vendored -DTPRPC_STATIC -DTPRPC_STATIC
+check "two copies, one of each" vendored -DTPRPC_STATIC -fvisibility=hidden
+for what in nothing version context_desc agent_desc; do check "header and library differ: $what" mismatch $what; done
+
+if has aarch64-linux-gnu-gcc; then
+    check "implementation aarch64" compiles aarch64-linux-gnu-gcc c99 -O2 "$implement" "$include"
+    check "declarations aarch64" compiles aarch64-linux-gnu-gcc c11 '' "$include" "$use"
+else
+    skip compile_aarch64 'aarch64-linux-gnu-gcc is missing'
+fi
+
+# The time is taken alone, while the machine does nothing else, and is a report: other machines have other clocks.
+if wanted "optimised gcc c99" "$@"; then
+    write "$work/timed" c99 "$implement" "$include"
+    begin=$(date +%s%N)
+    compile gcc c99 -O2 -c "$source" -o "$work/timed.o" >/dev/null 2>&1
+    echo "the implementation compiles in $((($(date +%s%N) - begin) / 1000000)) ms at -O2 ($(gcc -dumpfullversion))"
+    check "optimised gcc c99" compiles gcc c99 -O2 "$implement" "$include"
+fi
+
+find "$work" -type f -name '[0-9][0-9][0-9]' | sort | xargs -P "$(nproc)" -n 1 "$0" --job
+passed=$(find "$work" -name '*.ok' | wc -l)
+if [ "$skipped" -gt 0 ]; then echo "$passed passed, $((count - passed)) failed, $skipped skipped"
+else echo "$passed passed, $((count - passed)) failed"; fi
+[ "$count" -eq "$passed" ]

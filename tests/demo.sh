@@ -1,0 +1,116 @@
+#!/bin/sh
+# The examples as a newcomer runs them:  tests/demo.sh        (make build/wave build/hello ... first)
+set -u
+cd "$(dirname "$0")/.." || exit 2
+dir=$(mktemp -d "${TMPDIR:-/tmp}/tprpc-demo.XXXXXX") || exit 2
+out=$dir/output passed=0 failed=0 started=
+
+# Ends what is left of a run, and nothing else: process ids are those of our own children and of theirs.
+children() { cat "/proc/$1/task/$1/children" 2>/dev/null; }
+alive() { grep -q '^State:[[:space:]]*[^ZX[:space:]]' "/proc/$1/status" 2>/dev/null; }
+clean() {
+    # shellcheck disable=SC2046
+    for pid in $started; do kill -9 $(children "$pid") "$pid" 2>/dev/null; done
+    rm -rf "$dir"
+}
+trap clean EXIT
+trap 'exit 130' INT TERM HUP
+
+ok()   { passed=$((passed + 1)); echo "ok $1"; }
+bad()  { failed=$((failed + 1)); echo "FAIL $1: $2"; sed 's/^/    /' "$out"; }
+says() { grep -q "$1" "$out"; }
+now_ms() { echo $(($(date +%s%N) / 1000000)); }
+
+# wave, in short form.
+wave() { timeout 10 build/wave --steps 300 --every 100 --out "$dir/frames" "$@" >"$out" 2>&1; }
+
+runs_on() {
+    name=wave_$1
+    if ! wave --transport "$1"; then bad "$name" "exit status $?"
+    elif ! says 'bit for bit'; then bad "$name" 'no comparison with a run of one process'
+    elif [ "$(awk -v t="$1" '/^(worker|coordinator)/ && $3 == t' "$out" | wc -l)" -ne 7 ]; then
+        bad "$name" "not every pair is connected over $1"
+    elif [ "$(find "$dir/frames" -name 'frame*.png' -size +0 | wc -l)" -ne 4 ]; then bad "$name" 'not 4 frames'
+    else ok "$name"; fi
+    rm -rf "$dir/frames"
+}
+
+runs_with() {       # any number of workers
+    name=wave_of_$1
+    if wave -n "$1" --quiet && [ ! -s "$out" ]; then ok "$name"; else bad "$name" "exit status $?"; fi
+}
+
+sees_corruption() {
+    name=wave_corrupt
+    if wave --corrupt 100 --quiet; then bad "$name" 'a corrupted halo is not seen'
+    elif says 'cells differ from those of one process alone'; then ok "$name"
+    else bad "$name" 'another failure'; fi
+}
+
+# A worker is killed after some steps, or at the start; the run ends within 2 s, names it and leaves no process.
+survives_kill() {   # TRANSPORT WORKER DELAY
+    name=wave_kill_$1_worker$2_after_$3
+    build/wave --steps 100000000 --quiet --transport "$1" --out "$dir/frames" >"$out" 2>&1 &
+    run=$! started="$started $!" tries=0 workers=
+    while [ "$(echo "$workers" | wc -w)" -lt 4 ] && [ $tries -lt 200 ]; do
+        sleep 0.01
+        tries=$((tries + 1)) workers=$(children $run)
+    done
+    sleep "$3"
+    began=$(now_ms)
+    kill -9 "$(echo "$workers" | cut -d' ' -f"$2")"
+    while alive $run && [ $(($(now_ms) - began)) -lt 3000 ]; do sleep 0.02; done
+    took=$(($(now_ms) - began))
+    left=$(for pid in $workers $run; do alive "$pid" && echo "$pid"; done)
+    # shellcheck disable=SC2086
+    [ -z "$left" ] || kill -9 $left
+    wait $run
+    status=$?
+    if [ $took -ge 2000 ]; then bad "$name" "$took ms from the death to the end"
+    elif [ $status -ne 1 ]; then bad "$name" "exit status $status"
+    elif ! says "worker$2 died (signal 9)"; then bad "$name" "worker$2 is not named"
+    elif [ -n "$left" ]; then bad "$name" "processes are left: $left"
+    else ok "$name"; fi
+    started=
+}
+
+hello() {
+    timeout 20 build/hello >"$dir/server" 2>&1 &
+    server=$! started=$!
+    timeout 20 build/hello client >"$out" 2>&1
+    client=$?
+    wait $server
+    status=$?
+    cat "$dir/server" >>"$out"
+    if [ $client -eq 0 ] && [ $status -eq 0 ] && [ "$(cat "$out")" = 8 ]; then ok hello
+    else bad hello "exit statuses: client $client, server $status"; fi
+    started=
+}
+
+late_reply() {
+    if timeout 20 build/late_reply >"$out" 2>&1 && says '^bake 2: 64 81 100 121$'; then ok late_reply
+    else bad late_reply "exit status $?"; fi
+}
+
+# Both processes ran all frames, and every second or third of them brought an answer even on a busy machine.
+engine_loop() {
+    if ! timeout 20 build/engine_loop >"$out" 2>&1; then bad engine_loop "exit status $?"
+    elif [ "$(awk '$2 == 120 && $4 >= 20 && $7 >= 20' "$out" | wc -l)" -ne 2 ]; then bad engine_loop 'too few calls'
+    else ok engine_loop; fi
+}
+
+runs_on shm
+runs_on tcp
+for n in 1 2 8; do runs_with $n; done
+sees_corruption
+for transport in shm tcp; do
+    survives_kill $transport 1 0
+    survives_kill $transport 3 0.05
+    survives_kill $transport 4 0.5
+done
+hello
+late_reply
+engine_loop
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

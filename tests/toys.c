@@ -1,0 +1,619 @@
+/* A transport, a channel and a converter of a user's (toys.h), in use: through the public header alone. Compiled as C99
+   here and as C++11 by toys_cpp.cpp. */
+#include "toys_use.h"
+
+/* ---- pipes over the toy transport ---- */
+
+static const size_t sizes[] = {0, 1, 7, 4097, 8192, 8193, 65536, 65537, BIG};
+
+static void look_payloads(const tprpc_message *message, void *arg) {
+    size_t i;
+    (void)arg;
+    CHECK_EQ_INT(message->payload_count, COUNT(sizes));
+    for (i = 0; i < message->payload_count; i++) {
+        CHECK_EQ_INT(message->payloads[i].size, sizes[i]);
+        CHECK(filled(message->payloads[i].data, sizes[i], TOY_CAST(unsigned, i)));
+    }
+    CHECK_EQ_INT(message->metadata_size, 5);
+    CHECK_MEM(message->metadata, "hello", 5);
+}
+
+/* Payloads of all sizes, `rounds` times there and back at once. */
+static void exchange_payloads(world *w, int rounds) {
+    tprpc_payload payloads[COUNT(sizes)];
+    tprpc_message message;
+    outcome written[2][8];
+    seen got[2][8];
+    size_t i;
+    int side, round;
+    memset(payloads, 0, sizeof payloads);
+    memset(&message, 0, sizeof message);
+    memset(written, 0, sizeof written);
+    memset(got, 0, sizeof got);
+    for (i = 0; i < COUNT(sizes); i++) {
+        payloads[i].data = bytes_new(sizes[i]);
+        payloads[i].size = sizes[i];
+        fill(payloads[i].data, sizes[i], TOY_CAST(unsigned, i));
+    }
+    message.metadata = "hello";
+    message.metadata_size = 5;
+    message.payloads = payloads;
+    message.payload_count = COUNT(sizes);
+    for (round = 0; round < rounds; round++) {
+        for (side = 0; side < 2; side++) {
+            got[side][round].look = look_payloads;
+            REQUIRE_EQ_INT(tprpc_pipe_read(w->pipe[side], NULL, on_seen, &got[side][round]), TPRPC_OK);
+            REQUIRE_EQ_INT(tprpc_pipe_write(w->pipe[side], &message, on_written, &written[side][round]), TPRPC_OK);
+        }
+    }
+    for (i = 0; i < COUNT(sizes); i++) {     /* it was copied */
+        memset(payloads[i].data, 0xEE, sizes[i]);
+        free(payloads[i].data);
+    }
+    for (round = 0; round < rounds; round++) {
+        for (side = 0; side < 2; side++) {
+            UNTIL(w, written[side][round].runs, 1);
+            UNTIL(w, got[side][round].o.runs, 1);
+            CHECK_EQ_INT(written[side][round].status, TPRPC_OK);
+            CHECK_EQ_INT(got[side][round].o.status, TPRPC_OK);
+        }
+    }
+}
+
+static void check_transport(world *w, const char *name) {
+    tprpc_pipe_info info;
+    int i;
+    for (i = 0; i < 2; i++) {
+        int64_t end = deadline();
+        do {                           /* one end is open a moment before the other */
+            pump(w);
+            REQUIRE_EQ_INT(tprpc_pipe_get_info(w->pipe[i], &info, sizeof info), TPRPC_OK);
+        } while (!info.transport[0] && test_now_us() < end);
+        CHECK_STR(info.transport, name);
+    }
+}
+
+static void run_pipes(int threads) {
+    world w;
+    toys_begin(100);
+    world_open(&w, "toy", NULL, "toy://", threads);
+    check_transport(&w, "toy");
+    exchange_payloads(&w, 6);
+    world_close(&w);
+    toys_end();
+}
+
+TEST(toy_pipes_polled) { run_pipes(0); }
+TEST(toy_pipes_threads) { run_pipes(2); }
+
+TEST(toy_named_address) {
+    world w;
+    toys_begin(100);
+    world_open(&w, "toy", NULL, "toy://one", 0);
+    CHECK_STR(tprpc_listener_address(w.listener, NULL), "toy://one");
+    exchange_payloads(&w, 1);
+    world_close(&w);
+    toys_end();
+}
+
+/* The best common transport is the user's, wherever the pipe came in. */
+static void run_moved(const char *address) {
+    world w;
+    toys_begin(100);
+    world_open(&w, NULL, NULL, address, 0);
+    check_transport(&w, "toy");
+    exchange_payloads(&w, 2);
+    world_close(&w);
+    toys_end();
+}
+
+TEST(toy_moved_from_tcp) { run_moved("tcp://127.0.0.1:0"); }
+TEST(toy_moved_from_shm) { run_moved("shm://"); }
+
+/* Both contexts are driven from a poll(2) of ours on their handles alone. */
+TEST(toy_foreign_loop) {
+    world w;
+    tprpc_message message;
+    outcome written[20];
+    seen got[20];
+    tprpc_payload payload;
+    int i, rounds = 0;
+    int64_t end = deadline();
+    toys_begin(100);
+    world_open(&w, "toy", NULL, "toy://", 0);
+    memset(&message, 0, sizeof message);
+    memset(&payload, 0, sizeof payload);
+    memset(written, 0, sizeof written);
+    memset(got, 0, sizeof got);
+    message.payloads = &payload;
+    message.payload_count = 1;
+    payload.size = 200000;
+    payload.data = bytes_new(payload.size);
+    fill(payload.data, payload.size, 1);
+    for (i = 0; i < 20; i++) {
+        REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_read, &got[i].o), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_pipe_write(w.pipe[1], &message, on_written, &written[i]), TPRPC_OK);
+    }
+    while (toy_count(&got[19].o.runs) == 0 && test_now_us() < end) {
+        struct pollfd fds[2];
+        int64_t until[2];
+        bool armed[2];
+        for (i = 0; i < 2; i++) {
+            armed[i] = tprpc_context_arm(w.ctx[i], &until[i]);
+            fds[i].fd = TOY_CAST(int, tprpc_context_handle(w.ctx[i]));
+            fds[i].events = POLLIN;
+        }
+        if (armed[0] && armed[1]) REQUIRE(poll(fds, 2, 10000) > 0 || until[0] >= 0 || until[1] >= 0);
+        tprpc_poll(w.ctx[0], TPRPC_NOW, 0);
+        tprpc_poll(w.ctx[1], TPRPC_NOW, 0);
+        rounds++;
+    }
+    for (i = 0; i < 20; i++) CHECK_EQ_INT(got[i].o.runs, 1);
+    free(payload.data);
+    world_close(&w);
+    toys_end();
+}
+
+/* ---- tensors over the toy channel ---- */
+
+/* CPU to device, device to CPU, device to device, in batches of one and of many, both ways at once. */
+static void run_tensors(const char *transports, const char *address, int threads) {
+    static const bool kinds[3][2] = {{false, true}, {true, false}, {true, true}};
+    static const size_t counts[] = {1, 2, ITEMS};
+    world w;
+    batch *both = TOY_CAST(batch *, bytes_new(2 * sizeof(batch)));
+    size_t k, c;
+    int side;
+    toys_begin(300);
+    world_open(&w, transports, NULL, address, threads);
+    for (k = 0; k < COUNT(kinds); k++) {
+        for (c = 0; c < COUNT(counts); c++) {
+            for (side = 0; side < 2; side++) {
+                batch_fill(&both[side], kinds[k][0], kinds[k][1], counts[c], counts[c] == 2 ? BIG : 0,
+                           TOY_CAST(unsigned, 10 * k + c) + TOY_CAST(unsigned, side));
+                batch_write(&w, &both[side], side);
+            }
+            for (side = 0; side < 2; side++) batch_read(&w, &both[side], 1 - side);
+            for (side = 0; side < 2; side++) {
+                batch_ends(&w, &both[side], TPRPC_OK, TPRPC_OK);
+                batch_check(&both[side], TOY_CAST(unsigned, 10 * k + c) + TOY_CAST(unsigned, side));
+                batch_free(&both[side]);
+            }
+        }
+    }
+    CHECK(toy_count(&toy_gpu.jobs) > 0);
+    free(both);
+    world_close(&w);
+    toys_end();
+}
+
+TEST(toy_tensors_by_handle) {
+    run_tensors("toy", "toy://", 0);
+    CHECK(toy_count(&toy_gpu.passed) > 0);
+    CHECK(toy_count(&toy_gpu.inlined) > 0);
+    CHECK_EQ_INT(toy_count(&toy_gpu.bulk), 0);
+}
+
+TEST(toy_tensors_by_bulk) {
+    run_tensors("tcp", "tcp://127.0.0.1:0", 0);
+    CHECK(toy_count(&toy_gpu.bulk) > 0);
+    CHECK_EQ_INT(toy_count(&toy_gpu.passed), 0);
+}
+
+TEST(toy_tensors_over_shm) {
+    run_tensors("shm", "shm://", 0);
+    CHECK(toy_count(&toy_gpu.passed) > 0);
+}
+
+TEST(toy_tensors_threads) { run_tensors("toy", "toy://", 2); }
+TEST(toy_tensors_threads_tcp) { run_tensors("tcp", "tcp://127.0.0.1:0", 1); }
+
+/* Device and host tensors in one message, placed by the library: by the converter, where the sender asked. */
+static void look_mixed(const tprpc_message *message, void *arg) {
+    uint8_t bytes[5000];
+    (void)arg;
+    REQUIRE_EQ_INT(message->tensor_count, 3);
+    CHECK_EQ_INT(message->tensors[0].device.kind, TPRPC_DEVICE_USER);
+    CHECK_EQ_INT(message->tensors[0].device.index, 1);
+    toy_gpu_get(toy_gpu.queues[1], bytes, message->tensors[0].data, 5000);
+    CHECK(filled(bytes, 5000, 1));
+    CHECK_EQ_INT(message->tensors[1].device.kind, TPRPC_CPU);
+    CHECK(filled(message->tensors[1].data, 4000, 2));
+    CHECK_EQ_INT(message->tensors[2].device.kind, TPRPC_DEVICE_USER);    /* no target: as the source */
+    toy_gpu_get(toy_queue_of(message->tensors[2].device, NULL), bytes, message->tensors[2].data, 3000);
+    CHECK(filled(bytes, 3000, 3));
+}
+
+TEST(toy_tensors_mixed_and_allocated) {
+    world w;
+    tprpc_message message;
+    tprpc_tensor tensors[3];
+    uint8_t bytes[3][5000];
+    outcome written;
+    seen got;
+    unsigned i;
+    toys_begin(300);
+    world_open(&w, "toy", NULL, "toy://", 0);
+    memset(&message, 0, sizeof message);
+    memset(tensors, 0, sizeof tensors);
+    memset(&written, 0, sizeof written);
+    memset(&got, 0, sizeof got);
+    for (i = 0; i < 3; i++) fill(bytes[i], sizeof bytes[i], i + 1);
+    tensors[0].data = bytes[0];
+    tensors[0].size = 5000;
+    tensors[0].target = toy_device(1);
+    tensors[1].data = bytes[1];
+    tensors[1].size = 4000;
+    tensors[2].data = toy_gpu_alloc(0, 3000);
+    tensors[2].size = 3000;
+    tensors[2].device = toy_device(0);
+    tensors[2].stream = toy_gpu.queues[0];
+    toy_gpu_put(toy_gpu.queues[0], tensors[2].data, bytes[2], 3000);
+    message.tensors = tensors;
+    message.tensor_count = 3;
+    message.release = on_release;
+    message.release_user = &written;
+    got.look = look_mixed;
+    REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &got), TPRPC_OK);
+    REQUIRE_EQ_INT(tprpc_pipe_write(w.pipe[1], &message, on_written, &written), TPRPC_OK);
+    UNTIL(&w, got.o.runs, 1);
+    UNTIL(&w, written.runs, 1);
+    CHECK_EQ_INT(got.o.status, TPRPC_OK);
+    CHECK_EQ_INT(written.status, TPRPC_OK);
+    toy_gpu_free(tensors[2].data);
+    world_close(&w);
+    toys_end();
+}
+
+/* "Bytes too (device memory by a copy in stream order), unless release is set." */
+TEST(toy_tensor_not_lent) {
+    world w;
+    batch *b = TOY_CAST(batch *, bytes_new(sizeof(batch)));
+    tprpc_message message;
+    tprpc_status status;
+    toys_begin(300);
+    world_open(&w, "toy", NULL, "toy://", 0);
+    batch_fill(b, true, true, 1, 100000, 5);
+    memset(&message, 0, sizeof message);
+    message.tensors = b->out;
+    message.tensor_count = 1;
+    status = tprpc_pipe_write(w.pipe[0], &message, on_written, &b->written);
+    CHECK_EQ_INT(status, TPRPC_OK);
+    if (status == TPRPC_OK) {
+        uint8_t *other = TOY_CAST(uint8_t *, bytes_new(100000));
+        memset(other, 0xEE, 100000);
+        toy_gpu_put(toy_gpu.queues[0], b->from[0], other, 100000);     /* after the copy, in the queue's order */
+        free(other);
+        batch_read(&w, b, 1);
+        UNTIL(&w, b->written.runs, 1);
+        UNTIL(&w, b->got.runs, 1);
+        batch_check(b, 5);
+        CHECK_EQ_INT(toy_count(&toy_gpu.copied), 1);
+    }
+    toy_queue_free(toy_gpu.queues[0]);       /* what is queued has run: the memory may go */
+    toy_gpu.queues[0] = toy_queue_new();
+    batch_free(b);
+    free(b);
+    world_close(&w);
+    toys_end();
+}
+
+/* A channel whose proof fails is not used, and the reason is shown. */
+TEST(toy_proof_fails) {
+    world w;
+    batch *b = TOY_CAST(batch *, bytes_new(sizeof(batch)));
+    tprpc_message message;
+    tprpc_pipe_info info;
+    uint32_t i;
+    bool shown = false;
+    toys_begin(100);
+    toy_gpu.liar = true;
+    world_open(&w, "toy", NULL, "toy://", 0);
+    REQUIRE_EQ_INT(tprpc_pipe_get_info(w.pipe[1], &info, sizeof info), TPRPC_OK);
+    for (i = 0; i < info.path_count; i++) {
+        if (strcmp(info.paths[i].name, "toychan") != 0) continue;
+        shown = true;
+        CHECK(!info.paths[i].chosen);
+        CHECK_CONTAINS(info.paths[i].why, "proof");
+    }
+    CHECK(shown);
+    batch_fill(b, true, false, 1, 5000, 5);
+    memset(&message, 0, sizeof message);
+    message.tensors = b->out;
+    message.tensor_count = 1;
+    message.release = on_release;
+    message.release_user = &b->written;
+    CHECK_EQ_INT(tprpc_pipe_write(w.pipe[1], &message, on_written, &b->written), TPRPC_ERROR_UNSUPPORTED);
+    CHECK_EQ_INT(b->written.releases, 1);
+    CHECK_EQ_INT(b->written.runs, 0);
+    exchange_payloads(&w, 1);          /* the pipe is as before */
+    toy_queue_free(toy_gpu.queues[0]);
+    toy_gpu.queues[0] = toy_queue_new();
+    batch_free(b);
+    free(b);
+    world_close(&w);
+    toys_end();
+}
+
+static const bool both_user[2] = {true, true};
+
+TEST(toy_closed_by_sender) { run_closed("toy", NULL, "toy://", both_user, 1, 0); }
+TEST(toy_closed_by_receiver) { run_closed("toy", NULL, "toy://", both_user, 0, 0); }
+TEST(toy_closed_by_sender_bulk) { run_closed("tcp", NULL, "tcp://127.0.0.1:0", both_user, 1, 0); }
+TEST(toy_closed_by_receiver_bulk) { run_closed("tcp", NULL, "tcp://127.0.0.1:0", both_user, 0, 0); }
+TEST(toy_context_of_sender_destroyed) { run_closed("toy", NULL, "toy://", both_user, 1, 1); }
+TEST(toy_context_of_receiver_destroyed) { run_closed("toy", NULL, "toy://", both_user, 0, 1); }
+
+/* A device that is not there: the message is refused, the sender told, and the pipe goes on. */
+TEST(toy_refused_message) {
+    world w;
+    batch *b = TOY_CAST(batch *, bytes_new(sizeof(batch)));
+    int by;
+    for (by = 0; by < 2; by++) {
+        toys_begin(300);
+        world_open(&w, by ? "tcp" : "toy", NULL, by ? "tcp://127.0.0.1:0" : "toy://", 0);
+        batch_fill(b, true, true, 1, 70000, 1);
+        b->out[0].target = toy_device(77);
+        batch_write(&w, b, 1);
+        REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_read, &b->got), TPRPC_OK);
+        UNTIL(&w, b->got.runs, 1);
+        UNTIL(&w, b->written.runs, 1);
+        CHECK_EQ_INT(b->got.status, TPRPC_ERROR_DEVICE);
+        CHECK_CONTAINS(b->got.text, "77");
+        CHECK_EQ_INT(b->written.status, TPRPC_ERROR_PEER);
+        batch_free(b);
+        exchange_payloads(&w, 1);
+        world_close(&w);
+        toys_end();
+    }
+    free(b);
+}
+
+/* ---- agents ---- */
+
+typedef struct called { outcome o; int handled; bool placed; void *data, *answer; tprpc_device where; } called;
+
+static tprpc_status on_place(tprpc_placement *placement, void *user) {
+    called *c = TOY_CAST(called *, user);
+    CHECK_EQ_INT(placement->descriptor->tensor_count, 1);
+    CHECK_EQ_INT(placement->descriptor->tensors[0].target.kind, TPRPC_DEVICE_USER);
+    c->placed = true;
+    c->data = toy_gpu_alloc(1, placement->descriptor->tensors[0].size);
+    placement->tensors[0].data = c->data;
+    placement->tensors[0].device = toy_device(1);
+    placement->tensors[0].stream = toy_gpu.queues[1];
+    return TPRPC_OK;
+}
+
+static void on_call(tprpc_request request, const tprpc_message *message, void *user) {
+    called *c = TOY_CAST(called *, user);
+    tprpc_message reply;
+    tprpc_tensor tensor;
+    uint8_t *bytes = TOY_CAST(uint8_t *, bytes_new(100000));
+    REQUIRE_EQ_INT(message->tensor_count, 1);
+    c->where = message->tensors[0].device;
+    toy_gpu_get(toy_queue_of(c->where, NULL), bytes, message->tensors[0].data, 100000);
+    CHECK(filled(bytes, 100000, 3));
+    memset(&tensor, 0, sizeof tensor);     /* the request's own memory goes when it is answered */
+    tensor.data = c->answer = toy_gpu_alloc(1, 100000);
+    tensor.size = 100000;
+    tensor.device = toy_device(1);
+    tensor.target = toy_device(0);
+    tensor.stream = toy_gpu.queues[1];
+    toy_gpu_put(toy_gpu.queues[1], tensor.data, bytes, 100000);
+    free(bytes);
+    memset(&reply, 0, sizeof reply);
+    reply.tensors = &tensor;
+    reply.tensor_count = 1;
+    reply.release = on_release;
+    reply.release_user = &c->o;
+    c->handled++;
+    CHECK_EQ_INT(tprpc_reply(request, &reply), TPRPC_OK);
+}
+
+static void on_replied(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
+    called *c = TOY_CAST(called *, user);
+    if (reply && CHECK_EQ_INT(reply->tensor_count, 1)) {
+        uint8_t *bytes = TOY_CAST(uint8_t *, bytes_new(100000));
+        c->where = reply->tensors[0].device;
+        if (c->where.kind == TPRPC_DEVICE_USER)
+            toy_gpu_get(toy_queue_of(c->where, NULL), bytes, reply->tensors[0].data, 100000);
+        CHECK(filled(bytes, 100000, 3));
+        free(bytes);
+    }
+    if (error) fprintf(stderr, "call: %s\n", error->text);
+    ended(&c->o, status, error);
+}
+
+static void on_ready(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
+    (void)reply;
+    if (error) fprintf(stderr, "ready: %s\n", error->text);
+    CHECK_EQ_INT(status, TPRPC_OK);
+    __sync_fetch_and_add(TOY_CAST(int *, user), 1);
+}
+
+/* Two agents; a tensor of the device to one of the device there, placed by the library or by the handler's `place`. */
+static void run_agents(const char *transports, bool place) {
+    static const char *const names[2] = {"left", "right"};
+    world w;
+    tprpc_store *store = NULL;
+    tprpc_agent *agents[2] = {NULL, NULL};
+    tprpc_store_desc store_desc;
+    tprpc_method_desc method;
+    tprpc_message message;
+    tprpc_call_options options;
+    tprpc_error error;
+    called handled, replied;
+    batch *b = TOY_CAST(batch *, bytes_new(sizeof(batch)));
+    int i, ready = 0;
+    memset(&w, 0, sizeof w);
+    memset(&store_desc, 0, sizeof store_desc);
+    memset(&handled, 0, sizeof handled);
+    memset(&replied, 0, sizeof replied);
+    memset(&method, 0, sizeof method);
+    memset(&message, 0, sizeof message);
+    memset(&options, 0, sizeof options);
+    toys_begin(300);
+    for (i = 0; i < 2; i++) w.ctx[i] = context(transports, NULL, 0);
+    store_desc.url = "local://";
+    REQUIRE_EQ_INT(tprpc_store_open(w.ctx[0], &store_desc, &store, &error), TPRPC_OK);
+    for (i = 0; i < 2; i++) {
+        tprpc_agent_desc desc;
+        memset(&desc, 0, sizeof desc);
+        desc.context = w.ctx[i];
+        desc.name = names[i];
+        desc.rank = i;
+        desc.world_size = 2;
+        desc.store = store;
+        if (tprpc_agent_create(&desc, &agents[i], &error) != TPRPC_OK) fprintf(stderr, "agent: %s\n", error.text);
+        REQUIRE(agents[i] != NULL);
+    }
+    method.name = "back";
+    method.handler = on_call;
+    method.place = place ? on_place : NULL;
+    method.user = &handled;
+    REQUIRE_EQ_INT(tprpc_agent_register(agents[1], &method, &error), TPRPC_OK);
+    for (i = 0; i < 2; i++) REQUIRE_EQ_INT(tprpc_agent_start(agents[i], on_ready, &ready, &error), TPRPC_OK);
+    UNTIL(&w, ready, 2);
+    batch_fill(b, true, true, 1, 100000, 3);
+    b->out[0].target = toy_device(1);
+    message.tensors = b->out;
+    message.tensor_count = 1;
+    message.release = on_release;
+    message.release_user = &b->written;
+    options.on_done = on_replied;
+    options.user = &replied;
+    options.error = &error;
+    if (!CHECK_EQ_INT(tprpc_call(agents[0], "right", "back", &message, &options, NULL), TPRPC_OK))
+        fprintf(stderr, "call: %s\n", error.text);
+    else {
+        UNTIL(&w, replied.o.runs, 1);
+        UNTIL(&w, b->written.releases, 1);
+        UNTIL(&w, handled.o.releases, 1);
+        CHECK_EQ_INT(replied.o.status, TPRPC_OK);
+        CHECK_EQ_INT(handled.handled, 1);
+        CHECK_EQ_INT(handled.placed, place);
+        CHECK_EQ_INT(handled.where.kind, TPRPC_DEVICE_USER);
+        CHECK_EQ_INT(handled.where.index, 1);
+        CHECK_EQ_INT(replied.where.kind, TPRPC_DEVICE_USER);
+        CHECK(toy_count(&toy_gpu.prepared) > 0);      /* the agent prepares what it sends */
+    }
+    for (i = 0; i < 2; i++) CHECK_EQ_INT(tprpc_agent_destroy(agents[i]), TPRPC_OK);
+    tprpc_store_close(store);
+    for (i = 1; i >= 0; i--) CHECK_EQ_INT(tprpc_context_destroy(w.ctx[i]), TPRPC_OK);
+    toy_gpu_free(handled.data);
+    toy_gpu_free(handled.answer);
+    batch_free(b);
+    free(b);
+    toys_end();
+}
+
+TEST(toy_agents_allocated) { run_agents("tcp", false); }
+TEST(toy_agents_placed) { run_agents("tcp", true); }
+TEST(toy_agents_over_toy) { run_agents("toy,tcp", true); }
+
+/* ---- names and tables ---- */
+
+TEST(unknown_names_are_refused) {
+    tprpc_context_desc desc;
+    tprpc_context *ctx = NULL;
+    tprpc_error error;
+    memset(&desc, 0, sizeof desc);
+    memset(&error, 0, sizeof error);
+    desc.backends = toy_backends;
+    desc.backend_count = COUNT(toy_backends);
+    desc.channels = "basic,teleport";
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    CHECK(ctx == NULL);
+    CHECK_CONTAINS(error.text, "teleport");
+    CHECK_CONTAINS(error.text, "toychan");       /* what is known */
+    CHECK_CONTAINS(error.text, "basic");
+    desc.channels = NULL;
+    desc.transports = "pigeon";
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    CHECK_CONTAINS(error.text, "pigeon");
+    CHECK_CONTAINS(error.text, "toy");
+    desc.transports = "toy,basic";               /* a channel is no transport */
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    desc.transports = "toy,";
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    desc.transports = "toy";
+    desc.channels = "toychan";
+    desc.backend_count = 0;                      /* the user's are not there: not known either */
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    CHECK(ctx == NULL);
+}
+
+static void refuse(tprpc_backend backend, const char *part) {
+    const tprpc_backend *list = &backend;
+    tprpc_context_desc desc;
+    tprpc_context *ctx = NULL;
+    tprpc_error error;
+    memset(&desc, 0, sizeof desc);
+    memset(&error, 0, sizeof error);
+    desc.backends = &list;
+    desc.backend_count = 1;
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    CHECK_EQ_INT(error.status, TPRPC_ERROR_INVALID);
+    CHECK(strlen(error.text) > 10);
+    CHECK_CONTAINS(error.text, part);
+    CHECK(ctx == NULL);
+    if (ctx) tprpc_context_destroy(ctx);
+}
+
+TEST(wrong_tables_are_refused) {
+    tprpc_transport_table transport = toy_table;
+    tprpc_channel_table channel = toyc_table;
+    tprpc_converter_table converter = toyd_table;
+    tprpc_backend b = toy_backend;
+    b.size -= 8;
+    refuse(b, "toy");
+    b = toy_backend;
+    b.size = 0;
+    refuse(b, "toy");
+    b = toy_backend;
+    b.version = TPRPC_VERSION + 10000;
+    refuse(b, "version");
+    b = toy_backend;
+    b.channel = &toyc_table;                     /* two tables */
+    refuse(b, "toy");
+    b = toy_backend;
+    b.transport = NULL;                          /* none */
+    refuse(b, "toy");
+    transport.size -= 8;
+    b = toy_backend;
+    b.transport = &transport;
+    refuse(b, "size");
+    channel.size += 8;
+    b = toyc_backend;
+    b.channel = &channel;
+    refuse(b, "size");
+    converter.size = 0;
+    b = toyd_backend;
+    b.converter = &converter;
+    refuse(b, "size");
+    b = toy_backend;
+    b.name = "";
+    refuse(b, "name");
+    b.name = "a_name_of_16_byt";
+    refuse(b, "name");
+    b.name = "a,b";
+    refuse(b, "comma");
+    b.name = NULL;
+    refuse(b, "name");
+    b.name = "tcp";                              /* one that the library has */
+    refuse(b, "tcp");
+}
+
+TEST(a_backend_twice_is_refused) {
+    const tprpc_backend *list[2] = {&toy_backend, &toy_backend};
+    tprpc_context_desc desc;
+    tprpc_context *ctx = NULL;
+    tprpc_error error;
+    memset(&desc, 0, sizeof desc);
+    memset(&error, 0, sizeof error);
+    desc.backends = list;
+    desc.backend_count = 2;
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    CHECK_CONTAINS(error.text, "toy");
+}

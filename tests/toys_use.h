@@ -1,0 +1,304 @@
+/* Pipes between two contexts and batches of tensors, on the CPU and on the toy device: what toys.c and in_conformance.c
+   share. The one that includes it may set world_backends first. */
+#ifndef TPRPC_TESTS_TOYS_USE_H
+#define TPRPC_TESTS_TOYS_USE_H
+
+#include "toys.h"
+
+#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
+enum { WAIT_S = 20, BIG = 1024 * 1024 + 1 };
+
+/* ---- two contexts and a pipe between them ---- */
+
+typedef struct world {
+    tprpc_context  *ctx[2];
+    tprpc_listener *listener;
+    tprpc_pipe     *pipe[2];           /* who listens; who connects */
+    int             threads, accepted;
+} world;
+
+/* What contexts are created with. */
+static const tprpc_backend *const *world_backends = toy_backends;
+static size_t world_backend_count = COUNT(toy_backends);
+static uint64_t world_memory;
+
+TOY_USED static int64_t deadline(void) { return test_now_us() + WAIT_S * INT64_C(1000000) * TEST_SLOWDOWN; }
+
+TOY_USED static void pump(world *w) {
+    if (w->threads) { test_sleep_us(100); return; }
+    tprpc_poll(w->ctx[0], TPRPC_NOW, 0);
+    if (w->ctx[1]) tprpc_poll(w->ctx[1], 200, 0);
+}
+
+TOY_USED static bool reaches(world *w, int *counter, int least) {
+    int64_t end = deadline();
+    while (toy_count(counter) < least) {
+        if (test_now_us() > end) return false;
+        pump(w);
+    }
+    return true;
+}
+#define UNTIL(w, counter, least) REQUIRE(reaches(w, &(counter), least))
+
+TOY_USED static tprpc_context *context(const char *transports, const char *channels, int threads) {
+    tprpc_context_desc desc;
+    tprpc_context *ctx = NULL;
+    tprpc_error error;
+    memset(&desc, 0, sizeof desc);
+    memset(&error, 0, sizeof error);
+    desc.backends = world_backends;
+    desc.backend_count = world_backend_count;
+    desc.limits.memory_bytes = world_memory;
+    desc.transports = transports;
+    desc.channels = channels;
+    desc.threads = threads;
+    if (tprpc_context_create(&desc, &ctx, &error) != TPRPC_OK) fprintf(stderr, "context: %s\n", error.text);
+    REQUIRE(ctx != NULL);
+    return ctx;
+}
+
+TOY_USED static void on_accepted(tprpc_status status, tprpc_pipe *pipe, const tprpc_error *error, void *user) {
+    world *w = TOY_CAST(world *, user);
+    CHECK_EQ_INT(status, TPRPC_OK);
+    if (error) fprintf(stderr, "accept: %s\n", error->text);
+    w->pipe[0] = pipe;
+    __sync_fetch_and_add(&w->accepted, 1);
+}
+
+TOY_USED static void world_open(world *w, const char *transports, const char *channels, const char *address, int threads) {
+    tprpc_listener_desc listening;
+    tprpc_pipe_desc connecting;
+    tprpc_error error;
+    int i;
+    memset(w, 0, sizeof *w);
+    memset(&listening, 0, sizeof listening);
+    memset(&connecting, 0, sizeof connecting);
+    memset(&error, 0, sizeof error);
+    w->threads = threads;
+    for (i = 0; i < 2; i++) w->ctx[i] = context(transports, channels, threads);
+    listening.addresses = &address;
+    listening.address_count = 1;
+    if (tprpc_listen(w->ctx[0], &listening, &w->listener, &error) != TPRPC_OK) fprintf(stderr, "listen: %s\n", error.text);
+    REQUIRE(w->listener != NULL);
+    REQUIRE_EQ_INT(tprpc_accept(w->listener, on_accepted, w), TPRPC_OK);
+    connecting.address = tprpc_listener_address(w->listener, NULL);
+    REQUIRE_EQ_INT(tprpc_connect(w->ctx[1], &connecting, &w->pipe[1], &error), TPRPC_OK);
+    UNTIL(w, w->accepted, 1);
+}
+
+TOY_USED static void world_close(world *w) {
+    int i;
+    tprpc_pipe_close(w->pipe[0]);
+    tprpc_pipe_close(w->pipe[1]);
+    if (w->listener) tprpc_listener_close(w->listener);
+    for (i = 0; i < 2; i++) CHECK_EQ_INT(tprpc_context_destroy(w->ctx[i]), TPRPC_OK);
+}
+
+/* ---- outcomes ---- */
+
+typedef struct outcome { int runs, releases; tprpc_status status; char text[244]; } outcome;
+
+TOY_USED static void ended(outcome *o, tprpc_status status, const tprpc_error *error) {
+    CHECK_EQ_INT(status == TPRPC_OK, error == NULL);
+    if (error) memcpy(o->text, error->text, sizeof o->text);
+    o->status = status;
+    CHECK_EQ_INT(__sync_fetch_and_add(&o->runs, 1), 0);
+}
+
+TOY_USED static void on_written(tprpc_status status, const tprpc_error *error, void *user) {
+    ended(TOY_CAST(outcome *, user), status, error);
+}
+
+TOY_USED static void on_read(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    CHECK_EQ_INT(status == TPRPC_OK, message != NULL);
+    ended(TOY_CAST(outcome *, user), status, error);
+}
+
+TOY_USED static void on_described(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    CHECK_EQ_INT(status == TPRPC_OK, message != NULL);
+    ended(TOY_CAST(outcome *, user), status, error);
+}
+
+TOY_USED static void on_release(void *user) {
+    CHECK_EQ_INT(__sync_fetch_and_add(&TOY_CAST(outcome *, user)->releases, 1), 0);
+}
+
+/* Shows what a read got to `seen` below, which runs within the callback. */
+typedef struct seen { outcome o; void (*look)(const tprpc_message *message, void *arg); void *arg; } seen;
+
+TOY_USED static void on_seen(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    seen *s = TOY_CAST(seen *, user);
+    if (message) s->look(message, s->arg);
+    ended(&s->o, status, error);
+}
+
+TOY_USED static void fill(void *data, size_t size, unsigned seed) {
+    uint8_t *at = TOY_CAST(uint8_t *, data);
+    size_t i;
+    for (i = 0; i < size; i++) at[i] = TOY_CAST(uint8_t, (i * 131 + (i >> 8) * 7 + seed * 29) & 255);
+}
+
+TOY_USED static bool filled(const void *data, size_t size, unsigned seed) {
+    const uint8_t *at = TOY_CAST(const uint8_t *, data);
+    size_t i;
+    for (i = 0; i < size; i++)
+        if (at[i] != TOY_CAST(uint8_t, (i * 131 + (i >> 8) * 7 + seed * 29) & 255)) return false;
+    return true;
+}
+
+TOY_USED static void *bytes_new(size_t size) {
+    void *data = malloc(size ? size : 1);
+    REQUIRE(data != NULL);
+    return data;
+}
+
+/* ---- batches of tensors ---- */
+
+enum { ITEMS = 40 };
+
+typedef struct batch {                 /* tensors of one message, from one kind to another */
+    bool from_user, to_user;
+    size_t count;
+    size_t size[ITEMS];
+    void *from[ITEMS], *to[ITEMS];
+    tprpc_tensor out[ITEMS], in[ITEMS];
+    outcome written, described, got;
+} batch;
+
+TOY_USED static size_t batch_size(size_t i) {
+    static const size_t some[] = {1, 64, 0, 4096, 4097, 3, 65536, 100001, 12, 300};
+    return some[i % COUNT(some)];
+}
+
+TOY_USED static void *place_new(bool user, int32_t index, size_t size) { return user ? toy_gpu_alloc(index, size) : bytes_new(size); }
+TOY_USED static void place_free(bool user, void *data) {
+    if (user) toy_gpu_free(data);
+    else free(data);
+}
+
+TOY_USED static void batch_fill(batch *b, bool from_user, bool to_user, size_t count, size_t size, unsigned seed) {
+    size_t i;
+    memset(b, 0, sizeof *b);
+    b->from_user = from_user;
+    b->to_user = to_user;
+    b->count = count;
+    for (i = 0; i < count; i++) {
+        int32_t index = TOY_CAST(int32_t, i % TOY_DEVICES);
+        uint8_t *bytes;
+        b->size[i] = size ? size : batch_size(i);
+        bytes = TOY_CAST(uint8_t *, bytes_new(b->size[i]));
+        fill(bytes, b->size[i], seed + TOY_CAST(unsigned, i));
+        b->from[i] = place_new(from_user, index, b->size[i]);
+        b->to[i] = place_new(to_user, 1 - index, b->size[i]);
+        b->out[i].data = b->from[i];
+        b->in[i].data = b->to[i];
+        b->out[i].size = b->in[i].size = b->size[i];
+        if (to_user) b->out[i].target = b->in[i].device = toy_device(1 - index);
+        else b->out[i].target.kind = b->in[i].device.kind = TPRPC_CPU;
+        if (from_user) {               /* written late: only the order of the queue makes it right */
+            b->out[i].device = toy_device(index);
+            b->out[i].stream = toy_gpu.queues[index];
+            toy_gpu_put(toy_gpu.queues[index], b->from[i], bytes, b->size[i]);
+        } else {
+            memcpy(b->from[i], bytes, b->size[i]);
+        }
+        free(bytes);
+    }
+}
+
+TOY_USED static void batch_check(batch *b, unsigned seed) {
+    size_t i;
+    for (i = 0; i < b->count; i++) {
+        uint8_t *bytes = TOY_CAST(uint8_t *, bytes_new(b->size[i]));
+        if (b->to_user) toy_gpu_get(toy_queue_of(b->in[i].device, NULL), bytes, b->to[i], b->size[i]);
+        else memcpy(bytes, b->to[i], b->size[i]);
+        if (!CHECK(filled(bytes, b->size[i], seed + TOY_CAST(unsigned, i))))
+            fprintf(stderr, "tensor %d of %d bytes\n", TOY_CAST(int, i), TOY_CAST(int, b->size[i]));
+        free(bytes);
+    }
+}
+
+TOY_USED static void batch_free(batch *b) {
+    size_t i;
+    for (i = 0; i < b->count; i++) {
+        place_free(b->from_user, b->from[i]);
+        place_free(b->to_user, b->to[i]);
+    }
+}
+
+TOY_USED static void batch_write(world *w, batch *b, int side) {
+    tprpc_message message;
+    memset(&message, 0, sizeof message);
+    message.tensors = b->out;
+    message.tensor_count = b->count;
+    message.release = on_release;      /* lent: no copy is made */
+    message.release_user = &b->written;
+    REQUIRE_EQ_INT(tprpc_pipe_write(w->pipe[side], &message, on_written, &b->written), TPRPC_OK);
+}
+
+TOY_USED static void batch_read(world *w, batch *b, int side) {
+    tprpc_message message;
+    memset(&message, 0, sizeof message);
+    message.tensors = b->in;
+    message.tensor_count = b->count;
+    REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w->pipe[side], on_described, &b->described), TPRPC_OK);
+    UNTIL(w, b->described.runs, 1);
+    REQUIRE_EQ_INT(b->described.status, TPRPC_OK);
+    REQUIRE_EQ_INT(tprpc_pipe_read(w->pipe[side], &message, on_read, &b->got), TPRPC_OK);
+}
+
+TOY_USED static void batch_ends(world *w, batch *b, tprpc_status written, tprpc_status got) {
+    UNTIL(w, b->written.runs, 1);
+    UNTIL(w, b->got.runs, 1);
+    UNTIL(w, b->written.releases, 1);
+    if (!CHECK_EQ_INT(b->written.status, written)) fprintf(stderr, "written: %s\n", b->written.text);
+    if (!CHECK_EQ_INT(b->got.status, got)) fprintf(stderr, "read: %s\n", b->got.text);
+}
+
+/* A pipe closes, on either side, while copies are late: every operation ends once, and only when its memory is free. */
+TOY_USED static void run_closed(const char *transports, const char *channels, const char *address, const bool *kinds, int closer,
+                       int context_too) {
+    int moment;
+    for (moment = 0; moment < 4; moment++) {
+        world w;
+        batch *b = TOY_CAST(batch *, bytes_new(sizeof(batch)));
+        toys_begin(5000);
+        world_open(&w, transports, channels, address, 0);
+        batch_fill(b, kinds[0], kinds[1], 8, 70000, 1);
+        batch_write(&w, b, 1);
+        batch_read(&w, b, 0);
+        if (moment > 0) {
+            int64_t end = test_now_us() + moment * 7000;
+            while (test_now_us() < end) pump(&w);
+        }
+        if (context_too) {
+            tprpc_listener_close(w.listener);
+            w.listener = NULL;
+            CHECK_EQ_INT(tprpc_context_destroy(w.ctx[closer]), TPRPC_OK);
+            CHECK_EQ_INT(closer ? b->written.runs : b->got.runs, 1);
+            if (closer) CHECK_EQ_INT(b->written.releases, 1);
+            w.pipe[closer] = NULL;
+            if (closer == 0) w.ctx[0] = w.ctx[1];
+            w.ctx[1] = NULL;
+        } else {
+            tprpc_pipe_close(w.pipe[closer]);
+            w.pipe[closer] = NULL;
+        }
+        UNTIL(&w, b->written.runs, 1);
+        UNTIL(&w, b->got.runs, 1);
+        CHECK_EQ_INT(b->written.releases, 1);
+        CHECK(b->got.status == TPRPC_OK || b->got.status == TPRPC_ERROR_PEER || b->got.status == TPRPC_ERROR_CLOSED);
+        CHECK(b->written.status == TPRPC_OK || b->written.status == TPRPC_ERROR_PEER || b->written.status == TPRPC_ERROR_CLOSED);
+        if (moment == 0 && kinds[0] && kinds[1]) CHECK(b->got.status != TPRPC_OK);
+        toy_queue_free(toy_gpu.queues[0]);
+        toy_queue_free(toy_gpu.queues[1]);
+        toy_gpu.queues[0] = toy_queue_new();
+        toy_gpu.queues[1] = toy_queue_new();
+        batch_free(b);
+        free(b);
+        world_close(&w);
+        toys_end();
+    }
+}
+
+#endif

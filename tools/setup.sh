@@ -1,0 +1,84 @@
+#!/bin/sh
+# Installs what a purpose needs and this machine lacks:  tools/setup.sh demo|test|bench
+#
+# What counts is whether a thing works here, not whether dpkg knows it: a machine that has it, from wherever, needs
+# neither dpkg nor a network. What lacks is installed with apt-get where this user is root or sudo asks no password;
+# elsewhere the one line to type is printed and the exit status is 1.
+set -u
+
+# Each need is a package and the check that it is there, which is quiet and has no side effect.
+has() { command -v "$1" >/dev/null 2>&1; }
+compiles() {        # compiles COMPILER SOURCE [FLAG...]
+    compiler=$1 source=$2
+    shift 2
+    has "$compiler" && printf '%s\n' "$source" | "$compiler" "$@" -o /dev/null - >/dev/null 2>&1
+}
+links_sanitizer() { # links a program to a real file, for some linkers refuse /dev/null
+    out=$(mktemp) || return 1
+    compiles clang 'int main(void) { return 0; }' -x c "-fsanitize=$1" -o "$out"
+    rc=$?
+    rm -f "$out"
+    return $rc
+}
+
+missing_for() {
+    has gcc                                                             || echo gcc
+    compiles gcc '#include <stdio.h>' -x c -c                           || echo libc6-dev
+    has make                                                            || echo make
+    compiles gcc '#include <png.h>' -x c -c                             || echo libpng-dev
+    [ "$1" = demo ] && return
+    has clang                                                           || echo clang
+    compiles g++ '#include <string>' -x c++ -c                          || echo g++
+    { links_sanitizer address,undefined && links_sanitizer thread; }    || echo libclang-rt-dev
+    has nm                                                              || echo binutils
+    has python3                                                         || echo python3
+    has ip                                                              || echo iproute2
+    { has unshare && has setpriv; }                                     || echo util-linux
+    # The cross compiler recommends the libc it compiles against, and recommended packages are not installed here.
+    has aarch64-linux-gnu-gcc                                           || echo gcc-aarch64-linux-gnu
+    compiles aarch64-linux-gnu-gcc '#include <pthread.h>' -x c -c       || echo libc6-dev-arm64-cross
+    [ "$1" = test ] && return
+    has ucx_perftest                                                    || echo ucx-utils
+}
+
+case ${1-} in
+demo|test|bench) purpose=$1 ;;
+*) echo "usage: tools/setup.sh demo|test|bench" >&2; exit 2 ;;
+esac
+
+missing=$(missing_for "$purpose" | tr '\n' ' ')
+missing=${missing% }
+[ -n "$missing" ] || exit 0
+
+if ! has apt-get; then
+    echo "tools/setup.sh: $purpose needs what Debian and Ubuntu package as: $missing" >&2
+    exit 1
+elif [ "$(id -u)" = 0 ]; then
+    as_root='env DEBIAN_FRONTEND=noninteractive'
+elif has sudo && sudo -n true 2>/dev/null; then
+    as_root='sudo -n env DEBIAN_FRONTEND=noninteractive'
+else
+    echo "tools/setup.sh: $purpose needs some packages. Type:" >&2
+    echo "sudo apt-get update && sudo apt-get install -y --no-install-recommends $missing" >&2
+    exit 1
+fi
+
+echo "tools/setup.sh: installing for $purpose: $missing"
+$as_root apt-get update -q >/dev/null || echo "tools/setup.sh: apt-get update failed; trying with what is known" >&2
+
+# A release may carry one of them inside another package (Ubuntu 22.04 has the runtime of the sanitizers in clang's),
+# and one unknown name would make apt-get install none. Whether all is well is seen afterwards.
+known=
+for package in $missing; do
+    if [ -n "$(apt-cache madison "$package" 2>/dev/null)" ]; then known="$known $package"
+    else echo "tools/setup.sh: this release has no package $package"; fi
+done
+# shellcheck disable=SC2086
+[ -z "$known" ] || $as_root apt-get install -q -y --no-install-recommends $known >/dev/null
+
+missing=$(missing_for "$purpose" | tr '\n' ' ')
+missing=${missing% }
+[ -n "$missing" ] || exit 0
+echo "tools/setup.sh: still missing for $purpose, see above: $missing. By hand:" >&2
+echo "sudo apt-get update && sudo apt-get install -y --no-install-recommends $missing" >&2
+exit 1

@@ -1,0 +1,1352 @@
+// tprpc-perf: what a message costs. Runs both ends of a measurement (two processes, pinned to two cores) or one of them
+// (--listen on one host, --connect on the other), and prints a table or one JSON object.
+//
+// Contents: options, numbers, the processes, the ends, the tests (echo, stream, pipes, frame, rpc, raw), main.
+//
+// Two rules keep the tool out of its own figures: a round trip reads the clock once, while the next message is already
+// under way; and memory that takes part was written before the measurement begins.
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1                // sched_setaffinity, which this file itself needs
+#endif
+#define TPRPC_IMPLEMENTATION
+#include "../tprpc.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <math.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PERF_KIB = 1024, PERF_MIB = 1024 * 1024, PERF_GIB = 1024 * 1024 * 1024 };
+enum { PERF_BODY_MAX = 64 * PERF_KIB };      // larger messages travel as a tensor, smaller ones as metadata
+enum { PERF_CONTROL_MAX = 256 };             // bytes of a message by which the ends agree on a test
+enum { PERF_LIST_MAX = 8 };                  // transports in --transport
+
+// ---- options ------------------------------------------------------------------------------------------------------
+
+typedef enum perf_test {
+    PERF_RTT, PERF_RPC, PERF_RATE, PERF_BW, PERF_PIPES, PERF_FRAME, PERF_RAW, PERF_TESTS
+} perf_test;
+static const char *const perf_test_names[PERF_TESTS] = {"rtt", "rpc", "rate", "bw", "pipes", "frame", "raw"};
+
+typedef enum perf_spin { PERF_SPIN_ALWAYS, PERF_SPIN_ADAPTIVE, PERF_SPIN_NEVER } perf_spin;
+
+typedef struct perf_options {
+    perf_test   test;
+    const char *transport, *channel;         // NULL: the library chooses
+    const char *listen, *connect;            // NULL both: this process runs the two ends
+    int64_t     size, iters, count, warmup;  // -1 where not given, until perf_fill_in
+    perf_spin   spin;
+    bool        tensor, json, pin;
+} perf_options;
+
+static const char perf_usage[] =
+    "usage: tprpc-perf [options]\n"
+    "  --test T         rtt    one message over a pipe and back (default)\n"
+    "                   rpc    one call between agents and back\n"
+    "                   rate   small messages one way\n"
+    "                   bw     tensors one way\n"
+    "                   pipes  what an idle connection costs\n"
+    "                   frame  how long a poll with a budget of 1 ms takes while 1 GiB of tensors arrives\n"
+    "                   raw    the bare medium: a cache line (--transport shm) or a socket (--transport tcp)\n"
+    "  --transport L    transports allowed, in order of preference: shm,tcp (default: the library's choice)\n"
+    "  --channel L      channels allowed, likewise; rtt and rpc then send a tensor\n"
+    "  --size N         bytes of a message; K, M and G are powers of 1024 (default: 64; bw and frame: 64M)\n"
+    "                   up to 64K a message's bytes are its metadata, beyond that one tensor\n"
+    "  --iters N        how many are measured (default: as many as take about a second)\n"
+    "  --count N        pipes: how many (default: 1000)\n"
+    "  --device D       cpu; --peer-device D: cpu\n"
+    "  --spin S         always, adaptive (the library's default) or never: how a wait begins (default: adaptive)\n"
+    "  --listen ADDR    run one end and wait for the other; with --test rpc when the other end has it\n"
+    "  --connect ADDR   run the other end; ADDR as host:port or transport://address. Without authentication: use it\n"
+    "                   on a network you trust\n"
+    "  --no-pin         do not pin the two ends to two cores\n"
+    "  --json           one JSON object instead of a table\n";
+
+static void perf_refuse(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
+static void perf_die(const char *what, const tprpc_error *error) __attribute__((noreturn));
+
+// Bad arguments: one sentence, exit status 2.
+static void perf_refuse(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fputs("tprpc-perf: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(2);
+}
+
+// Anything that goes wrong later: one sentence, exit status 1. error NULL: errno says why.
+static void perf_die(const char *what, const tprpc_error *error) {
+    fprintf(stderr, "tprpc-perf: %s: %s\n", what, error ? error->text : strerror(errno));
+    exit(1);
+}
+
+static void *perf_must(void *pointer) {
+    if (!pointer) perf_die("memory", NULL);
+    return pointer;
+}
+
+static int64_t perf_parse_number(const char *option, const char *text, bool suffix) {
+    char *end = NULL;
+    errno = 0;
+    long long value = strtoll(text, &end, 10);
+    long long unit = 1;
+    if (suffix && *end == 'K') unit = PERF_KIB;
+    if (suffix && *end == 'M') unit = PERF_MIB;
+    if (suffix && *end == 'G') unit = PERF_GIB;
+    if (unit != 1) end++;
+    if (end == text || *end || errno || value < 0 || value > INT64_C(1000000000000) / unit)
+        perf_refuse("%s takes a number%s, not \"%s\".", option, suffix ? " such as 64, 4K or 64M" : "", text);
+    return value * unit;
+}
+
+static void perf_parse_device(const char *option, const char *text) {
+    if (strcmp(text, "cpu") != 0)
+        perf_refuse("%s \"%s\": this build moves memory of the CPU alone; use cpu.", option, text);
+}
+
+static perf_test perf_parse_test(const char *text) {
+    for (int i = 0; i < PERF_TESTS; i++)
+        if (strcmp(text, perf_test_names[i]) == 0) return (perf_test)i;
+    perf_refuse("--test \"%s\" is none of rtt, rpc, rate, bw, pipes, frame and raw.", text);
+}
+
+static perf_spin perf_parse_spin(const char *text) {
+    static const char *const names[] = {"always", "adaptive", "never"};
+    for (int i = 0; i < 3; i++)
+        if (strcmp(text, names[i]) == 0) return (perf_spin)i;
+    perf_refuse("--spin \"%s\" is none of always, adaptive and never.", text);
+}
+
+static void perf_set_option(perf_options *o, const char *name, const char *value) {
+    if (strcmp(name, "--test") == 0) o->test = perf_parse_test(value);
+    else if (strcmp(name, "--transport") == 0) o->transport = value;
+    else if (strcmp(name, "--channel") == 0) o->channel = value;
+    else if (strcmp(name, "--size") == 0) o->size = perf_parse_number(name, value, true);
+    else if (strcmp(name, "--iters") == 0) o->iters = perf_parse_number(name, value, false);
+    else if (strcmp(name, "--count") == 0) o->count = perf_parse_number(name, value, false);
+    else if (strcmp(name, "--spin") == 0) o->spin = perf_parse_spin(value);
+    else if (strcmp(name, "--device") == 0) perf_parse_device(name, value);
+    else if (strcmp(name, "--peer-device") == 0) perf_parse_device(name, value);
+    else if (strcmp(name, "--listen") == 0) o->listen = value;
+    else if (strcmp(name, "--connect") == 0) o->connect = value;
+    else perf_refuse("there is no option %s; --help lists them.", name);
+}
+
+// Refuses what cannot be measured, before anything is started.
+static void perf_check(const perf_options *o) {
+    if (o->listen && o->connect) perf_refuse("--listen and --connect are two ends: give one of them.");
+    if (o->test == PERF_RAW && (o->listen || o->connect))
+        perf_refuse("--test raw measures within one machine: without --listen and --connect.");
+    if (o->test == PERF_RAW && o->transport && strcmp(o->transport, "shm") != 0 && strcmp(o->transport, "tcp") != 0)
+        perf_refuse("--test raw knows --transport shm (a cache line) and tcp (a socket), not \"%s\".", o->transport);
+    if (o->test == PERF_RAW && o->channel) perf_refuse("--test raw has no channels.");
+    if (o->test == PERF_RAW && o->size > 64 && (!o->transport || strcmp(o->transport, "shm") == 0))
+        perf_refuse("--test raw over shm passes a cache line: --size is at most 64.");
+    if (o->size == 0 && (o->channel || o->test == PERF_RAW || o->test == PERF_BW || o->test == PERF_FRAME))
+        perf_refuse("--size is at least 1 for --test raw, bw and frame, and with --channel.");
+    if (o->test == PERF_RATE && o->size > PERF_BODY_MAX)
+        perf_refuse("--test rate is for messages of at most 64K; --test bw sends larger ones.");
+    if (o->test == PERF_RATE && o->channel) perf_refuse("--test rate sends no tensors, so --channel says nothing.");
+    if (o->size > INT64_C(8) * PERF_GIB) perf_refuse("--size is at most 8G.");
+    if (o->iters == 0) perf_refuse("--iters is at least 1.");
+    if (o->iters > 100000000) perf_refuse("--iters is at most 100000000.");
+    if (o->count == 0 || o->count > 1000000) perf_refuse("--count is between 1 and 1000000.");
+    if (o->count > 0 && o->test != PERF_PIPES) perf_refuse("--count is for --test pipes; others take --iters.");
+    if (o->iters > 0 && o->test == PERF_PIPES) perf_refuse("--iters is not for --test pipes, which takes --count.");
+}
+
+// The default number of iterations: about a second's worth at speeds of this decade.
+static int64_t perf_default_iters(const perf_options *o) {
+    bool raw_stream = o->test == PERF_RAW && o->size >= PERF_MIB;
+    if (o->test == PERF_RATE) return 5000000;
+    if (o->test == PERF_FRAME) return (PERF_GIB + o->size - 1) / o->size;
+    if (o->test == PERF_BW || raw_stream) {
+        int64_t fits = INT64_C(4) * PERF_GIB / o->size;
+        return fits > 200000 ? 200000 : fits < 8 ? 8 : fits;
+    }
+    if (o->size > PERF_BODY_MAX) return INT64_C(2) * PERF_GIB / o->size + 8;
+    if (o->spin == PERF_SPIN_NEVER) return 20000;
+    return o->transport && strcmp(o->transport, "tcp") == 0 ? 100000 : 500000;
+}
+
+static void perf_fill_in(perf_options *o) {
+    bool bulk = o->test == PERF_BW || o->test == PERF_FRAME;
+    if (o->size < 0) o->size = bulk ? 64 * PERF_MIB : 64;
+    if (o->count < 0) o->count = 1000;
+    if (o->iters < 0) o->iters = perf_default_iters(o);
+    o->tensor = bulk || o->size > PERF_BODY_MAX || (o->channel && (o->test == PERF_RTT || o->test == PERF_RPC));
+    o->warmup = o->iters / 10 < 4 ? 4 : o->iters / 10 > 20000 ? 20000 : o->iters / 10;
+    if (o->tensor && o->warmup * o->size > PERF_GIB) o->warmup = PERF_GIB / o->size + 2;
+}
+
+static perf_options perf_parse(int argc, char **argv) {
+    perf_options o = {.size = -1, .iters = -1, .count = -1, .spin = PERF_SPIN_ADAPTIVE, .pin = true};
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0) {
+            fputs(perf_usage, stdout);
+            exit(0);
+        }
+        if (strcmp(argv[i], "--json") == 0) o.json = true;
+        else if (strcmp(argv[i], "--no-pin") == 0) o.pin = false;
+        else if (strncmp(argv[i], "--", 2) != 0) perf_refuse("\"%s\" is not an option; --help lists them.", argv[i]);
+        else if (i + 1 == argc) perf_refuse("%s needs a value, or is no option; --help lists them.", argv[i]);
+        else perf_set_option(&o, argv[i], argv[i + 1]), i++;
+    }
+    perf_check(&o);
+    perf_fill_in(&o);
+    return o;
+}
+
+// ---- numbers ------------------------------------------------------------------------------------------------------
+
+typedef struct perf_result {         // NAN: makes no sense for this test
+    char   transport[16], channel[16];
+    double min_us, p50_us, p99_us, p999_us, mean_us, bandwidth_gbps, rate_mps, cpu_s;
+    double count, bytes_per_pipe, fds_per_pipe, connect_us;
+    int64_t iters;
+} perf_result;
+
+static perf_result perf_result_empty(void) {
+    return (perf_result){.min_us = NAN, .p50_us = NAN, .p99_us = NAN, .p999_us = NAN, .mean_us = NAN,
+                         .bandwidth_gbps = NAN, .rate_mps = NAN, .cpu_s = NAN, .count = NAN, .bytes_per_pipe = NAN,
+                         .fds_per_pipe = NAN, .connect_us = NAN};
+}
+
+static int64_t perf_now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static int perf_compare(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+// Nearest rank: of 400 samples the 99.9th percentile is the largest.
+static double perf_percentile_us(const int64_t *sorted, int64_t count, int64_t per_mille) {
+    return (double)sorted[(count * per_mille + 999) / 1000 - 1] / 1000;
+}
+
+// Sorts the samples, which are durations in nanoseconds.
+static void perf_distribution(perf_result *r, int64_t *samples, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += (double)samples[i];
+    qsort(samples, (size_t)count, sizeof *samples, perf_compare);
+    r->min_us = (double)samples[0] / 1000;
+    r->p50_us = perf_percentile_us(samples, count, 500);
+    r->p99_us = perf_percentile_us(samples, count, 990);
+    r->p999_us = perf_percentile_us(samples, count, 999);
+    r->mean_us = sum / (double)count / 1000;
+    r->iters = count;
+}
+
+static void perf_throughput(perf_result *r, int64_t elapsed_ns, int64_t count, int64_t size) {
+    r->mean_us = (double)elapsed_ns / 1000 / (double)count;
+    r->bandwidth_gbps = (double)size * (double)count / (double)elapsed_ns;
+    r->rate_mps = (double)count * 1000 / (double)elapsed_ns;
+    r->iters = count;
+}
+
+// count + 1 clock readings become count durations.
+static void perf_differences(int64_t *stamps, int64_t count) {
+    for (int64_t i = 0; i < count; i++) stamps[i] = stamps[i + 1] - stamps[i];
+}
+
+static void perf_json_string(const char *key, const char *value) {
+    if (value && *value) printf("\"%s\": \"%s\", ", key, value);
+    else printf("\"%s\": null, ", key);
+}
+
+static void perf_json_number(const char *key, double value, const char *after) {
+    if (isnan(value)) printf("\"%s\": null%s", key, after);
+    else printf("\"%s\": %.6g%s", key, value, after);
+}
+
+static void perf_print_json(const perf_options *o, const perf_result *r) {
+    putchar('{');
+    perf_json_string("test", perf_test_names[o->test]);
+    perf_json_string("transport", r->transport);
+    perf_json_string("channel", r->channel);
+    perf_json_string("device", "cpu");
+    perf_json_string("peer_device", "cpu");
+    if (o->test == PERF_PIPES) printf("\"size\": null, \"iters\": null, ");
+    else printf("\"size\": %" PRId64 ", \"iters\": %" PRId64 ", ", o->size, r->iters);
+    perf_json_number("min_us", r->min_us, ", ");
+    perf_json_number("p50_us", r->p50_us, ", ");
+    perf_json_number("p99_us", r->p99_us, ", ");
+    perf_json_number("p999_us", r->p999_us, ", ");
+    perf_json_number("mean_us", r->mean_us, ", ");
+    perf_json_number("bandwidth_gbps", r->bandwidth_gbps, ", ");
+    perf_json_number("rate_mps", r->rate_mps, ", ");
+    perf_json_number("cpu_s", r->cpu_s, ", ");
+    perf_json_number("count", r->count, ", ");
+    perf_json_number("bytes_per_pipe", r->bytes_per_pipe, ", ");
+    perf_json_number("fds_per_pipe", r->fds_per_pipe, ", ");
+    perf_json_number("connect_us", r->connect_us, "}\n");
+}
+
+static void perf_row(const char *name, double value, const char *unit) {
+    if (!isnan(value)) printf("  %-22s %12.3f %s\n", name, value, unit);
+}
+
+static void perf_print_table(const perf_options *o, const perf_result *r) {
+    printf("%s over %s%s%s", perf_test_names[o->test], *r->transport ? r->transport : "?",
+           *r->channel ? ", channel " : "", r->channel);
+    if (o->test == PERF_PIPES) printf(", %.0f pipes\n", r->count);
+    else if (o->test == PERF_FRAME) printf(", %" PRId64 " B tensors, %" PRId64 " polls\n", o->size, r->iters);
+    else printf(", %" PRId64 " B, %" PRId64 " times\n", o->size, r->iters);
+    perf_row("min", r->min_us, "us");
+    perf_row("p50", r->p50_us, "us");
+    perf_row("p99", r->p99_us, "us");
+    perf_row("p99.9", r->p999_us, "us");
+    perf_row("mean", r->mean_us, "us");
+    perf_row("bandwidth", r->bandwidth_gbps, "GB/s (10^9)");
+    perf_row("rate", r->rate_mps * 1e6, "per second");
+    perf_row("memory of a pipe (Pss)", r->bytes_per_pipe, "bytes");
+    perf_row("descriptors of a pipe", r->fds_per_pipe, "");
+    perf_row("connect", r->connect_us, "us");
+    perf_row("CPU time", r->cpu_s, "s");
+}
+
+// ---- the processes ------------------------------------------------------------------------------------------------
+
+static int perf_topology(size_t cpu, const char *name) {
+    char path[96];
+    int value = (int)cpu;            // nothing known: every CPU counts as a core
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/topology/%s", cpu, name);
+    FILE *file = fopen(path, "r");
+    if (!file) return value;
+    if (fscanf(file, "%d", &value) != 1) value = (int)cpu;
+    fclose(file);
+    return value;
+}
+
+static bool perf_same_core(size_t a, size_t b) {
+    return perf_topology(a, "core_id") == perf_topology(b, "core_id") &&
+           perf_topology(a, "physical_package_id") == perf_topology(b, "physical_package_id");
+}
+
+// Pins this process to the first CPU it may use (end 0), or to the first one of another core (end 1), since two threads
+// of one core would measure what a core shares.
+static void perf_pin(const perf_options *o, int end) {
+    cpu_set_t allowed, one;
+    size_t cpu = 0, first, second;
+    if (!o->pin || sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+    while (!CPU_ISSET(cpu, &allowed)) cpu++;
+    first = cpu++;
+    while (!CPU_ISSET(cpu, &allowed)) cpu++;
+    second = cpu;
+    while (cpu < CPU_SETSIZE && (!CPU_ISSET(cpu, &allowed) || perf_same_core(first, cpu))) cpu++;
+    if (cpu < CPU_SETSIZE) second = cpu;             // otherwise there is one core, and its threads must do
+    CPU_ZERO(&one);
+    CPU_SET(end == 0 ? first : second, &one);
+    sched_setaffinity(0, sizeof one, &one);          // where that is forbidden, the machine is measured as it is
+}
+
+// Every pipe takes descriptors, and --count may ask for many: all that this user may have.
+static void perf_raise_descriptors(void) {
+    struct rlimit limit = {0, 0}, root = {1048576, 1048576};
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+    if (limit.rlim_max < root.rlim_max && setrlimit(RLIMIT_NOFILE, &root) == 0) return;
+    limit.rlim_cur = limit.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+// CPU time of this process and of the other end (0: it runs elsewhere).
+static double perf_cpu_s(pid_t other) {
+    struct timespec mine = {0, 0}, theirs = {0, 0};
+    clockid_t clock;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &mine);
+    if (other > 0 && clock_getcpuclockid(other, &clock) == 0) clock_gettime(clock, &theirs);
+    return (double)(mine.tv_sec + theirs.tv_sec) + (double)(mine.tv_nsec + theirs.tv_nsec) / 1e9;
+}
+
+// Starts the other end in a child, which runs `body` and ends with the parent. Returns its id.
+static pid_t perf_fork(const perf_options *o, void (*body)(const perf_options *o, void *user), void *user) {
+    pid_t parent = getpid(), child = fork();
+    if (child < 0) perf_die("fork", NULL);
+    if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (getppid() != parent) _exit(1);           // it ended before prctl
+        perf_pin(o, 1);
+        body(o, user);
+        exit(0);
+    }
+    perf_pin(o, 0);
+    return child;
+}
+
+static void perf_join(pid_t child) {
+    int status = 0;
+    if (child <= 0) return;
+    if (waitpid(child, &status, 0) != child) perf_die("waitpid", NULL);
+    if (status != 0) {
+        fprintf(stderr, "tprpc-perf: the other end failed (wait status %d).\n", status);
+        exit(1);
+    }
+}
+
+// Memory whose pages exist. Freed by the end of the process.
+static void *perf_memory(size_t size) {
+    void *memory = NULL;
+    if (posix_memalign(&memory, 4096, size ? size : 1) != 0) memory = NULL;
+    perf_must(memory);
+    memset(memory, 0, size);
+    return memory;
+}
+
+// ---- the ends -----------------------------------------------------------------------------------------------------
+
+typedef struct perf_end perf_end;
+
+typedef struct perf_slot {           // memory for one tensor on its way in
+    perf_end      *end;
+    unsigned char *data;
+    bool           busy;
+} perf_slot;
+
+struct perf_end {                    // one end of a measurement over a pipe
+    const perf_options *o;
+    tprpc_context  *ctx;
+    tprpc_pipe     *pipe;
+    bool            serving;         // the end that answers; the other one measures
+    bool            agreed, over;    // over: the measuring end has left, as it should
+    bool            closing;         // this end leaves: reads that end now are no failure
+    pid_t           other;           // the serving end when it is a child of this process; 0
+
+    tprpc_message   message;         // what this end sends, again and again
+    tprpc_tensor    tensor;
+    int64_t         flying;          // tensors, or groups of messages, that the library still holds
+
+    void          (*on_message)(perf_end *end);   // a message of the test has arrived
+    int64_t         at, total;       // messages of this phase: done, and to do
+    int64_t        *stamps;          // clock readings of this phase
+    perf_slot       slots[2];        // tensors arrive in these, two at a time
+    bool            describing;      // a read of a descriptor is pending
+    bool            check_all;       // every byte of a tensor, not a sample
+
+    char            control[PERF_CONTROL_MAX];   // the last control message
+    bool            control_here;
+};
+
+static tprpc_context *perf_context(const perf_options *o) {
+    tprpc_error error = {.status = TPRPC_OK};
+    tprpc_context *ctx = NULL;
+    tprpc_context_desc desc = {.transports = o->transport, .channels = o->channel};
+    if (o->spin == PERF_SPIN_ALWAYS) desc.spin_us = 10 * 1000000;
+    if (o->spin == PERF_SPIN_NEVER) desc.spin_us = TPRPC_NOW;
+    if (o->count > 16000) desc.limits.pipes = (uint32_t)o->count + 1000;
+    tprpc_status status = tprpc_context_create(&desc, &ctx, &error);
+    if (status == TPRPC_ERROR_INVALID) perf_refuse("%s", error.text);       // an unknown --transport or --channel
+    if (status != TPRPC_OK) perf_die("context", &error);
+    return ctx;
+}
+
+static void perf_die_status(const char *what, tprpc_status status) {
+    tprpc_error error = {.status = status};
+    snprintf(error.text, sizeof error.text, "%s", tprpc_status_name(status));
+    perf_die(what, &error);
+}
+
+// One wait for anything. False: the other end has left, there is nothing to wait for.
+static bool perf_turn(perf_end *end) {
+    if (!end->over) tprpc_poll(end->ctx, TPRPC_FOREVER, 0);
+    return !end->over;
+}
+
+static void perf_turn_for_us(perf_end *end, int64_t us) {
+    for (int64_t until = perf_now_ns() + us * 1000, now = 0; (now = perf_now_ns()) < until && !end->over;)
+        tprpc_poll(end->ctx, (until - now) / 1000 + 1, 0);
+}
+
+// For a read's callback: whether there is nothing more to do. The measuring end leaves when it has finished, and the
+// serving end learns of it by PEER.
+static bool perf_ended(perf_end *end, tprpc_status status, const tprpc_error *error) {
+    if (status == TPRPC_OK) return false;
+    if (end->closing) return true;
+    if (!end->serving || !end->agreed || status != TPRPC_ERROR_PEER) perf_die("read", error);
+    end->over = true;
+    return true;
+}
+
+static void perf_write(perf_end *end, const tprpc_message *message, tprpc_written done) {
+    tprpc_status status = tprpc_pipe_write(end->pipe, message, done, end);
+    if (status == TPRPC_OK || (status == TPRPC_ERROR_PEER && end->serving && end->agreed)) return;
+    perf_die_status("write", status);
+}
+
+static void perf_read(perf_end *end, tprpc_read done) {
+    tprpc_status status = tprpc_pipe_read(end->pipe, NULL, done, end);
+    if (status == TPRPC_OK || (status == TPRPC_ERROR_PEER && end->serving && end->agreed)) return;
+    perf_die_status("read", status);
+}
+
+// Control messages: short texts between the phases of a test.
+
+static void perf_on_control(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    perf_end *end = (perf_end *)user;
+    if (perf_ended(end, status, error)) return;
+    size_t room = sizeof end->control - 1, size = message->metadata_size < room ? message->metadata_size : room;
+    if (size) memcpy(end->control, message->metadata, size);
+    end->control[size] = 0;
+    end->control_here = true;
+}
+
+static void perf_control_send(perf_end *end, const char *text) {
+    tprpc_message message = {.metadata = text, .metadata_size = strlen(text)};
+    perf_write(end, &message, NULL);
+}
+
+static void perf_control_expect(perf_end *end) {
+    end->control_here = false;
+    perf_read(end, perf_on_control);
+}
+
+// The text that perf_control_expect asked for; NULL: the other end has left.
+static const char *perf_control_wait(perf_end *end) {
+    while (!end->control_here && perf_turn(end)) {}
+    return end->control_here ? end->control : NULL;
+}
+
+// The measuring end says what it is about to do.
+static void perf_agree(perf_end *end) {
+    const perf_options *o = end->o;
+    char text[PERF_CONTROL_MAX];
+    snprintf(text, sizeof text, "tprpc-perf 1 %d %" PRId64 " %" PRId64 " %" PRId64 " %" PRId64 " %d", (int)o->test,
+             o->size, o->iters, o->warmup, o->count, (int)o->tensor);
+    perf_control_expect(end);
+    perf_control_send(end, text);
+    if (strcmp(perf_control_wait(end), "ready") != 0) perf_refuse("the other end says: %s", end->control);
+    end->agreed = true;
+}
+
+// The serving end takes it over, as far as an honest tprpc-perf can have sent it: it may come from a network.
+static void perf_be_told(perf_end *end, perf_options *o) {
+    int test = -1, tensor = -1;
+    perf_control_expect(end);
+    const char *text = perf_control_wait(end);
+    int fields = sscanf(text, "tprpc-perf 1 %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %" SCNd64 " %d", &test, &o->size,
+                        &o->iters, &o->warmup, &o->count, &tensor);
+    if (fields != 6 || test < 0 || test >= PERF_RAW || test == PERF_RPC || o->size < 0 ||
+        o->size > INT64_C(8) * PERF_GIB || o->iters < 1 || o->warmup < 1 || o->count < 1 || o->count > 1000000 ||
+        (tensor ? o->size == 0 : o->size > PERF_BODY_MAX)) {
+        perf_control_send(end, "it does not know this test: another version, or --test rpc at one end alone");
+        perf_turn_for_us(end, 100000);
+        perf_refuse("the other end asked for a test that this one does not know.");
+    }
+    o->test = (perf_test)test;
+    o->tensor = tensor != 0;
+    end->agreed = true;
+}
+
+// Messages of a test. A pattern without zeros, so that memory that was cleared before shows what has arrived.
+
+static unsigned char perf_pattern(size_t at) {
+    return (unsigned char)((at * 131 + (at >> 12) * 7 + (at >> 20)) | 1);
+}
+
+static void perf_released(void *user) {
+    ((perf_end *)user)->flying--;
+}
+
+// What this end sends: a body, which the library copies, or a tensor, which is lent, any number of times at once.
+static void perf_prepare(perf_end *end) {
+    size_t size = (size_t)end->o->size;
+    unsigned char *data = (unsigned char *)perf_memory(size);
+    for (size_t i = 0; i < size; i++) data[i] = perf_pattern(i);
+    end->message = (tprpc_message){.metadata = data, .metadata_size = size};
+    if (!end->o->tensor) return;
+    end->tensor = (tprpc_tensor){.data = data, .size = size, .device = {TPRPC_CPU, 0}};
+    end->message = (tprpc_message){.tensors = &end->tensor, .tensor_count = 1, .release = perf_released,
+                                   .release_user = end};
+    for (int i = 0; i < 2; i++) end->slots[i] = (perf_slot){.end = end, .data = (unsigned char *)perf_memory(size)};
+}
+
+static void perf_send(perf_end *end) {
+    if (end->o->tensor) end->flying++;
+    perf_write(end, &end->message, NULL);
+}
+
+static void perf_on_body(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    perf_end *end = (perf_end *)user;
+    if (perf_ended(end, status, error)) return;
+    if (message->metadata_size != end->message.metadata_size) {
+        errno = EBADMSG;
+        perf_die("a message arrived with another size", NULL);
+    }
+    end->on_message(end);
+    perf_read(end, perf_on_body);
+}
+
+// Compares what arrived, all of it or a byte in each MiB, and clears what it compared.
+static void perf_check_arrival(perf_end *end, unsigned char *data) {
+    size_t size = (size_t)end->o->size, stride = end->check_all ? 1 : PERF_MIB;
+    bool good = data[size - 1] == perf_pattern(size - 1);
+    data[size - 1] = 0;
+    for (size_t i = 0; i + 1 < size; i += stride) {
+        good = good && data[i] == perf_pattern(i);
+        data[i] = 0;
+    }
+    errno = EBADMSG;
+    if (!good) perf_die("a tensor arrived with other bytes", NULL);
+}
+
+static void perf_tensor_expect(perf_end *end);
+
+static void perf_on_tensor(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    perf_slot *slot = (perf_slot *)user;
+    perf_end *end = slot->end;
+    (void)message;
+    if (perf_ended(end, status, error)) return;
+    perf_check_arrival(end, slot->data);
+    slot->busy = false;
+    end->on_message(end);
+    perf_tensor_expect(end);
+}
+
+static void perf_on_described(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    perf_end *end = (perf_end *)user;
+    if (perf_ended(end, status, error)) return;
+    perf_slot *slot = end->slots[0].busy ? &end->slots[1] : &end->slots[0];
+    tprpc_tensor tensor = {.data = slot->data, .size = (size_t)end->o->size, .device = {TPRPC_CPU, 0}};
+    tprpc_message allocation = {.tensors = &tensor, .tensor_count = 1};
+    errno = EBADMSG;
+    if (message->tensor_count != 1 || message->tensors[0].size != tensor.size)
+        perf_die("a tensor arrived with another size", NULL);
+    end->describing = false;
+    slot->busy = true;
+    tprpc_status begun = tprpc_pipe_read(end->pipe, &allocation, perf_on_tensor, slot);
+    if (begun != TPRPC_OK) perf_die_status("read", begun);
+    perf_tensor_expect(end);
+}
+
+// Asks for the next tensor when there is a slot for it.
+static void perf_tensor_expect(perf_end *end) {
+    if (end->describing || end->over || (end->slots[0].busy && end->slots[1].busy)) return;
+    end->describing = true;
+    tprpc_status status = tprpc_pipe_read_descriptor(end->pipe, perf_on_described, end);
+    if (status == TPRPC_OK || (status == TPRPC_ERROR_PEER && end->serving)) return;
+    perf_die_status("read", status);
+}
+
+// From here on messages of the test are taken in; on_message runs for each. Bodies: `ahead` reads are always posted.
+static void perf_expect(perf_end *end, void (*on_message)(perf_end *end), int ahead) {
+    end->on_message = on_message;
+    if (end->o->tensor) perf_tensor_expect(end);
+    else for (int i = 0; i < ahead; i++) perf_read(end, perf_on_body);
+}
+
+static void perf_used_path(perf_end *end, perf_result *r) {
+    tprpc_pipe_info info;
+    if (tprpc_pipe_get_info(end->pipe, &info, sizeof info) != TPRPC_OK) return;
+    snprintf(r->transport, sizeof r->transport, "%s", info.transport);
+    if (end->o->tensor) snprintf(r->channel, sizeof r->channel, "%s", info.channel);
+}
+
+// ---- there and back -----------------------------------------------------------------------------------------------
+
+static void perf_echo(perf_end *end) {
+    perf_send(end);
+}
+
+// The next message leaves before the clock is read: reading it takes a tenth of the round trip that it times.
+static void perf_rtt_back(perf_end *end) {
+    if (end->at + 1 < end->total) perf_send(end);
+    end->at++;
+    end->stamps[end->at] = perf_now_ns();
+}
+
+static void perf_rtt_phase(perf_end *end, int64_t count) {
+    end->at = 0;
+    end->total = count;
+    end->stamps[0] = perf_now_ns();
+    perf_send(end);
+    while (end->at < count && perf_turn(end)) {}
+}
+
+static void perf_rtt(perf_end *end, perf_result *r) {
+    const perf_options *o = end->o;
+    int64_t most = o->iters > o->warmup ? o->iters : o->warmup;
+    end->stamps = (int64_t *)perf_memory(sizeof(int64_t) * (size_t)(most + 1));
+    perf_expect(end, perf_rtt_back, 2);
+    end->check_all = true;
+    perf_rtt_phase(end, o->warmup);
+    end->check_all = false;
+    double cpu = perf_cpu_s(end->other);
+    perf_rtt_phase(end, o->iters);
+    r->cpu_s = perf_cpu_s(end->other) - cpu;
+    perf_differences(end->stamps, o->iters);
+    perf_distribution(r, end->stamps, o->iters);
+}
+
+// ---- one way: rate and bw -----------------------------------------------------------------------------------------
+
+enum { PERF_GROUP = 64, PERF_GROUPS = 32 };  // of small messages, one in a group is told about; groups in flight
+
+// Tensors in flight: enough to hide a hop, no more than the caches and the other end's patience are good for.
+static int64_t perf_window(const perf_options *o) {
+    int64_t fits = INT64_C(64) * PERF_MIB / o->size;
+    return fits < 4 ? 4 : fits > 64 ? 64 : fits;
+}
+
+static void perf_sink(perf_end *end) {
+    end->at++;
+    if (end->at == end->o->warmup) end->check_all = false;
+    if (end->at == end->o->warmup || end->at == end->o->warmup + end->o->iters) perf_control_send(end, "done");
+}
+
+static void perf_group_written(tprpc_status status, const tprpc_error *error, void *user) {
+    if (status != TPRPC_OK) perf_die("write", error);
+    ((perf_end *)user)->flying--;
+}
+
+static void perf_send_bodies(perf_end *end, int64_t count) {
+    for (int64_t i = 1; i <= count; i++) {
+        bool told = i % PERF_GROUP == 0;
+        while (end->flying >= PERF_GROUPS && perf_turn(end)) {}
+        end->flying += told;
+        perf_write(end, &end->message, told ? perf_group_written : NULL);
+    }
+}
+
+static void perf_send_tensors(perf_end *end, int64_t count) {
+    int64_t window = perf_window(end->o);
+    for (int64_t i = 0; i < count && !end->over; i++) {
+        while (end->flying >= window && perf_turn(end)) {}
+        perf_send(end);
+    }
+}
+
+// Returns how long it took until the other end had them all.
+static int64_t perf_one_way_phase(perf_end *end, int64_t count) {
+    perf_control_expect(end);
+    int64_t begin = perf_now_ns();
+    if (end->o->tensor) perf_send_tensors(end, count);
+    else perf_send_bodies(end, count);
+    perf_control_wait(end);
+    return perf_now_ns() - begin;
+}
+
+static void perf_one_way(perf_end *end, perf_result *r) {
+    perf_one_way_phase(end, end->o->warmup);
+    double cpu = perf_cpu_s(end->other);
+    int64_t elapsed = perf_one_way_phase(end, end->o->iters);
+    r->cpu_s = perf_cpu_s(end->other) - cpu;
+    perf_throughput(r, elapsed, end->o->iters, end->o->size);
+}
+
+// ---- frame: an engine's loop while tensors pour in ------------------------------------------------------------------
+
+enum { PERF_FRAME_BUDGET_US = 1000, PERF_FRAME_WORK_NS = 1000000 };
+
+static void perf_frame_arrived(perf_end *end) {
+    end->at++;
+}
+
+// The serving end: sends a phase's tensors when told to.
+static void perf_source(perf_end *end) {
+    int64_t phases[2] = {end->o->warmup, end->o->iters};
+    for (int i = 0; i < 2; i++) {
+        perf_control_expect(end);
+        if (i == 0) perf_control_send(end, "ready");
+        if (!perf_control_wait(end)) return;
+        perf_send_tensors(end, phases[i]);
+    }
+    perf_control_expect(end);        // it ends when the other one leaves
+    perf_control_wait(end);
+}
+
+// Frames until `count` tensors are there: a poll of at most a millisecond, then a millisecond of other work, in which
+// the medium fills up again. Returns how many polls there were; durations, if not NULL, takes `room` of them.
+static int64_t perf_frame_phase(perf_end *end, int64_t count, int64_t *durations, int64_t room) {
+    int64_t polls = 0;
+    end->at = 0;
+    perf_control_send(end, "go");
+    while (end->at < count) {
+        int64_t begin = perf_now_ns();
+        tprpc_poll(end->ctx, TPRPC_NOW, PERF_FRAME_BUDGET_US);
+        int64_t after = perf_now_ns();
+        if (durations && polls < room) durations[polls++] = after - begin;
+        while (perf_now_ns() - after < PERF_FRAME_WORK_NS) {}
+    }
+    return polls;
+}
+
+static void perf_frame(perf_end *end, perf_result *r) {
+    const int64_t room = 1 << 20;    // 2,000 s of frames
+    int64_t *durations = (int64_t *)perf_memory(sizeof(int64_t) * (size_t)room);
+    end->check_all = true;
+    perf_expect(end, perf_frame_arrived, 0);
+    perf_frame_phase(end, end->o->warmup, NULL, 0);
+    end->check_all = false;
+    double cpu = perf_cpu_s(end->other);
+    int64_t begin = perf_now_ns();
+    int64_t polls = perf_frame_phase(end, end->o->iters, durations, room);
+    perf_throughput(r, perf_now_ns() - begin, end->o->iters, end->o->size);
+    r->rate_mps = NAN;
+    r->cpu_s = perf_cpu_s(end->other) - cpu;
+    perf_distribution(r, durations, polls);
+}
+
+// ---- pipes: what an idle one costs ----------------------------------------------------------------------------------
+
+enum { PERF_PIPES_FIRST = 16 };      // opened before measuring begins, so that what all pipes share is there
+enum { PERF_PIPES_SETTLE_US = 500000 };      // how long pipes are left alone before their cost is read
+
+typedef struct perf_many {           // the pipes of one end, beside the first
+    perf_end       *end;
+    tprpc_listener *listener;        // of the serving end
+    tprpc_pipe    **pipes;
+    int64_t         open, greeted;
+} perf_many;
+
+static int64_t perf_pss_bytes(void) {
+    char line[256];
+    long long kib = -1;
+    FILE *file = fopen("/proc/self/smaps_rollup", "r");
+    if (!file) perf_die("/proc/self/smaps_rollup", NULL);
+    while (kib < 0 && fgets(line, sizeof line, file))
+        if (sscanf(line, "Pss: %lld kB", &kib) != 1) kib = -1;
+    fclose(file);
+    return kib * PERF_KIB;
+}
+
+static int64_t perf_descriptors(void) {
+    int64_t count = 0;
+    DIR *list = opendir("/proc/self/fd");
+    if (!list) perf_die("/proc/self/fd", NULL);
+    while (readdir(list)) count++;
+    closedir(list);
+    return count;
+}
+
+static void perf_greeting(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    perf_many *many = (perf_many *)user;
+    (void)message;
+    if (perf_ended(many->end, status, error)) return;
+    many->greeted++;
+}
+
+static void perf_pipes_accepted(tprpc_status status, tprpc_pipe *pipe, const tprpc_error *error, void *user) {
+    perf_many *many = (perf_many *)user;
+    tprpc_message hello = {.metadata = "hello", .metadata_size = 5};
+    if (status != TPRPC_OK) perf_die("accept", error);
+    many->pipes[many->open++] = pipe;
+    status = tprpc_pipe_write(pipe, &hello, NULL, NULL);
+    if (status != TPRPC_OK) perf_die_status("write", status);
+    if (many->open == PERF_PIPES_FIRST + many->end->o->count) return;
+    status = tprpc_accept(many->listener, perf_pipes_accepted, many);
+    if (status != TPRPC_OK) perf_die_status("accept", status);
+}
+
+// The serving end: takes pipes in, and says what its own end costs when asked.
+static void perf_pipes_serve(perf_end *end, tprpc_listener *listener) {
+    size_t count = PERF_PIPES_FIRST + (size_t)end->o->count;
+    perf_many many = {.end = end, .listener = listener,
+                      .pipes = (tprpc_pipe **)perf_memory(count * sizeof(tprpc_pipe *))};
+    tprpc_status status = tprpc_accept(listener, perf_pipes_accepted, &many);
+    if (status != TPRPC_OK) perf_die_status("accept", status);
+    perf_control_expect(end);
+    perf_control_send(end, "ready");
+    while (perf_control_wait(end)) {
+        char text[PERF_CONTROL_MAX];
+        perf_control_expect(end);
+        snprintf(text, sizeof text, "%" PRId64 " %" PRId64, perf_pss_bytes(), perf_descriptors());
+        perf_control_send(end, text);
+    }
+    end->closing = true;
+    for (int64_t i = 0; i < many.open; i++) tprpc_pipe_close(many.pipes[i]);
+}
+
+// Opens pipes, one after the other, each until it has carried a message.
+static void perf_pipes_open(perf_many *many, const char *address, int64_t count, int64_t *durations) {
+    const perf_options *o = many->end->o;
+    tprpc_pipe_desc desc = {.address = address, .insecure = o->connect != NULL};
+    for (int64_t i = 0; i < count; i++) {
+        tprpc_error error = {.status = TPRPC_OK};
+        tprpc_pipe **pipe = &many->pipes[many->open++];
+        int64_t begin = perf_now_ns();
+        if (tprpc_connect(many->end->ctx, &desc, pipe, &error) != TPRPC_OK) perf_die("connect", &error);
+        tprpc_status status = tprpc_pipe_read(*pipe, NULL, perf_greeting, many);
+        if (status != TPRPC_OK) perf_die_status("read", status);
+        while (many->greeted < many->open && perf_turn(many->end)) {}
+        durations[i] = perf_now_ns() - begin;
+    }
+}
+
+// What each end has now: [0] this one, [1] the other.
+static void perf_pipes_weigh(perf_end *end, int64_t bytes[2], int64_t fds[2]) {
+    perf_turn_for_us(end, PERF_PIPES_SETTLE_US);
+    bytes[0] = perf_pss_bytes();
+    fds[0] = perf_descriptors();
+    perf_control_expect(end);
+    perf_control_send(end, "weigh");
+    if (sscanf(perf_control_wait(end), "%" SCNd64 " %" SCNd64, &bytes[1], &fds[1]) == 2) return;
+    errno = EBADMSG;
+    perf_die("the other end's weight", NULL);
+}
+
+// The growth per pipe, of the end that it costs more.
+static double perf_dearer(const int64_t after[2], const int64_t before[2], int64_t count) {
+    int64_t mine = after[0] - before[0], other = after[1] - before[1];
+    return (double)(mine > other ? mine : other) / (double)count;
+}
+
+static void perf_pipes(perf_end *end, const char *address, perf_result *r) {
+    int64_t count = end->o->count, first_bytes[2], first_fds[2], bytes[2], fds[2];
+    size_t all = PERF_PIPES_FIRST + (size_t)count;
+    perf_many many = {.end = end, .pipes = (tprpc_pipe **)perf_memory(all * sizeof(tprpc_pipe *))};
+    int64_t *durations = (int64_t *)perf_memory(all * sizeof(int64_t));
+    perf_pipes_open(&many, address, PERF_PIPES_FIRST, durations);
+    perf_pipes_weigh(end, first_bytes, first_fds);
+    double cpu = perf_cpu_s(end->other);
+    perf_pipes_open(&many, address, count, durations);
+    r->cpu_s = perf_cpu_s(end->other) - cpu;
+    perf_pipes_weigh(end, bytes, fds);
+    perf_distribution(r, durations, count);
+    r->connect_us = r->p50_us;
+    r->count = (double)count;
+    r->bytes_per_pipe = perf_dearer(bytes, first_bytes, count);
+    r->fds_per_pipe = perf_dearer(fds, first_fds, count);
+    r->min_us = r->p50_us = r->p99_us = r->p999_us = r->mean_us = NAN;
+    end->closing = true;
+    for (int64_t i = 0; i < many.open; i++) tprpc_pipe_close(many.pipes[i]);
+}
+
+// ---- the two ends over a pipe ---------------------------------------------------------------------------------------
+
+typedef struct perf_serving {        // what the child needs to serve
+    int         tell;                // a descriptor to write the address to; -1: stderr
+    const char *address;             // to listen on; NULL: one of this host for every transport of the options
+} perf_serving;
+
+// Where to listen when nobody says: on this host, by each transport that was named. Returns how many.
+static size_t perf_local_addresses(const perf_options *o, char text[PERF_LIST_MAX][64], const char **list) {
+    const char *names = o->transport ? o->transport : "tcp";         // from there it moves to the best
+    size_t count = 0;
+    while (*names && count < PERF_LIST_MAX) {
+        int length = (int)strcspn(names, ",");
+        const char *place = length == 3 && strncmp(names, "tcp", 3) == 0 ? "127.0.0.1:0" : "";
+        snprintf(text[count], 64, "%.*s://%s", length > 32 ? 32 : length, names, place);
+        list[count] = text[count];
+        count++;
+        names += length;
+        names += *names == ',';
+    }
+    return count;
+}
+
+static const char *perf_full_address(const char *address, char out[256]) {
+    snprintf(out, 256, "%s%s", strstr(address, "://") ? "" : "tcp://", address);
+    return out;
+}
+
+static tprpc_listener *perf_listener(perf_end *end, const perf_serving *serving) {
+    char text[PERF_LIST_MAX][64], full[256];
+    const char *list[PERF_LIST_MAX];
+    tprpc_error error = {.status = TPRPC_OK};
+    tprpc_listener *listener = NULL;
+    tprpc_listener_desc desc = {.addresses = list, .address_count = 1, .insecure = serving->address != NULL};
+    if (serving->address) list[0] = perf_full_address(serving->address, full);
+    else desc.address_count = perf_local_addresses(end->o, text, list);
+    if (tprpc_listen(end->ctx, &desc, &listener, &error) != TPRPC_OK) perf_die("listen", &error);
+    const char *address = tprpc_listener_address(listener, NULL);
+    if (serving->tell < 0) fprintf(stderr, "tprpc-perf: listening on %s\n", address);
+    else if (write(serving->tell, address, strlen(address) + 1) < 0) perf_die("pipe", NULL);
+    if (serving->tell >= 0) close(serving->tell);
+    return listener;
+}
+
+static void perf_first_accepted(tprpc_status status, tprpc_pipe *pipe, const tprpc_error *error, void *user) {
+    if (status != TPRPC_OK) perf_die("accept", error);
+    ((perf_end *)user)->pipe = pipe;
+}
+
+// The serving end, from start to finish.
+static void perf_serve(const perf_options *asked, void *user) {
+    perf_options o = *asked;
+    perf_end end = {.o = &o, .ctx = perf_context(&o), .serving = true};
+    tprpc_listener *listener = perf_listener(&end, (const perf_serving *)user);
+    tprpc_status status = tprpc_accept(listener, perf_first_accepted, &end);
+    if (status != TPRPC_OK) perf_die_status("accept", status);
+    while (!end.pipe) tprpc_poll(end.ctx, TPRPC_FOREVER, 0);
+    perf_be_told(&end, &o);
+    perf_prepare(&end);
+    end.check_all = true;
+    if (o.test == PERF_PIPES) perf_pipes_serve(&end, listener);
+    else if (o.test == PERF_FRAME) perf_source(&end);
+    else {
+        perf_expect(&end, o.test == PERF_RTT ? perf_echo : perf_sink, o.test == PERF_RTT ? 2 : 16);
+        if (o.test == PERF_RTT) end.check_all = false;
+        perf_control_send(&end, "ready");
+        while (perf_turn(&end)) {}
+    }
+    end.closing = true;
+    tprpc_pipe_close(end.pipe);
+    tprpc_context_destroy(end.ctx);
+}
+
+// The measuring end.
+static void perf_measure(const perf_options *o, const char *address, pid_t other, perf_result *r) {
+    perf_end end = {.o = o, .ctx = perf_context(o), .other = other};
+    tprpc_error error = {.status = TPRPC_OK};
+    tprpc_pipe_desc desc = {.address = address, .insecure = o->connect != NULL};
+    if (tprpc_connect(end.ctx, &desc, &end.pipe, &error) != TPRPC_OK) perf_die("connect", &error);
+    perf_prepare(&end);
+    perf_agree(&end);
+    if (o->test == PERF_RTT) perf_rtt(&end, r);
+    else if (o->test == PERF_PIPES) perf_pipes(&end, address, r);
+    else if (o->test == PERF_FRAME) perf_frame(&end, r);
+    else perf_one_way(&end, r);
+    perf_used_path(&end, r);
+    end.closing = true;
+    tprpc_pipe_close(end.pipe);
+    tprpc_context_destroy(end.ctx);
+}
+
+static void perf_run_pipes(const perf_options *o, perf_result *r) {
+    char address[256] = "";
+    int tell[2];
+    if (o->connect) {
+        perf_pin(o, 0);
+        perf_measure(o, perf_full_address(o->connect, address), 0, r);
+        return;
+    }
+    if (pipe(tell) != 0) perf_die("pipe", NULL);
+    perf_serving serving = {.tell = tell[1]};
+    pid_t child = perf_fork(o, perf_serve, &serving);
+    close(tell[1]);
+    if (read(tell[0], address, sizeof address - 1) <= 0) {
+        perf_join(child);            // it has said why
+        perf_die("the other end said nothing", NULL);
+    }
+    close(tell[0]);
+    perf_measure(o, address, child, r);
+    perf_join(child);
+}
+
+// ---- rpc ------------------------------------------------------------------------------------------------------------
+
+typedef struct perf_agent {          // one end of a measurement between agents
+    const perf_options *o;
+    tprpc_context *ctx;
+    tprpc_agent   *agent;
+    tprpc_message  message;          // what this end sends: as perf_prepare's
+    tprpc_tensor   tensor;
+    unsigned char *place;            // where a tensor arrives
+    bool           quit;
+} perf_agent;
+
+static void perf_nothing(void *user) { (void)user; }
+
+static void perf_agent_prepare(perf_agent *a) {
+    size_t size = (size_t)a->o->size;
+    unsigned char *data = (unsigned char *)perf_memory(size);
+    for (size_t i = 0; i < size; i++) data[i] = perf_pattern(i);
+    a->message = (tprpc_message){.metadata = data, .metadata_size = size};
+    if (!a->o->tensor) return;
+    a->place = (unsigned char *)perf_memory(size);
+    a->tensor = (tprpc_tensor){.data = data, .size = size, .device = {TPRPC_CPU, 0}};
+    a->message = (tprpc_message){.tensors = &a->tensor, .tensor_count = 1, .release = perf_nothing};
+}
+
+// Calls follow one another, so one place is enough.
+static tprpc_status perf_agent_place(tprpc_placement *placement, void *user) {
+    perf_agent *a = (perf_agent *)user;
+    const tprpc_message *descriptor = placement->descriptor;
+    if (descriptor->tensor_count == 0) return TPRPC_OK;
+    if (descriptor->tensor_count != 1 || descriptor->tensors[0].size != (size_t)a->o->size || !a->place)
+        return TPRPC_ERROR_INVALID;
+    placement->tensors[0].data = a->place;
+    return TPRPC_OK;
+}
+
+static void perf_agent_echo(tprpc_request request, const tprpc_message *message, void *user) {
+    perf_agent *a = (perf_agent *)user;
+    tprpc_reply(request, message->tensor_count ? &a->message : message);
+}
+
+static void perf_agent_quit(tprpc_request request, const tprpc_message *message, void *user) {
+    ((perf_agent *)user)->quit = true;
+    tprpc_reply(request, message);
+}
+
+// The serving end is rank 0 and serves the store; it stays until the other one calls quit.
+static void perf_agent_begin(perf_agent *a, const perf_options *o, const char *init_method, int rank) {
+    tprpc_error error = {.status = TPRPC_OK};
+    a->o = o;
+    a->ctx = perf_context(o);
+    perf_agent_prepare(a);
+    tprpc_agent_desc desc = {.context = a->ctx, .name = rank ? "measuring" : "serving", .init_method = init_method,
+                             .rank = rank, .world_size = 2, .insecure = o->listen || o->connect};
+    tprpc_method_desc echo = {.name = "echo", .handler = perf_agent_echo, .place = perf_agent_place, .user = a};
+    tprpc_method_desc quit = {.name = "quit", .handler = perf_agent_quit, .place = perf_agent_place, .user = a};
+    if (tprpc_agent_create(&desc, &a->agent, &error) != TPRPC_OK ||
+        tprpc_agent_register(a->agent, &echo, &error) != TPRPC_OK ||
+        tprpc_agent_register(a->agent, &quit, &error) != TPRPC_OK ||
+        tprpc_agent_wait_ready(a->agent, o->listen ? TPRPC_FOREVER : 30000, &error) != TPRPC_OK)
+        perf_die("agent", &error);
+}
+
+static void perf_agent_end(perf_agent *a) {
+    tprpc_error error = {.status = TPRPC_OK};
+    if (tprpc_agent_leave(a->agent, 10000, &error) != TPRPC_OK) perf_die("leave", &error);
+    tprpc_agent_destroy(a->agent);
+    tprpc_context_destroy(a->ctx);
+}
+
+static void perf_agent_serve(const perf_options *o, void *init_method) {
+    perf_agent a = {.quit = false};
+    perf_agent_begin(&a, o, (const char *)init_method, 0);
+    while (!a.quit) tprpc_poll(a.ctx, TPRPC_FOREVER, 0);
+    perf_agent_end(&a);
+}
+
+static void perf_one_call(perf_agent *a, tprpc_method_id method, int64_t *stamp) {
+    tprpc_error error = {.status = TPRPC_OK};
+    tprpc_future future = {NULL, 0};
+    tprpc_call_options options = {.place = perf_agent_place, .user = a};
+    tprpc_status status = tprpc_call_id(a->agent, method, &a->message, a->place ? &options : NULL, &future);
+    if (status != TPRPC_OK) perf_die_status("call", status);
+    *stamp = perf_now_ns();          // while the call is on its way
+    if (tprpc_future_wait(future, TPRPC_FOREVER) != TPRPC_OK) {
+        tprpc_future_error(future, &error);
+        perf_die("call", &error);
+    }
+    const tprpc_message *reply = tprpc_future_reply(future);
+    errno = EBADMSG;
+    if (reply->metadata_size != a->message.metadata_size || reply->tensor_count != a->message.tensor_count)
+        perf_die("a reply arrived with another size", NULL);
+    tprpc_future_release(future);
+}
+
+static void perf_measure_calls(const perf_options *o, const char *init_method, pid_t other, perf_result *r) {
+    perf_agent a = {.quit = false};
+    tprpc_error error = {.status = TPRPC_OK};
+    tprpc_method_id echo = {0, 0}, quit = {0, 0};
+    tprpc_pipe_info info;
+    int64_t *stamps = (int64_t *)perf_memory(sizeof(int64_t) * (size_t)(o->iters + 1)), ignored = 0;
+    perf_agent_begin(&a, o, init_method, 1);
+    if (tprpc_resolve(a.agent, "serving", "echo", &echo, &error) != TPRPC_OK ||
+        tprpc_resolve(a.agent, "serving", "quit", &quit, &error) != TPRPC_OK) perf_die("resolve", &error);
+    for (int64_t i = 0; i < o->warmup; i++) perf_one_call(&a, echo, &ignored);
+    double cpu = perf_cpu_s(other);
+    for (int64_t i = 0; i <= o->iters; i++) perf_one_call(&a, echo, &stamps[i]);
+    r->cpu_s = perf_cpu_s(other) - cpu;
+    perf_differences(stamps, o->iters);
+    perf_distribution(r, stamps, o->iters);
+    if (tprpc_agent_get_peer_info(a.agent, "serving", &info, sizeof info) == TPRPC_OK) {
+        snprintf(r->transport, sizeof r->transport, "%s", info.transport);
+        if (o->tensor) snprintf(r->channel, sizeof r->channel, "%s", info.channel);
+    }
+    perf_one_call(&a, quit, &ignored);
+    perf_agent_end(&a);
+}
+
+static int perf_tcp_listen(struct sockaddr_in *address) {
+    socklen_t size = sizeof *address;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    *address = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    if (fd < 0 || bind(fd, (struct sockaddr *)address, sizeof *address) != 0 || listen(fd, 1) != 0 ||
+        getsockname(fd, (struct sockaddr *)address, &size) != 0) perf_die("socket", NULL);
+    return fd;
+}
+
+static void perf_run_calls(const perf_options *o, perf_result *r) {
+    char init_method[256];
+    const char *address = o->listen ? o->listen : o->connect;
+    if (address) {
+        perf_full_address(address, init_method);
+        if (strncmp(init_method, "tcp://", 6) != 0) perf_refuse("--test rpc needs the address as host:port.");
+        perf_pin(o, o->listen ? 1 : 0);
+        if (o->listen) perf_agent_serve(o, init_method);
+        else perf_measure_calls(o, init_method, 0, r);
+        return;
+    }
+    struct sockaddr_in free_port;    // the store's: given back here, taken again by the child
+    close(perf_tcp_listen(&free_port));
+    snprintf(init_method, sizeof init_method, "tcp://127.0.0.1:%d", (int)ntohs(free_port.sin_port));
+    pid_t child = perf_fork(o, perf_agent_serve, init_method);
+    perf_measure_calls(o, init_method, child, r);
+    perf_join(child);
+}
+
+// ---- raw: the bare medium -------------------------------------------------------------------------------------------
+
+enum { PERF_ADAPTIVE_NS = 50000 };   // as the library's default
+// A socket is given and asked for at most this much at once. A call for all of 64 MiB would be a weaker reference: 3.7
+// instead of 5.3 GB/s over loopback on a 2-core VM, Linux 6.18.
+enum { PERF_PIECE = PERF_MIB };
+
+typedef struct perf_line { uint32_t value; char rest[124]; } perf_line;     // two lines: prefetchers fetch pairs
+
+// Waits until the line holds `value`. No pause instruction: it costs more than a cache line's way.
+static void perf_line_wait(perf_line *line, uint32_t value) {
+    while (__atomic_load_n(&line->value, __ATOMIC_ACQUIRE) != value) {}
+}
+
+static uint32_t perf_raw_rounds(const perf_options *o) { return (uint32_t)(o->warmup + o->iters); }
+
+static void perf_raw_line_serve(const perf_options *o, void *user) {
+    perf_line *lines = (perf_line *)user;
+    for (uint32_t i = 1; i <= perf_raw_rounds(o); i++) {
+        perf_line_wait(&lines[0], i);
+        __atomic_store_n(&lines[1].value, i, __ATOMIC_RELEASE);
+    }
+}
+
+static void perf_raw_line(const perf_options *o, int64_t *stamps, perf_result *r) {
+    void *shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    perf_line *lines = (perf_line *)shared;
+    if (shared == MAP_FAILED) perf_die("mmap", NULL);
+    pid_t child = perf_fork(o, perf_raw_line_serve, lines);
+    double cpu = 0;
+    for (uint32_t i = 1; i <= perf_raw_rounds(o); i++) {
+        __atomic_store_n(&lines[0].value, i, __ATOMIC_RELEASE);
+        if (i == (uint32_t)o->warmup) cpu = perf_cpu_s(child);
+        if (i >= (uint32_t)o->warmup) stamps[i - (uint32_t)o->warmup] = perf_now_ns();
+        perf_line_wait(&lines[1], i);
+    }
+    r->cpu_s = perf_cpu_s(child) - cpu;
+    perf_join(child);
+}
+
+// Receives all of it, spinning or sleeping as --spin says. False: the other end has closed.
+static bool perf_raw_recv(const perf_options *o, int fd, unsigned char *data, size_t size) {
+    int64_t sleep_at = 0;
+    for (size_t have = 0; have < size;) {
+        size_t ask = size - have < PERF_PIECE ? size - have : PERF_PIECE;
+        ssize_t got = recv(fd, data + have, ask, o->spin == PERF_SPIN_NEVER ? 0 : MSG_DONTWAIT);
+        if (got == 0) return false;
+        if (got > 0) {
+            have += (size_t)got;
+            sleep_at = 0;
+            continue;
+        }
+        if (errno != EAGAIN && errno != EINTR) perf_die("recv", NULL);
+        if (o->spin != PERF_SPIN_ADAPTIVE) continue;
+        if (sleep_at == 0) sleep_at = perf_now_ns() + PERF_ADAPTIVE_NS;
+        if (perf_now_ns() >= sleep_at) poll(&(struct pollfd){.fd = fd, .events = POLLIN}, 1, -1);
+    }
+    return true;
+}
+
+static void perf_raw_send(int fd, const unsigned char *data, size_t size) {
+    while (size) {
+        ssize_t sent = send(fd, data, size < PERF_PIECE ? size : PERF_PIECE, MSG_NOSIGNAL);
+        if (sent < 0 && errno != EINTR) perf_die("send", NULL);
+        if (sent < 0) continue;
+        data += sent;
+        size -= (size_t)sent;
+    }
+}
+
+static void perf_raw_no_delay(int fd) {
+    int on = 1;
+    if (setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) != 0) perf_die("TCP_NODELAY", NULL);
+}
+
+static bool perf_raw_stream(const perf_options *o) { return o->size >= PERF_MIB; }
+
+// The other end: sends messages back, or (a stream) one byte after the warm-up and one at the end.
+static void perf_raw_socket_serve(const perf_options *o, void *user) {
+    int fd = accept(*(const int *)user, NULL, NULL);
+    size_t size = (size_t)o->size;
+    unsigned char *data = (unsigned char *)perf_memory(size);
+    if (fd < 0) perf_die("accept", NULL);
+    perf_raw_no_delay(fd);
+    for (int64_t i = 1; i <= o->warmup + o->iters; i++) {
+        if (!perf_raw_recv(o, fd, data, size)) perf_die("the measuring end has closed", NULL);
+        if (!perf_raw_stream(o)) perf_raw_send(fd, data, size);
+        else if (i == o->warmup || i == o->warmup + o->iters) perf_raw_send(fd, data, 1);
+    }
+    close(fd);
+}
+
+static void perf_raw_echo(const perf_options *o, int fd, unsigned char *data, int64_t *stamps, int64_t count) {
+    for (int64_t i = 0; i <= count; i++) {
+        if (i < count) perf_raw_send(fd, data, (size_t)o->size);
+        stamps[i] = perf_now_ns();
+        if (i < count && !perf_raw_recv(o, fd, data, (size_t)o->size)) perf_die("the other end has closed", NULL);
+    }
+}
+
+static int64_t perf_raw_one_way(const perf_options *o, int fd, unsigned char *data, int64_t count) {
+    unsigned char done = 0;
+    int64_t begin = perf_now_ns();
+    for (int64_t i = 0; i < count; i++) perf_raw_send(fd, data, (size_t)o->size);
+    if (!perf_raw_recv(o, fd, &done, 1)) perf_die("the other end has closed", NULL);
+    return perf_now_ns() - begin;
+}
+
+static void perf_raw_socket(const perf_options *o, int64_t *stamps, perf_result *r) {
+    struct sockaddr_in address;
+    int listener = perf_tcp_listen(&address);
+    pid_t child = perf_fork(o, perf_raw_socket_serve, &listener);
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    unsigned char *data = (unsigned char *)perf_memory((size_t)o->size);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) != 0) perf_die("connect", NULL);
+    perf_raw_no_delay(fd);
+    if (perf_raw_stream(o)) perf_raw_one_way(o, fd, data, o->warmup);
+    else perf_raw_echo(o, fd, data, stamps, o->warmup);
+    double cpu = perf_cpu_s(child);
+    if (perf_raw_stream(o)) perf_throughput(r, perf_raw_one_way(o, fd, data, o->iters), o->iters, o->size);
+    else perf_raw_echo(o, fd, data, stamps, o->iters);
+    r->cpu_s = perf_cpu_s(child) - cpu;
+    close(fd);
+    perf_join(child);
+}
+
+static void perf_run_raw(const perf_options *o, perf_result *r) {
+    bool line = !o->transport || strcmp(o->transport, "shm") == 0;
+    int64_t most = o->iters > o->warmup ? o->iters : o->warmup;
+    int64_t *stamps = (int64_t *)perf_memory(sizeof(int64_t) * (size_t)(most + 1));
+    snprintf(r->transport, sizeof r->transport, "%s", line ? "shm" : "tcp");
+    if (line) perf_raw_line(o, stamps, r);
+    else perf_raw_socket(o, stamps, r);
+    if (!line && perf_raw_stream(o)) return;
+    perf_differences(stamps, o->iters);
+    perf_distribution(r, stamps, o->iters);
+}
+
+// ---- main -----------------------------------------------------------------------------------------------------------
+
+int main(int argc, char **argv) {
+    perf_options o = perf_parse(argc, argv);
+    perf_result r = perf_result_empty();
+    perf_raise_descriptors();
+    // An unknown backend is a bad argument too: found out before there is a second process to say it again.
+    if (o.test != PERF_RAW && (o.transport || o.channel)) tprpc_context_destroy(perf_context(&o));
+    if (o.test == PERF_RAW) perf_run_raw(&o, &r);
+    else if (o.test == PERF_RPC) perf_run_calls(&o, &r);
+    else if (o.listen) {
+        perf_serving serving = {.tell = -1, .address = o.listen};
+        perf_pin(&o, 1);
+        perf_serve(&o, &serving);
+    } else perf_run_pipes(&o, &r);
+    if (o.listen) return 0;          // the measuring end prints
+    if (o.json) perf_print_json(&o, &r);
+    else perf_print_table(&o, &r);
+    return 0;
+}
