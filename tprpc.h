@@ -1,3 +1,291 @@
+// tprpc - remote procedure calls that carry tensors, between threads, processes and hosts. Version 0.1.0.
+//
+// Drop this file into your code. In exactly one C or C++ file write
+//
+//     #define TPRPC_IMPLEMENTATION
+//     #include "tprpc.h"
+//
+// and elsewhere include it plain. It needs Linux (x86-64 or arm64), a compiler for C99 or C++11, and libc with pthreads
+// (link with -pthread, where libc is old also -ldl). It starts no thread that you did not ask for, has no global state,
+// installs no signal handler and raises no signal. A hello, of one worker that calls another:
+//
+//     tprpc_agent_desc desc = {.name = "client", .init_method = "tcp://127.0.0.1:29500", .rank = 1, .world_size = 2};
+//     tprpc_agent *agent;  tprpc_future future;  tprpc_error error;
+//     if (tprpc_agent_create(&desc, &agent, &error) || tprpc_agent_wait_ready(agent, 10000, &error)) puts(error.text);
+//     tprpc_call(agent, "server", "hello", NULL, NULL, &future);
+//     if (tprpc_future_wait(future, TPRPC_FOREVER) == TPRPC_OK) { ... tprpc_future_reply(future) ... }
+//
+// examples/hello.c is the whole of it, the server included. License: Unlicense or MIT-0, at the end of the file.
+//
+// CONTENTS, to be searched for. First this manual; then the public part, in which each function's contract stands once,
+// above its declaration: outcomes, context, messages, pipes, stores, agents, reports, backends, DLPack. Then, under
+// TPRPC_IMPLEMENTATION, the sections; each uses only what stands above it:
+//
+//   >>atomic      atomic operations that C99, C11 and C++11 all compile
+//   >>os          system calls, each through one function
+//   >>base        memory, log, errors, lists, maps, buffers
+//   >>wire        every byte that a peer can send: formats, bounded readers and writers
+//   >>timer       the timing wheel: every timeout
+//   >>loop        who drives, spins, sleeps and is woken; deferred work and callbacks
+//   >>context     hooks, limits, threads, the list of backends
+//   >>transport   what transports have in common
+//   >>tcp         connections over IPv4 and IPv6
+//   >>shm         connections through memory that two processes share
+//   >>channel     what channels have in common
+//   >>basic       host memory through the pipe's own connection
+//   >>xth         host memory between threads of one process
+//   >>backends    the registry; contexts are created here
+//   >>pipe        agreement with the other end, and the messages
+//   >>store       where workers find each other
+//   >>agent       calls, requests, the group
+//   >>report      what a person reads
+//   >>dlpack      DLPack tensors, when dlpack.h was included before
+//
+// THE PARTS. A context is a loop with its hooks. An agent is a worker of a group: it calls methods of other workers by
+// name and serves its own. A store is where the group meets. Below agents, and usable without them, are pipes: ordered
+// messages between two ends. A transport is how a pipe's bytes travel (shm, tcp), a channel how tensors do (xth,
+// basic).
+//
+// Structs that end in _desc describe what is to be created. A field that is zero has its default, which its comment
+// names; so in C write {.name = ...}, in C++ `tprpc_agent_desc d = {}; d.name = ...`. Every duration has its unit in
+// its name; 0 means the default, TPRPC_NOW no time at all, TPRPC_FOREVER no limit.
+//
+//
+// THE LOOP, AND WHO DRIVES IT
+//
+// There are two progress modes, chosen by tprpc_context_desc.threads:
+//
+//   0, polled       The library runs when you call it: in tprpc_poll, or in a function that waits. This is for programs
+//                   that have a main loop, and it is the fastest for those that just wait: no thread stands between.
+//   1 and more      That many loops, each with a thread of its own. A connection belongs to one of them.
+//
+// Callbacks (handlers, on_done, on_ready, done, release, ...) follow one rule. In a polled context they run on the
+// callback thread alone: the one that created the context, or the last that called tprpc_context_bind_thread; and
+// there only inside tprpc_poll or a wait. In a threaded context they run on the loop's thread. So callbacks of a
+// polled context need no locks against the code that polls. There are two exceptions. `place` runs on whichever thread
+// moves the bytes, and calls nothing of tprpc. A method registered with TPRPC_METHOD_BLOCKING runs as a job of
+// `submit`, or on the agent's worker_threads, so that its work holds up nobody. (Log and thread hooks and the
+// allocator: any thread.)
+//
+// All public functions may be called from any thread, unless their contract says otherwise, and from within callbacks,
+// but for the destroy functions. No lock of ours is held while your callbacks run. Callbacks of one pipe never run
+// at the same time; nor do handlers of calls that came over one pipe, but for blocking ones.
+//
+// tprpc_poll has a budget: it starts nothing new after that time, and overshoots by at most one chunk and one callback.
+// A game calls tprpc_poll(ctx, TPRPC_NOW, 1500) once in a frame; examples/engine_loop.cpp does.
+//
+// Waits: tprpc_future_wait and its like drive the loop when nobody else does, and hand it on before they return. So
+// any thread may wait for its own future, also on a polled context, and gets it even when the callback thread is busy;
+// such a wait moves bytes and ends the future, but its on_done follows on the callback thread. A wait within a
+// callback runs other callbacks meanwhile, nested at most limits.nesting deep.
+//
+// A waiting thread first spins for spin_us, then sleeps until something comes. Spinning makes a call several times
+// faster where both ends have a processor to themselves, and slower where they share one: there set spin_us to
+// TPRPC_NOW.
+//
+// To others a context is in one of three states. Polling or waiting: peers just write. Asleep or armed: peers wake it.
+// Away, which is an engine between two frames: nobody wakes it, and nothing is lost; the bytes wait. Idle costs no CPU.
+//
+// Foreign loops (epoll, libuv, an engine's): watch tprpc_context_handle for reading. Before you sleep call
+// tprpc_context_arm; when it returns false, poll first. When the handle turns readable, or at the deadline that arm
+// gave, call tprpc_poll.
+//
+//     for (;;) {
+//         int64_t deadline_us;
+//         if (!tprpc_context_arm(ctx, &deadline_us)) { tprpc_poll(ctx, TPRPC_NOW, 0); continue; }
+//         sleep_in_poll_or_epoll(tprpc_context_handle(ctx), deadline_us);
+//         tprpc_poll(ctx, TPRPC_NOW, 0);
+//     }
+//
+//
+// BYTES, AND WHOSE THEY ARE
+//
+// A message has metadata (a call's body: small, always there when the handler runs), tensors (bulk, on any device),
+// and on pipes also payloads. It goes out in one of two ways:
+//
+//   copied      `release` is NULL. All is copied before the function returns: the array may be on the stack.
+//   borrowed    `release` is set. Structs, arrays and strings are copied, the bytes are not; they must stay as they are
+//               until release(release_user) runs, exactly once, whatever becomes of the message. If the function
+//               returns an error, release has run already.
+//
+// The outcome of a call and its release are two events, in any order: after a timeout a peer may still be reading.
+//
+// What comes in belongs to the library. It is valid until the request is answered, the future released, or the
+// callback that showed it returns; it is 64-byte aligned and may be written to, so a handler may change a tensor in
+// place and reply with it. To receive into memory of your own set `place`, of a method or of a call: it sees the
+// descriptor (sizes, shapes, metadata) before the bytes come, and says where each tensor goes. If the message then
+// fails, on_unplaced says that the memory is yours again.
+//
+// After a warm-up the library allocates nothing for calls: blocks are kept and used again.
+//
+//
+// PIPES
+//
+// tprpc_listen and tprpc_accept on one side, tprpc_connect on the other. A pipe may be used at once; operations wait
+// until it is connected and agreed. A message is read in two steps: read_descriptor shows what comes, read says where
+// it goes; or in one, with memory of the library's. Descriptors come in the order written. Completions of writes and
+// of reads are independent of each other, unless the pipe was created `ordered`. Every operation that was accepted
+// ends in exactly one callback, also when the pipe or the context is closed under it.
+//
+// A reader that does not read stalls its writer, whose messages queue up to limits.inflight_bytes; beyond it a write is
+// refused with LIMIT. Large buffers are sent when the reader has said where they go, so they take no memory meanwhile.
+//
+//
+// HOW BYTES TRAVEL, AND HOW THAT IS CHOSEN
+//
+// A pipe begins on the address it was given. The two ends then tell each other what they have, and move the pipe to
+// the best transport that both have and that reaches the other: shm (200) on one host, tcp (0) else. Channels are
+// chosen likewise, by priority: xth (1300) within one process, basic (1000) everywhere; one that needs it is proven by
+// moving a nonce before it carries anything of yours. What fails is passed over, the next is tried, and the reason is
+// kept: tprpc_pipe_get_info, tprpc_agent_get_peer_info and tprpc_agent_report show it. Nothing that a machine lacks is
+// fatal.
+//
+// tprpc_context_desc.transports and .channels say which may be used, in order of preference ("shm,tcp"). A store on
+// tcp:// needs tcp among them. Backends of your own are tables of functions, given in .backends: see the public part.
+//
+// Small messages travel inline, in frames; a call or reply of up to 64 bytes takes a shorter path yet. Bulk moves in
+// chunks between which small messages pass.
+//
+//
+// STORES
+//
+//   tcp://host:port    rank 0 (or who sets serve) serves it, the others are its clients
+//   file://path        a file that all can write; changes are made under a file lock
+//   env://             tcp:// of MASTER_ADDR and MASTER_PORT, with RANK and WORLD_SIZE, as torchrun and others set them
+//   local://           in the memory of this process; hand its pointer to other contexts
+//
+// A store of your own is a table of three functions. Operations are asynchronous, with a done callback;
+// tprpc_store_wait is for threads that may wait. An agent opens its store by itself, from init_method, unless it is
+// given one.
+//
+//
+// AGENTS
+//
+// create is local. Register methods, also later; then start or wait_ready joins the group. A static group has
+// world_size workers, each with a rank, and is ready when all are there; a worker that never comes is named after
+// start_timeout_ms. In a dynamic group (world_size 0) a worker is ready when it is known to the store, and others are
+// looked up by name.
+//
+// A call goes to a worker and a method by name; tprpc_resolve looks both up once for tprpc_call_id, which is for the
+// hot path. Synchronous: wait for its future. Asynchronous: on_done, which needs no future. One-way:
+// TPRPC_CALL_ONE_WAY, whose outcome is that the message left. If a call is refused at once, its status says why, and
+// options.error gets the sentence. A call runs at most once; TPRPC_CALL_IDEMPOTENT permits a retry, and none is made in
+// this version. Calls have no order among each other, except those with the same lane (not 0) to one worker: their
+// handlers start in order.
+//
+// A handler answers with tprpc_reply or tprpc_fail, or keeps the request (tprpc_request_keep) and answers later, from
+// any thread, as examples/late_reply.c does. One that does neither fails the call with a sentence that says so. An
+// answer that comes twice, or after the caller has given up, is INVALID and does no harm; tprpc_request_cancelled
+// tells a long job that nobody waits any more.
+//
+// leave is graceful: in a static group it waits until all leave and serves them meanwhile. destroy is not: it ends
+// what is open with CLOSED, runs the last callbacks on the calling thread, and nothing runs after it. Join your own
+// jobs that hold requests before you destroy the agent, and destroy agents before their context. unregister is for hot
+// reload: after it returned no code of that method runs.
+//
+//
+// ERRORS AND DEATHS
+//
+// Functions return a status; TPRPC_OK is 0. tprpc_error adds the system's code and a sentence that names the peer, the
+// backend and what was tried; a handler's failure arrives as REMOTE with its own code and text. A function that
+// returns an error is followed by no callback. What is wrong in itself (NULL, out of range) asserts, and is INVALID
+// where assertions are off; what depends on time or on the other end (a stale future, a late answer) is INVALID
+// always.
+//
+// A peer's death on this host is seen at once: its socket closes, and over shm its process is watched beside, for a
+// forked child can keep a socket open. On other hosts TCP keep-alive, and a look at unacknowledged data, take 30 s; a
+// peer that stands in a debugger is not dead. Everything in flight to it then fails once, with PEER or UNREACHABLE,
+// and the next call connects anew.
+//
+// Nothing that a peer, the network or the system does aborts the process.
+//
+//
+// TRUST
+//
+// A peer must be of this user, where it is on this host: shm asks the kernel, on a loopback TCP connection the owner
+// of the other socket is looked up. Another user is DENIED. Memory is shared as sealed memfds, so no peer can shrink
+// it under us; whatever a peer writes, on a socket or in shared memory, is checked before it is used.
+//
+// Addresses other than loopback are refused unless `insecure` is set, which means what it says: no encryption, and who
+// reaches the port may call. A `secret` is UNSUPPORTED until TLS is built in; it is never ignored. The address an agent
+// publishes is the interface that routes to its store, or `address`.
+//
+//
+// FORK
+//
+// A forked child must not use a context of its parent, nor what belongs to it: functions return INVALID, and
+// descriptors close on exec. Create contexts after the fork, as examples/wave.c does.
+//
+//
+// HOOKS
+//
+// In tprpc_context_desc: allocator (tag: which section asks), log (silent without), submit (the engine's jobs),
+// thread_begin and thread_end, clock_us. They must not call tprpc, but for what submit runs. Macros are compiled in:
+//
+//   TPRPC_ASSERT(condition)               misuse (default: assert, nothing with NDEBUG)
+//   TPRPC_LOG_LEVEL                       levels above it are compiled out: 0 panic, 1 error, 2 warning, 3 info,
+//                                         4 debug (default: 3)
+//   TPRPC_ZONE_BEGIN(name), _END(name)    profiler zones: on one thread, nested, name a literal (default: nothing)
+//   TPRPC_SPAN_BEGIN(name, id), _END      asynchronous spans, a call from its start to its outcome (default: nothing)
+//   TPRPC_PLOT(name, value)               a number over time (default: nothing; none is plotted in this version)
+//
+// Define them in the file that has TPRPC_IMPLEMENTATION, above the include. So with all that follow:
+//
+//
+// CONFIGURATION
+//
+//   TPRPC_IMPLEMENTATION    the implementation, in one file of the program
+//   TPRPC_STATIC            all functions are static: where the implementation is, is where it is used. In all files
+//   TPRPC_DLL               functions are exported from a shared library. In all files
+//   TPRPC_NO_TCP            without tcp, and without tcp:// and env:// stores
+//   TPRPC_NO_SHM            without shm
+//   TPRPC_NO_XTH            without xth
+//   TPRPC_NO_THREADS        no threads: contexts are polled; `threads` and worker_threads are UNSUPPORTED
+//   TPRPC_NO_DLOPEN         no dlopen: what is loaded at run time is missing (nothing is, in this version)
+//   TPRPC_NO_FILES          no files: no file:// stores; a socket's owner is asked of sock_diag alone
+//   TPRPC_NO_GETENV         no environment: no env:// stores
+//   _GNU_SOURCE             the implementation defines it; if a system header comes before, do it yourself
+//
+//
+// LIMITS AND DEFAULTS. Those with a name in the middle are settable, 0 being the default.
+//
+//   what                                              where                                 value
+//   tensors and payloads of a message, in bytes       limits.message_bytes                  16 GiB
+//   metadata of a message, in bytes                   limits.metadata_bytes                 1 MiB
+//   tensors and payloads of a message, their number   limits.tensors                        4,096 (at most 65,535)
+//   dimensions of a tensor                            TPRPC_MAX_DIMS                        8
+//   the library's own memory                          limits.memory_bytes                   4 GiB
+//   copied bytes that wait to leave, of a pipe        limits.inflight_bytes                 256 MiB
+//   pipes of a context                                limits.pipes                          16,384
+//   incoming connections that are no pipes yet        limits.handshakes                     1,024
+//   calls of an agent that are pending, either way    limits.pending_calls                  4,194,304
+//   waits within callbacks                            limits.nesting                        16
+//   a wait spins before it sleeps                     tprpc_context_desc.spin_us            50 us
+//   a pipe is connected and agreed                    tprpc_pipe_desc.timeout_ms            10 s
+//   a peer that connects has said who it is           -                                     10 s
+//   a better transport is tried                       -                                     2 s
+//   a call                                            timeout_ms of agent and call          60 s
+//   start and leave                                   tprpc_agent_desc.start_timeout_ms     60 s
+//   a store's operation, and to reach its server      tprpc_store_desc.timeout_ms           60 s
+//   a silent TCP peer is dead after                   -                                     30 s
+//   names of workers and methods, in bytes            -                                     1 to 128
+//   keys of a store, in bytes                         -                                     1 to 255
+//   values of a store, in bytes                       -                                     65,536
+//   workers of a static group                         tprpc_agent_desc.world_size           1,048,576
+//   addresses of a listener                           tprpc_listener_desc.addresses         16
+//   a name after shm://, in bytes                     -                                     100
+//   loops of a context                                tprpc_context_desc.threads            64
+//   backends of a context, ours included              tprpc_context_desc.backends           31
+//   name of a backend, in bytes                       -                                     1 to 15
+//   read of a peer before it is known                 -                                     4 KiB
+//   host buffers that travel within the message       -                                     8 KiB each, 32 KiB in all
+//   a channel's own bytes within a message            max_descriptor                        4 KiB
+//   a channel's control message, and its handles      tprpc_link_control                    4 KiB, 8
+//   frames sent and not consumed by the peer          -                                     1 MiB
+//   a chunk of bulk                                   -                                     256 KiB, at most 1 MiB
+//   a ring of shm, each way                           -                                     256 KiB
+//   an error's sentence, in bytes                     tprpc_error.text                      243
+
 #ifndef TPRPC_H
 #define TPRPC_H
 
@@ -1737,7 +2025,7 @@ TPR_UNUSED static int tpr_os_tcp_owner(const tpr_os_address *own, const tpr_os_a
 #include <poll.h>
 
 // Whether a read from `fd` would not wait.
-TPR_UNUSED static bool tpr_os_readable(int fd) {
+static bool tpr_os_readable(int fd) {
     struct pollfd look;
     look.fd = fd;
     look.events = POLLIN;
@@ -1746,16 +2034,7 @@ TPR_UNUSED static bool tpr_os_readable(int fd) {
 }
 
 // Ends a socket for all who hold it, a forked child included.
-TPR_UNUSED static void tpr_os_shutdown(int fd) { shutdown(fd, SHUT_RDWR); }
-
-// Asks for the cache line to write to it soon. The compiler's own way asks for it to read, where it knows no processor.
-static inline void tpr_os_prefetch_write(const void *at) {
-#if defined(__x86_64__)
-    __asm__ __volatile__("prefetchw %0" : : "m"(*(const char *)at));
-#else
-    __builtin_prefetch(at, 1);
-#endif
-}
+static void tpr_os_shutdown(int fd) { shutdown(fd, SHUT_RDWR); }
 
 // ---- files that processes share
 
@@ -2395,6 +2674,12 @@ static inline tpr_base_bytes tpr_wire_read_raw(tpr_wire_reader *r, size_t size) 
     return bytes;
 }
 
+// The next `size` bytes into `out`, which a failure leaves alone.
+static inline void tpr_wire_read_into(tpr_wire_reader *r, void *out, size_t size) {
+    tpr_base_bytes bytes = tpr_wire_read_raw(r, size);
+    tpr_base_copy(out, bytes.data, bytes.size);
+}
+
 // A byte string of at most `limit` bytes, length first. The bytes stay where they are.
 static tpr_base_bytes tpr_wire_read_bytes(tpr_wire_reader *r, uint32_t limit) {
     uint32_t size = tpr_wire_read_u32(r);
@@ -2522,8 +2807,8 @@ static bool tpr_wire_read_hello(const uint8_t *bytes, size_t size, tpr_wire_hell
     out->major = tpr_wire_read_u16(&r);
     out->minor = tpr_wire_read_u16(&r);
     if (!r.failed && out->major != TPR_WIRE_MAJOR) return true;
-    tpr_base_copy(out->nonce, tpr_wire_read_raw(&r, 16).data, r.failed ? 0 : 16);
-    tpr_base_copy(out->token, tpr_wire_read_raw(&r, 16).data, r.failed ? 0 : 16);
+    tpr_wire_read_into(&r, out->nonce, 16);
+    tpr_wire_read_into(&r, out->token, 16);
     out->message_bytes = tpr_wire_read_u64(&r);
     out->metadata_bytes = tpr_wire_read_u64(&r);
     out->tensors = tpr_wire_read_u32(&r);
@@ -2554,8 +2839,8 @@ static bool tpr_wire_read_move(const uint8_t *bytes, size_t size, tpr_wire_move 
     tpr_wire_reader r = tpr_wire_reader_of(bytes, size);
     memset(out, 0, sizeof *out);
     if (tpr_wire_read_u32(&r) != TPR_WIRE_MAGIC) return false;
-    tpr_base_copy(out->token, tpr_wire_read_raw(&r, 16).data, r.failed ? 0 : 16);
-    tpr_base_copy(out->nonce, tpr_wire_read_raw(&r, 16).data, r.failed ? 0 : 16);
+    tpr_wire_read_into(&r, out->token, 16);
+    tpr_wire_read_into(&r, out->nonce, 16);
     return !r.failed;
 }
 
@@ -4062,7 +4347,9 @@ static bool tpr_tcp_public_address(void *instance, const char *address) {
     tpr_os_address at;
     (void)instance;
     if (!address[0]) return false;
-    return tpr_tcp_parse(address, &at, NULL) != TPRPC_OK || !tpr_os_is_loopback(&at);
+    tprpc_status status = tpr_tcp_parse(address, &at, NULL);
+    if (status == TPRPC_ERROR_INVALID) return false;   // listen and connect say what is wrong with it
+    return status != TPRPC_OK || !tpr_os_is_loopback(&at);
 }
 
 static size_t tpr_tcp_address(void *listener, char *out, size_t capacity) {
@@ -4648,14 +4935,13 @@ static const tprpc_backend tpr_tcp_backend = {
 
 enum {
     TPR_SHM_RING = 256 << 10,          // bytes of one direction
-    TPR_SHM_RING_LEAST = 64 << 10, TPR_SHM_RING_MOST = 16 << 20,   // that a peer may choose
+    TPR_SHM_RING_LEAST = 128 << 10, TPR_SHM_RING_MOST = 16 << 20,   // that a peer may choose
     TPR_SHM_LINE = 64, TPR_SHM_WORD = 4,   // a cache line; the commit word, which the payload follows
     TPR_SHM_SKIP = 0x40000000,
     TPR_SHM_RECORD = (16 << 10) - TPR_SHM_WORD,   // the largest payload written: the receiver starts on it while
                                                   // the next is copied
     TPR_SHM_WHOLE = 4 << 10,           // what is sent at once up to here stays in one piece
     TPR_SHM_CRUMB = 1 << 10,           // and larger pieces than this are not cut off
-    TPR_SHM_AHEAD = 4,                 // lines fetched for writing before they are written
     TPR_SHM_HOT = 64,
     TPR_SHM_IDLE_TURNS = 20000,        // after which a hot connection is armed
     TPR_SHM_LOOK_TURNS = 64,           // between looks at the sockets while spinning,
@@ -4754,9 +5040,9 @@ typedef struct tpr_shm_listener {
 
 typedef struct tpr_shm_instance {
     uint64_t turn, armed_turn;         // progress calls; at the last arm
-    int64_t  looked_us;                // when the sockets were looked at
     uint32_t hot_count, hand;          // hand: who leaves the hot set next
     bool     armed, busy;              // busy: in progress, so that nothing is freed
+    int64_t  looked_us;                // when the sockets were looked at
     int      poller;
     tpr_base_list ripe, dead, handshakes;
     tpr_shm_conn *hot[TPR_SHM_HOT];
@@ -4865,6 +5151,7 @@ static void tpr_shm_process_watch(tpr_shm_conn *conn) {
         process->watch.kind = TPR_SHM_IS_PROCESS;
         process->pid = conn->pid;
         process->fd = tpr_os_pidfd(conn->pid);
+        if (process->fd < 0 && errno == ESRCH) tpr_shm_fail(conn, TPRPC_ERROR_PEER, 0, "died");
         tpr_base_list_init(&process->conns);
         if (process->fd < 0 ||
             tpr_os_poller_set(instance->poller, process->fd, TPR_OS_READABLE, &process->watch, false) != 0 ||
@@ -4982,14 +5269,24 @@ static inline size_t tpr_shm_fit(tpr_shm_conn *conn, size_t left) {
     return need - TPR_SHM_WORD < size ? (size_t)need - TPR_SHM_WORD : size;
 }
 
-// The ring is full: the peer is told that room is wanted. Returns whether there is some now.
-static bool tpr_shm_full(tpr_shm_conn *conn, size_t left) {
+// SEND is owed from here on: the peer is told that room, or the taking of descriptors, is waited for. The caller looks
+// again after that.
+static void tpr_shm_want(tpr_shm_conn *conn) {
     conn->wants = true;
     TPR_ATOMIC_STORE_FULL(&conn->mine->wants, 1u);
-    tpr_shm_wake(conn);                // of what was published without a barrier
-    if (!tpr_shm_refresh(conn) || !tpr_shm_fit(conn, left)) return false;
+}
+
+static void tpr_shm_want_no_more(tpr_shm_conn *conn) {
     conn->wants = false;
     TPR_ATOMIC_POKE(&conn->mine->wants, 0u);
+}
+
+// The ring is full. Returns whether there is room after all.
+static bool tpr_shm_full(tpr_shm_conn *conn, size_t left) {
+    tpr_shm_want(conn);
+    tpr_shm_wake(conn);                // for what was published without a barrier
+    if (!tpr_shm_refresh(conn) || !tpr_shm_fit(conn, left)) return false;
+    tpr_shm_want_no_more(conn);
     return true;
 }
 
@@ -5031,8 +5328,6 @@ static inline void tpr_shm_put(tpr_shm_conn *conn, tpr_shm_cursor *from, size_t 
         TPR_ATOMIC_STORE_FULL(word, (uint32_t)size + 1);
         tpr_shm_wake(conn);
     }
-    for (uint32_t i = 1; i <= TPR_SHM_AHEAD; i++)   // else the next barrier waits for the peer to give the lines up
-        tpr_os_prefetch_write(conn->tx + ((conn->tx_pos + i * TPR_SHM_LINE) & conn->mask));
 }
 
 // ---- hot and armed
@@ -5087,21 +5382,22 @@ static void tpr_shm_drain(tpr_shm_conn *conn) {
             else tpr_shm_fail(conn, TPRPC_ERROR_PROTOCOL, 0, "sent more descriptors than the protocol allows");
         }
         if (n <= 0) tpr_shm_ended(conn, n < 0 ? errno : 0);
+        if (count == 0 && n < (int64_t)sizeof bytes) return;   // nothing is left
     }
 }
 
-// Sends descriptors ahead of the bytes that they belong to. False: not now.
+// Sends descriptors ahead of the bytes that they belong to. False: not now, SEND follows.
 static bool tpr_shm_send_handles(tpr_shm_conn *conn, const intptr_t *handles, size_t count) {
-    uint32_t untaken = conn->handles_sent - TPR_ATOMIC_LOAD_FULL(&conn->theirs->taken);
     uint8_t said = (uint8_t)count;
     tprpc_span span;
     span.data = &said;
     span.size = 1;
-    if (untaken > TPR_SHM_HANDLES) {
-        tpr_shm_broken(conn);
-        return false;
+    if (conn->handles_sent - TPR_ATOMIC_LOAD(&conn->theirs->taken) + count > TPR_SHM_HANDLES) {
+        tpr_shm_want(conn);
+        uint32_t untaken = conn->handles_sent - TPR_ATOMIC_LOAD_FULL(&conn->theirs->taken);
+        if (untaken > TPR_SHM_HANDLES) tpr_shm_broken(conn);
+        if (untaken + count > TPR_SHM_HANDLES) return false;
     }
-    if (untaken + count > TPR_SHM_HANDLES) return false;
     if (tpr_os_send(conn->fd, &span, 1, handles, count, false) == 1) {
         conn->handles_sent += (uint32_t)count;
         return true;
@@ -5111,6 +5407,7 @@ static bool tpr_shm_send_handles(tpr_shm_conn *conn, const intptr_t *handles, si
     } else if (errno != EAGAIN) {
         tpr_shm_fail(conn, tpr_base_status_of(errno), errno, "could not be sent descriptors");
     } else {
+        tpr_shm_want(conn);
         conn->blocked = true;
         tpr_os_poller_set(conn->instance->poller, conn->fd, TPR_OS_READABLE | TPR_OS_WRITABLE, &conn->watch, true);
     }
@@ -5204,8 +5501,7 @@ static bool tpr_shm_report(tpr_shm_conn *conn) {
     bool open = conn->state == TPR_SHM_OPEN;
     if (open && tpr_shm_has_data(conn)) events |= TPRPC_EVENT_RECV;
     if (open && conn->wants && conn->status == TPRPC_OK && tpr_shm_may_send(conn)) {
-        conn->wants = false;
-        TPR_ATOMIC_POKE(&conn->mine->wants, 0u);
+        tpr_shm_want_no_more(conn);
         events |= TPRPC_EVENT_SEND;
     }
     if (TPR_LIKELY(events)) {
@@ -5708,11 +6004,7 @@ static size_t tpr_shm_send(void *handle, const tprpc_span *spans, size_t count, 
             continue;
         }
         if (TPR_UNLIKELY(handle_count)) {
-            if (!tpr_shm_send_handles(conn, handles, handle_count)) {
-                conn->wants = true;
-                TPR_ATOMIC_STORE_FULL(&conn->mine->wants, 1u);
-                break;
-            }
+            if (!tpr_shm_send_handles(conn, handles, handle_count)) break;
             handle_count = 0;
         }
         done += size;
@@ -6714,6 +7006,7 @@ enum {
     TPR_PIPE_CHUNK = 256 << 10,        // of bulk
     TPR_PIPE_STACK = 1024,             // frames up to here are built and parsed on the stack
     TPR_PIPE_ROUND = 1 << 20,          // bytes handled in one go before others have a turn
+    TPR_PIPE_BATCH = 64,               // messages taken in before callbacks have a turn: what they touch is still cached
     TPR_PIPE_HANDSHAKE_MS = 10000, TPR_PIPE_MOVE_MS = 2000
 };
 
@@ -7888,7 +8181,7 @@ static tpr_pipe_in *tpr_pipe_decode(tprpc_pipe *pipe, const uint8_t *body, size_
         at += tpr_pipe_round_up(in->wire[k].descriptor.size);
     }
     in->prefix_size = head.prefix_size;
-    tpr_base_copy(in->prefix, tpr_wire_read_raw(&r, head.prefix_size).data, r.failed ? 0 : head.prefix_size);
+    tpr_wire_read_into(&r, in->prefix, head.prefix_size);
     if (!r.failed) in->message.metadata = tpr_pipe_in_bytes(&at, &r, head.metadata_size);
     for (size_t i = 0; i < count && !r.failed; i++) {
         if (i < head.payloads) in->payloads[i].metadata = tpr_pipe_in_bytes(&at, &r, in->payloads[i].metadata_size);
@@ -8206,12 +8499,12 @@ static bool tpr_pipe_take_whole(tprpc_pipe *pipe) {
 
 // Takes in what has come, up to a round.
 static void tpr_pipe_pump_in(tprpc_pipe *pipe) {
-    uint64_t stop = pipe->bytes_received + TPR_PIPE_ROUND / 2;
+    uint64_t stop = pipe->bytes_received + TPR_PIPE_ROUND / 2, last = pipe->messages_received + TPR_PIPE_BATCH;
     if (pipe->pumping) return;
     pipe->pumping = true;
     pipe->refs++;
     while (pipe->state != TPR_PIPE_ENDED && pipe->now.conn) {
-        if (pipe->bytes_received >= stop) {
+        if (pipe->bytes_received >= stop || pipe->messages_received >= last) {
             tpr_pipe_resume_later(pipe);
             break;
         }
@@ -8322,11 +8615,12 @@ static void tpr_pipe_op_read(tpr_pipe_op *op, tpr_pipe_in *in, const tprpc_messa
     tpr_pipe_in_read(in, allocation, false, tpr_pipe_op_read_done);
 }
 
-// The oldest message that arrived and is described, or not.
+// The oldest message that arrived and is described, or not. Those described come first, and are few.
 static tpr_pipe_in *tpr_pipe_arrived(tprpc_pipe *pipe, bool described) {
     for (tpr_base_list *i = pipe->arrived.next; i != &pipe->arrived; i = i->next) {
         tpr_pipe_in *in = TPR_CONTAINER(i, tpr_pipe_in, node);
         if (in->described == described) return in;
+        if (described) return NULL;
     }
     return NULL;
 }
@@ -8934,6 +9228,7 @@ static void tpr_pipe_greeting_hello(tpr_pipe_greeting *greeting, size_t size) {
     pipe->refs++;
     pipe->bytes_received = TPR_WIRE_HEADER + size;
     tpr_pipe_on_hello(pipe, greeting->bytes + TPR_WIRE_HEADER, size);
+    if (pipe->state != TPR_PIPE_ENDED) tpr_pipe_resume_later(pipe);   // what came behind the hello has had its event
     tpr_pipe_greeting_end(greeting, TPRPC_OK);
     tpr_pipe_unref(pipe);
 }
@@ -11425,6 +11720,7 @@ static inline tpr_agent_loop *tpr_agent_on(tprpc_agent *agent, const tpr_loop *l
 // ---- sending
 
 static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const tprpc_error *error);
+static void tpr_agent_call_fail(tpr_agent_call *call, const tprpc_error *cause);
 
 static void tpr_agent_send_run(tpr_loop_task *task) {
     tpr_agent_send *send = TPR_CONTAINER(task, tpr_agent_send, task);
@@ -11442,8 +11738,11 @@ static void tpr_agent_send_ended(tpr_pipe_write *write) {
     if (send->call) {
         tpr_agent_call *call =
             (tpr_agent_call *)(void *)tpr_agent_find(&tpr_agent_on(send->agent, send->loop)->calls, send->call);
-        if (call && (!call->done) && ((call->flags & TPRPC_CALL_ONE_WAY) || write->status != TPRPC_OK))
-            tpr_agent_call_end(call, write->status, write->status == TPRPC_OK ? NULL : &write->error);
+        // A peer that would not take the tensors while the pipe is well says why in its answer.
+        bool refused = call && write->status == TPRPC_ERROR_PEER && call->worker->pipe &&
+                       call->worker->pipe->state == TPR_PIPE_OPEN;
+        if (call && !call->done && write->status != TPRPC_OK && !refused) tpr_agent_call_fail(call, &write->error);
+        else if (call && !call->done && (call->flags & TPRPC_CALL_ONE_WAY)) tpr_agent_call_end(call, TPRPC_OK, NULL);
     }
     if (send->release) tpr_loop_post(send->loop, &send->task);
     else tpr_agent_send_done(&send->task);
@@ -11851,10 +12150,15 @@ static tprpc_status tpr_agent_worker_connect(tpr_agent_worker *worker, tprpc_err
     tpr_agent_say(agent, worker->pipe, TPR_WIRE_INTRO, 0, intro,
                   tpr_wire_put_intro(intro, sizeof intro, agent->name, agent->rank));
     if (agent->is_static || worker->known) {
+        tprpc_pipe *pipe = worker->pipe;
+        tprpc_status reached = TPRPC_OK;
+        pipe->refs++;                  // it may end at once
         tpr_agent_worker_reach(worker);
-        if (worker->pipe) return TPRPC_OK;
-        return tprpc_error_set(error, TPRPC_ERROR_UNREACHABLE, 0,
-                               "worker %s cannot be reached: its addresses are of no use here", worker->name);
+        if (!worker->pipe)
+            reached = tprpc_error_set(error, pipe->status, pipe->error.os_code, "worker %s cannot be reached: %.160s",
+                                      worker->name, pipe->error.text);
+        tpr_pipe_unref(pipe);
+        return reached;
     }
     tprpc_store_request request;
     memset(&request, 0, sizeof request);
@@ -12171,7 +12475,9 @@ static void tpr_agent_queue_job(tprpc_agent *agent, tpr_agent_request *request) 
 
 static void tpr_agent_request_go(tpr_agent_request *request);
 
-static void tpr_agent_start_again(tprpc_work *work) { tpr_agent_request_go(TPR_CONTAINER(work, tpr_agent_request, retry)); }
+static void tpr_agent_start_again(tprpc_work *work) {
+    tpr_agent_request_go(TPR_CONTAINER(work, tpr_agent_request, retry));
+}
 
 static void tpr_agent_request_start(tpr_agent_request *request) {
     request->started = request->running = true;
@@ -12521,14 +12827,14 @@ static int64_t tpr_agent_start_deadline(tprpc_agent *agent) {
     return deadline == INT64_MAX ? TPRPC_FOREVER : deadline;
 }
 
-static void tpr_agent_start_named(tprpc_store_op *op, void *arg) {
+static void tpr_agent_start_ranked(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     char what[64], key[64];
     slot->op = NULL;
     agent->start_pending--;
-    snprintf(what, sizeof what, "the name");
-    if (tpr_agent_claimed(agent, op, what) && agent->is_static) {
+    snprintf(what, sizeof what, "rank %u", (unsigned)agent->rank);
+    if (tpr_agent_claimed(agent, op, what)) {
         int64_t deadline = tpr_agent_start_deadline(agent);
         for (uint32_t r = 0; r < agent->world_size; r++) {
             snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)r);
@@ -12539,18 +12845,18 @@ static void tpr_agent_start_named(tprpc_store_op *op, void *arg) {
     tpr_agent_start_check(agent);
 }
 
-static void tpr_agent_start_ranked(tprpc_store_op *op, void *arg) {
+// The name first, then the rank: others go on once all ranks are there, so by then nothing more can be refused.
+static void tpr_agent_start_named(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     uint8_t value[1400];
-    char what[64], key[TPR_AGENT_NAME + 16];
+    char key[64];
     slot->op = NULL;
     agent->start_pending--;
-    snprintf(what, sizeof what, "rank %u", (unsigned)agent->rank);
-    if (!op || tpr_agent_claimed(agent, op, what)) {
-        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
+    if (tpr_agent_claimed(agent, op, "the name") && agent->is_static) {
+        snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)agent->rank);
         tpr_agent_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
-                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_agent_start_named, slot);
+                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_agent_start_ranked, slot);
     }
     tpr_agent_start_check(agent);
 }
@@ -12670,7 +12976,7 @@ static tprpc_status tpr_agent_prepare(tprpc_agent *agent, tprpc_error *error) {
 static tprpc_status tpr_agent_begin(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error) {
     tpr_loop *home = tpr_agent_home(agent);
     uint8_t value[1400];
-    char key[64];
+    char key[TPR_AGENT_NAME + 16];
     tpr_loop_enter(home);
     bool fresh = agent->state == TPR_AGENT_NEW;
     if (fresh) tpr_agent_set_state(agent, TPR_AGENT_STARTING);
@@ -12682,15 +12988,10 @@ static tprpc_status tpr_agent_begin(tprpc_agent *agent, tprpc_done on_ready, voi
         agent->on_ready = on_ready;
         agent->ready_user = user;
         agent->start_pending = 1;
-        if (agent->is_static) {
-            snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)agent->rank);
-            tpr_agent_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
-                          tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_agent_start_ranked,
-                          &agent->starts[0]);
-        } else {
-            agent->start_pending++;    // the step it stands for
-            tpr_agent_start_ranked(NULL, &agent->starts[0]);
-        }
+        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
+        tpr_agent_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
+                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_agent_start_named,
+                      &agent->starts[0]);
         agent->start_pending--;
         tpr_agent_start_check(agent);
     } else {
@@ -13758,3 +14059,48 @@ TPRPC_API tprpc_status tprpc_to_dlpack(const tprpc_tensor *tensor, DLTensor *out
 
 #endif // the system's headers were right
 #endif // TPRPC_IMPLEMENTATION
+
+// This software is available under two licenses; choose whichever you prefer.
+//
+// ------------------------------------------------------------------------------
+// ALTERNATIVE A - MIT No Attribution (MIT-0)
+//
+// Copyright (c) the tprpc authors
+//
+// Permission is hereby granted, free of charge, to any person obtaining a copy of
+// this software and associated documentation files (the "Software"), to deal in
+// the Software without restriction, including without limitation the rights to
+// use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies
+// of the Software, and to permit persons to whom the Software is furnished to do
+// so.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+// IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+// FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+// AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+// LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+// OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+// SOFTWARE.
+//
+// ------------------------------------------------------------------------------
+// ALTERNATIVE B - Public Domain (The Unlicense, unlicense.org)
+//
+// This is free and unencumbered software released into the public domain.
+//
+// Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+// software, either in source code form or as a compiled binary, for any purpose,
+// commercial or non-commercial, and by any means.
+//
+// In jurisdictions that recognize copyright laws, the author or authors of this
+// software dedicate any and all copyright interest in the software to the public
+// domain. We make this dedication for the benefit of the public at large and to
+// the detriment of our heirs and successors. We intend this dedication to be an
+// overt act of relinquishment in perpetuity of all present and future rights to
+// this software under copyright law.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+// IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+// FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+// AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+// ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+// WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.

@@ -34,13 +34,18 @@ int64_t now_us() {
     return int64_t(t.tv_sec) * 1000000 + t.tv_nsec / 1000;
 }
 
+bool fail(const tprpc_error &error) {
+    std::fprintf(stderr, "engine_loop: %s\n", error.text);
+    return true;
+}
+
 // ---- callbacks: all of them run within tprpc_poll -------------------------------------------------------------------
 
 void on_ready(tprpc_status status, const tprpc_message *, const tprpc_error *error, void *user) {
     world *w = static_cast<world *>(user);
     w->ready = status == TPRPC_OK;
     w->failed = !w->ready;
-    if (error) std::fprintf(stderr, "engine_loop: %s\n", error->text);
+    if (error) fail(*error);
 }
 
 // Says where an incoming halo goes; its number, in the metadata, picks the buffer.
@@ -58,7 +63,7 @@ tprpc_status halo_place(tprpc_placement *p, void *user) {
 
 void on_halo(tprpc_request request, const tprpc_message *, void *user) {
     static_cast<world *>(user)->received++;
-    tprpc_reply(request, tprpc_message());
+    tprpc_reply(request, nullptr);
 }
 
 void out_free(void *busy) { *static_cast<bool *>(busy) = false; }
@@ -67,10 +72,7 @@ void on_answer(tprpc_status status, const tprpc_message *, const tprpc_error *er
     world *w = static_cast<world *>(user);
     w->calling = false;
     if (status == TPRPC_OK) w->answered++;
-    else if (!w->quit) {
-        w->failed = true;
-        std::fprintf(stderr, "engine_loop: %s\n", error->text);
-    }
+    else if (!w->quit) w->failed = fail(*error);
 }
 
 // ---- a frame --------------------------------------------------------------------------------------------------------
@@ -94,21 +96,17 @@ void send_halo(world &w, tprpc_agent *agent, const char *peer) {
     m.tensors = &t; m.tensor_count = 1;
     m.release = out_free; m.release_user = &w.out_busy[which];
     tprpc_call_options o = {};
-    o.on_done = on_answer; o.user = &w;
+    tprpc_error refusal = {};
+    o.on_done = on_answer; o.user = &w; o.error = &refusal;
     w.out_busy[which] = true;
     w.calling = tprpc_call(agent, peer, "halo", m, o) == TPRPC_OK;
     if (w.calling) w.sent++;
-    else w.failed = true;
+    else w.failed = fail(refusal);
 }
 
 void sleep_until(int64_t due_us) {
     const int64_t left = due_us - now_us();
     if (left > 0) usleep(static_cast<useconds_t>(left));
-}
-
-int fail(const tprpc_error &error) {
-    std::fprintf(stderr, "engine_loop: %s\n", error.text);
-    return 1;
 }
 
 int run(const char *name, const char *peer) {

@@ -126,20 +126,19 @@ static bool server_start(jobs *j, tprpc_context **context, tprpc_store **store, 
 // Asks for several bakes at once and prints the results in the order asked.
 static bool client_bake(tprpc_agent *agent, tprpc_error *error) {
     tprpc_future futures[CALLS];
-    size_t begun = 0;
-    for (; begun < CALLS; begun++) {
+    for (size_t k = 0; k < CALLS; k++) {
         float x[COUNT];
-        for (size_t i = 0; i < COUNT; i++) x[i] = (float)(begun * COUNT + i);
-        tprpc_tensor tensor = {.data = x, .size = sizeof x, .dtype = TPRPC_F32, .ndim = 1, .shape = {COUNT}};
-        tprpc_message message = {.tensors = &tensor, .tensor_count = 1};
-        error->status = tprpc_call(agent, "server", "bake", &message, NULL, &futures[begun]);
-        if (error->status) break;
+        for (size_t i = 0; i < COUNT; i++) x[i] = (float)(k * COUNT + i);
+        const tprpc_tensor tensor = {.data = x, .size = sizeof x, .dtype = TPRPC_F32, .ndim = 1, .shape = {COUNT}};
+        const tprpc_message message = {.tensors = &tensor, .tensor_count = 1};
+        const tprpc_call_options options = {.error = error};
+        tprpc_call(agent, "server", "bake", &message, &options, &futures[k]);   // refused: a future that waiting refuses
     }
-    for (size_t k = 0; k < begun; k++) {
+    for (size_t k = 0; k < CALLS; k++) {
         if (!tprpc_future_wait(futures[k], TPRPC_FOREVER)) {
             const float *y = (const float *)tprpc_future_reply(futures[k])->tensors[0].data;
             printf("bake %zu: %g %g %g %g\n", k, (double)y[0], (double)y[1], (double)y[2], (double)y[3]);
-        } else {
+        } else if (!error->status) {
             tprpc_future_error(futures[k], error);
         }
         tprpc_future_release(futures[k]);

@@ -371,6 +371,46 @@ TEST(full_ring_takes_less_and_says_when_there_is_room) {
     pair_fini(&p);
 }
 
+TEST(room_wakes_a_writer_that_sleeps) {
+    pair p;
+    uint64_t sent = 0;
+    int64_t deadline = INT64_MAX;
+    pair_init(&p);
+    struct pollfd look = {(int)shm->handle(p.b.instance), POLLIN, 0};
+    for (size_t n; (n = send_stream(p.out, 0, sent, 1000, false)) != 0;) sent += n;
+    CHECK(shm->arm(p.b.instance, &deadline));
+    CHECK_EQ_INT(poll(&look, 1, 0), 0);
+    for (int i = 0; i < 10; i++) side_turn(&p.a);
+    CHECK_EQ_INT(p.in->got, sent);
+    CHECK_EQ_INT(poll(&look, 1, 1000), 1);
+    side_turn(&p.b);
+    CHECK_EQ_INT(p.out->sends, 1);
+    pair_fini(&p);
+}
+
+/* A record that does not fit before the ring's end moves to its start; what lay there in the last round is not read. */
+TEST(nothing_is_read_beyond_a_skip) {
+    pair p;
+    intptr_t handles[TPR_OS_HANDLES] = {0};
+    uint8_t bytes[3000] = {0};
+    tprpc_span span = {bytes, sizeof bytes};
+    pair_init(&p);
+    p.in->hold = true;
+    for (int i = 0; i < TPR_SHM_HANDLES / TPR_OS_HANDLES; i++)
+        CHECK_EQ_INT(shm->send(p.out->conn, &span, 1, handles, TPR_OS_HANDLES, false), sizeof bytes);
+    while ((p.out->conn->tx_pos & p.out->conn->mask) + 3008 <= p.out->conn->mask + 1) {
+        CHECK_EQ_INT(shm->send(p.out->conn, &span, 1, NULL, 0, false), sizeof bytes);
+        while (p.in->conn->rx_pos < p.out->conn->tx_pos) shm->consume(p.in->conn, shm->peek(p.in->conn).size);
+    }
+    uint64_t before = p.out->conn->tx_pos;
+    CHECK_EQ_INT(shm->send(p.out->conn, &span, 1, handles, 1, false), 0);   /* too many descriptors are not taken */
+    CHECK(p.out->conn->tx_pos > before);                                   /* but the skip is written */
+    CHECK_EQ_INT(shm->peek(p.in->conn).size, 0);
+    CHECK_EQ_INT(shm->send(p.out->conn, &span, 1, NULL, 0, false), sizeof bytes);
+    CHECK_EQ_INT(shm->peek(p.in->conn).size, sizeof bytes);
+    pair_fini(&p);
+}
+
 /* ---- sleeping and waking, between threads that sleep whenever they can */
 
 typedef struct sleeper { side s; end *e; uint64_t want; int64_t deadline; uint32_t random; uint8_t bytes[100000]; } sleeper;
@@ -564,7 +604,8 @@ TEST(more_descriptors_than_allowed_end_it) {
 TEST(what_was_sent_before_closing_is_read) {
     pair p;
     pair_init(&p);
-    send_stream(p.out, 0, 0, 200000, false);
+    while (p.a.instance->turn % TPR_SHM_LOOK_TURNS != TPR_SHM_LOOK_TURNS - 1) side_turn(&p.a);
+    send_stream(p.out, 0, 0, 200000, false);   /* the next turn sees the socket's end before it sees the bytes */
     end_free(p.out);
     p.out = NULL;
     pair_turns(&p, 3 * TPR_SHM_LOOK_TURNS);
@@ -901,6 +942,22 @@ TEST(a_ring_of_skips_does_not_hang) {
     CHECK_EQ_INT(p.in->losts, 1);
     CHECK_EQ_INT(p.in->error.status, TPRPC_ERROR_PROTOCOL);
     pair_fini(&p);
+}
+
+/* A reader that says that it consumed what it cannot have. */
+TEST(a_reader_that_lies_is_left) {
+    for (int i = 0; i < 3; i++) {
+        pair p;
+        uint64_t sent = 0, lies[3] = {1000, UINT64_C(1) << 40, (uint64_t)-64};
+        pair_init(&p);
+        p.in->hold = true;
+        TPR_ATOMIC_STORE(&p.in->conn->mine->consumed, lies[i]);
+        for (size_t n = 1; n && sent < 2 * TPR_SHM_RING;) sent += n = send_stream(p.out, 0, sent, 1000, false);
+        pair_turns(&p, 2);
+        CHECK_EQ_INT(p.out->losts, 1);
+        CHECK_EQ_INT(p.out->error.status, TPRPC_ERROR_PROTOCOL);
+        pair_fini(&p);
+    }
 }
 
 /* A peer that closed its socket and goes on writing is read for one ring more at most. */

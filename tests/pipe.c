@@ -1,4 +1,5 @@
-/* Pipes, listeners and contexts through the public interface, over every transport: polled and with threads, between two
+/* Pipes, listeners and contexts through the public interface, over every transport: polled and with threads, between
+   two
    processes and between two contexts of one. */
 #include "harness.h"
 #include "../tprpc.h"
@@ -22,16 +23,19 @@ static size_t size_100k(int i) { return 100000 + (size_t)i; }
 static size_t size_1m(int i) { return (1u << 20) + 1 - (size_t)i % 3; }
 static size_t size_64m(int i) { (void)i; return 64u << 20; }
 static size_t size_odd(int i) {
-    static const size_t sizes[] = {1, 3, 0, 63, 64, 65, 1023, 1024, 4095, 4097, 8191, 8192, 8193, 0, 32767, 32769, 65537,
+    static const size_t sizes[] = {1, 3, 0, 63, 64, 65, 1023, 1024, 4095, 4097, 8191, 8192, 8193, 0, 32767, 32769,
+        65537,
                                    262143, 262144, 262145, 7};
     return sizes[(size_t)i % COUNT(sizes)];
 }
 
 static const shape shapes[] = {
     {"empty", 0, 0, 0, size_none}, {"metadata", 5, 0, 0, size_none}, {"metadata 64 KiB", 65536, 0, 0, size_none},
-    {"one byte", 0, 1, 0, size_one}, {"nulls", 3, 2, 2, size_none}, {"odd", 17, 10, 11, size_odd}, {"odd tensors", 0, 0, 21, size_odd},
+    {"one byte", 0, 1, 0, size_one}, {"nulls", 3, 2, 2, size_none}, {"odd", 17, 10, 11, size_odd}, {"odd tensors", 0,
+        0, 21, size_odd},
     {"odd payloads", 1, 21, 0, size_odd}, {"1 MiB", 9, 1, 2, size_1m}, {"1,000 small", 64, 0, 1000, size_small},
-    {"limit of items", 2, 96, 4000, size_tiny}, {"on the edge of inline", 0, 3, 6, size_8k}, {"20 large", 5, 10, 10, size_100k},
+    {"limit of items", 2, 96, 4000, size_tiny}, {"on the edge of inline", 0, 3, 6, size_8k}, {"20 large", 5, 10, 10,
+        size_100k},
     {"64 MiB", 8, 0, 1, size_64m},
 };
 
@@ -422,13 +426,15 @@ static void order_read(tprpc_status status, const tprpc_message *m, const tprpc_
     REQUIRE_EQ_INT(m->metadata_size, sizeof index);
     memcpy(&index, m->metadata, sizeof index);
     CHECK_EQ_INT(index, r->index);
-    for (size_t i = 0; i < m->tensor_count; i++) CHECK(matches(m->tensors[i].data, m->tensors[i].size, (uint64_t)index));
+    for (size_t i = 0; i < m->tensor_count; i++) CHECK(matches(m->tensors[i].data, m->tensors[i].size,
+        (uint64_t)index));
     outcome_set(&r->o, status, error);
 }
 
 static void order_body(side *s) {
     static const size_t sizes[] = {10, 3 << 20, 0, 100, 70000, 9, 8193, 1, 500000, 30};
-    ordering *writes = (ordering *)calloc(ORDER_COUNT, sizeof *writes), *reads = (ordering *)calloc(ORDER_COUNT, sizeof *reads);
+    ordering *writes = (ordering *)calloc(ORDER_COUNT, sizeof *writes), *reads = (ordering *)calloc(ORDER_COUNT,
+        sizeof *reads);
     void **blocks = (void **)calloc(ORDER_COUNT, sizeof *blocks);
     REQUIRE(writes && reads && blocks);
     for (int i = 0; i < ORDER_COUNT; i++) {
@@ -559,7 +565,8 @@ TESTS(matrix) {
 
 typedef struct way { const char *name, *transports, *address; int threads; } way;
 static const way ways[] = {
-    {"tcp.polled", "tcp", "tcp://127.0.0.1:0", 0}, {"shm.polled", "shm", "shm://", 0}, {"moved.polled", NULL, "tcp://[::1]:0", 0},
+    {"tcp.polled", "tcp", "tcp://127.0.0.1:0", 0}, {"shm.polled", "shm", "shm://", 0}, {"moved.polled", NULL,
+        "tcp://[::1]:0", 0},
     {"tcp.threaded", "tcp", "tcp://127.0.0.1:0", 1}, {"shm.threaded", "shm", "shm://", 1},
     {"moved.threaded", NULL, "tcp://127.0.0.1:0", 1}};
 
@@ -826,16 +833,16 @@ TEST_WAYS(message_over_limit, 20) {
 /* ---- an allocator that keeps books ---- */
 
 typedef struct books { int64_t live, most, blocks; int bad; } books;
-typedef struct entry { size_t size; uint32_t tag, align; void *base; uint64_t guard; } entry;
+typedef struct booked { size_t size; uint32_t tag, align; void *base; uint64_t guard; } booked;
 
 static void *books_alloc(size_t size, size_t align, uint32_t tag, void *user) {
     books *b = (books *)user;
-    size_t room = sizeof(entry) > align ? (sizeof(entry) + align - 1) / align * align : align;
+    size_t room = sizeof(booked) > align ? (sizeof(booked) + align - 1) / align * align : align;
     uint8_t *base = NULL;
     if (align == 0 || (align & (align - 1)) || align > 4096 || !tag) ADD(b->bad, 1);
     if (posix_memalign((void **)&base, align < 64 ? 64 : align, room + size)) return NULL;
     memset(base + room, 0xA5, size < 4096 ? size : 4096);
-    entry *e = (entry *)(void *)(base + room - sizeof(entry));
+    booked *e = (booked *)(void *)(base + room - sizeof(booked));
     e->size = size;
     e->tag = tag;
     e->base = base;
@@ -848,7 +855,7 @@ static void *books_alloc(size_t size, size_t align, uint32_t tag, void *user) {
 
 static void books_free(void *ptr, size_t size, uint32_t tag, void *user) {
     books *b = (books *)user;
-    entry *e = (entry *)(void *)((uint8_t *)ptr - sizeof(entry));
+    booked *e = (booked *)(void *)((uint8_t *)ptr - sizeof(booked));
     if (e->guard != UINT64_C(0x600D600D600D600D) || e->size != size || e->tag != tag) ADD(b->bad, 1);
     for (int i = 0; i < 4; i++) {
         char c = (char)(tag >> (8 * i));
@@ -1114,7 +1121,8 @@ static void close_accepted(tprpc_status status, tprpc_pipe *pipe, const tprpc_er
     tprpc_listener_close(((closer *)user)->listener);
     outcome_set(&((closer *)user)->o, status, error);
 }
-static void close_release(void *user) { tprpc_pipe_close(((closer *)user)->pipe); ADD(((closer *)user)->o.releases, 1); }
+static void close_release(void *user) { tprpc_pipe_close(((closer *)user)->pipe); ADD(((closer *)user)->o.releases,
+    1); }
 
 TEST_WAYS(close_in_callback, 20) {
     for (int kind = 0; kind < 4; kind++) {
@@ -1159,20 +1167,24 @@ TEST_WAYS(close_while_accepting, 20) {
     CHECK_EQ_INT(tprpc_accept(c.listener, close_accepted, &c), TPRPC_OK);
     for (int i = 0; i < 3; i++) CHECK_EQ_INT(tprpc_accept(c.listener, on_accepted, &three[i]), TPRPC_OK);
     s.pipe = connect_to(s.ctx, tprpc_listener_address(c.listener, NULL), 0, 0);
-    CHECK_EQ_INT(tprpc_pipe_read(s.pipe, NULL, on_read, &o), TPRPC_OK);
+    tprpc_status reading = tprpc_pipe_read(s.pipe, NULL, on_read, &o);
+    if (reading == TPRPC_OK) {                   /* else it has been closed by now */
+        WAIT(&s, o.runs, 1);
+        reading = o.status;
+    }
+    CHECK_EQ_INT(reading, TPRPC_ERROR_PEER);
     WAIT(&s, c.o.runs, 1);
     CHECK_EQ_INT(c.o.status, TPRPC_OK);
     for (int i = 0; i < 3; i++) {
         WAIT(&s, three[i].o.runs, 1);
         CHECK_EQ_INT(three[i].o.status, TPRPC_ERROR_CLOSED);
     }
-    WAIT(&s, o.runs, 1);
-    CHECK_EQ_INT(o.status, TPRPC_ERROR_PEER);
     tprpc_pipe_close(s.pipe);
     CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
 }
 
-/* Connections come before anybody asks for them, and are handed over in turn; a listener that closes ends those that wait. */
+/* Connections come before anybody asks for them, and are handed over in turn; a listener that closes ends those that
+   wait. */
 TEST_WAYS(accept_after_connect, 20) {
     const way *w = (const way *)arg;
     side s;
@@ -1639,11 +1651,13 @@ static void foreign_body(side *s) {
 
 TESTS(foreign) {
     static const job jobs[] = {
-        {"tcp", "tcp://127.0.0.1:0", "tcp", 0, 1, 0, foreign_body}, {"tcp", "tcp://127.0.0.1:0", "tcp", 0, 2, 0, foreign_body},
+        {"tcp", "tcp://127.0.0.1:0", "tcp", 0, 1, 0, foreign_body}, {"tcp", "tcp://127.0.0.1:0", "tcp", 0, 2, 0,
+            foreign_body},
         {"shm", "shm://", "shm", 0, 1, 0, foreign_body}, {"shm", "shm://", "shm", 0, 2, 0, foreign_body}};
     for (size_t i = 0; i < COUNT(jobs); i++) {
         char name[60];
-        snprintf(name, sizeof name, "foreign_loop.%s.%s", jobs[i].expected, jobs[i].processes == 2 ? "processes" : "contexts");
+        snprintf(name, sizeof name, "foreign_loop.%s.%s", jobs[i].expected,
+            jobs[i].processes == 2 ? "processes" : "contexts");
         test_add(name, job_run, (void *)(uintptr_t)&jobs[i], 60);
     }
 }
@@ -1669,3 +1683,401 @@ TEST(armed_and_idle) {
     CHECK_LE_INT(wakes, 20);
     pair_close(&p);
 }
+
+/* ---- addresses, listeners of several ---- */
+
+TEST(several_addresses) {
+    static const char *const addresses[] = {"tcp://127.0.0.1:0", "shm://", "tcp://[::1]:0"};
+    side s;
+    tprpc_listener_desc desc;
+    char list[3][128];
+    memset(&s, 0, sizeof s);
+    memset(&desc, 0, sizeof desc);
+    s.ctx = context(NULL, 0);
+    desc.addresses = addresses;
+    desc.address_count = 3;
+    REQUIRE_EQ_INT(tprpc_listen(s.ctx, &desc, &s.listener, NULL), TPRPC_OK);
+    CHECK_STR(tprpc_listener_address(s.listener, NULL), tprpc_listener_address(s.listener, "tcp"));
+    CHECK(tprpc_listener_address(s.listener, "shm") != NULL);
+    CHECK(tprpc_listener_address(s.listener, "carrier") == NULL);
+    snprintf(list[0], sizeof list[0], "%s", tprpc_listener_address(s.listener, "tcp"));
+    snprintf(list[1], sizeof list[1], "%s", tprpc_listener_address(s.listener, "shm"));
+    CHECK(strncmp(list[0], "tcp://127.0.0.1:", 16) == 0 && strcmp(list[0] + 16, "0") != 0);
+    CHECK(strncmp(list[1], "shm://", 6) == 0 && list[1][6] != 0);
+    for (int i = 0; i < 2; i++) {
+        accepting accept;
+        tprpc_pipe_info info;
+        memset(&accept, 0, sizeof accept);
+        s.also = context(i == 0 ? "tcp" : NULL, 0);
+        s.pipe = connect_to(s.also, list[i], 0, 0);
+        CHECK_EQ_INT(tprpc_accept(s.listener, on_accepted, &accept), TPRPC_OK);
+        WAIT(&s, accept.o.runs, 1);
+        REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
+        CHECK_EQ_INT(tprpc_pipe_get_info(accept.pipe, &info, sizeof info), TPRPC_OK);
+        CHECK_STR(info.transport, i == 0 ? "tcp" : "shm");
+        if (i == 0) CHECK_CONTAINS(path_of(&info, "shm")->why, "does not offer");
+        tprpc_pipe_close(s.pipe);
+        tprpc_pipe_close(accept.pipe);
+        CHECK_EQ_INT(tprpc_context_destroy(s.also), TPRPC_OK);
+        s.also = NULL;
+    }
+    CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
+}
+
+static void bad_address(tprpc_context *ctx, const char *address, tprpc_status listening, tprpc_status connecting) {
+    tprpc_listener_desc ld;
+    tprpc_pipe_desc pd;
+    tprpc_listener *listener = NULL;
+    tprpc_pipe *pipe = NULL;
+    tprpc_error error;
+    memset(&ld, 0, sizeof ld);
+    memset(&pd, 0, sizeof pd);
+    ld.addresses = &address;
+    ld.address_count = 1;
+    pd.address = address;
+    for (int i = 0; i < 2; i++) {
+        memset(&error, 0, sizeof error);
+        tprpc_status expected = i ? connecting : listening;
+        tprpc_status status = i ? tprpc_connect(ctx, &pd, &pipe, &error) : tprpc_listen(ctx, &ld, &listener, &error);
+        if (!CHECK_EQ_INT(status, expected)) fprintf(stderr, "%s \"%s\": %s\n", i ? "connect" : "listen", address,
+            error.text);
+        if (status == TPRPC_OK) continue;
+        CHECK(i ? pipe == NULL : listener == NULL);
+        CHECK_EQ_INT(error.status, status);
+        CHECK(error.text[0] != 0);
+    }
+    tprpc_pipe_close(pipe);
+    if (listener) tprpc_listener_close(listener);
+}
+
+TEST(bad_addresses) {
+    tprpc_context *ctx = context(NULL, 0);
+    char longest[400];
+    memset(longest, 'a', sizeof longest - 1);
+    longest[sizeof longest - 1] = 0;
+    memcpy(longest, "tcp://", 6);
+    const tprpc_status invalid = TPRPC_ERROR_INVALID;
+    static const char *const wrong[] = {"", "tcp", "tcp:", "tcp:/", "://", "127.0.0.1:80", "tcp://", "tcp://127.0.0.1",
+        "tcp://127.0.0.1:", "tcp://127.0.0.1:x", "tcp://127.0.0.1:65536", "tcp://127.0.0.1:-1", "tcp://127.0.0.1:80x",
+            "tcp://::1:80",
+        "tcp://[::1]", "tcp://[::1:80", "averylongtransportname://x"};
+    for (size_t i = 0; i < COUNT(wrong); i++)
+        bad_address(ctx, wrong[i], strcmp(wrong[i], "tcp://") == 0 ? TPRPC_OK : invalid, invalid);
+    bad_address(ctx, longest, invalid, invalid);
+    bad_address(ctx, "carrier://pigeon", TPRPC_ERROR_UNSUPPORTED, TPRPC_ERROR_UNSUPPORTED);
+    bad_address(ctx, "tcp://0.0.0.0:0", TPRPC_ERROR_UNSUPPORTED, TPRPC_ERROR_UNSUPPORTED);
+    bad_address(ctx, "tcp://192.0.2.1:80", TPRPC_ERROR_UNSUPPORTED, TPRPC_ERROR_UNSUPPORTED);
+    tprpc_listener *listener = listen_on(ctx, "tcp://127.0.0.1:0", 0);
+    tprpc_listener_desc desc;
+    tprpc_listener *second = NULL;
+    const char *taken = tprpc_listener_address(listener, NULL);
+    tprpc_error error;
+    memset(&desc, 0, sizeof desc);
+    memset(&error, 0, sizeof error);
+    desc.addresses = &taken;
+    desc.address_count = 1;
+    CHECK_EQ_INT(tprpc_listen(ctx, &desc, &second, &error), TPRPC_ERROR_UNREACHABLE);
+    CHECK_CONTAINS(error.text, taken + 6);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+}
+
+TEST(bad_contexts) {
+    tprpc_context_desc desc;
+    tprpc_context *ctx = NULL;
+    tprpc_error error;
+    memset(&desc, 0, sizeof desc);
+    memset(&error, 0, sizeof error);
+    desc.transports = "tcp,pigeon";
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    CHECK_CONTAINS(error.text, "pigeon");
+    CHECK_CONTAINS(error.text, "shm");           /* the known ones */
+    desc.transports = "";
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    desc.transports = NULL;
+    desc.channels = "teleport";
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    CHECK_CONTAINS(error.text, "basic");
+    desc.channels = NULL;
+    CHECK_EQ_INT(tprpc_context_create_for(&desc, sizeof desc - 8, TPRPC_VERSION, &ctx, &error), TPRPC_ERROR_INVALID);
+    CHECK_EQ_INT(tprpc_context_create_for(&desc, sizeof desc, TPRPC_VERSION + 100, &ctx, &error), TPRPC_ERROR_INVALID);
+    desc.threads = -1;
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    desc.threads = 0;
+    desc.allocator.alloc = books_alloc;
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_INVALID);
+    CHECK(ctx == NULL);
+    CHECK_EQ_INT(tprpc_context_destroy(NULL), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_version(), TPRPC_VERSION);
+}
+
+/* ---- strangers at the other end ---- */
+
+static int raw_listen(char *address, size_t size) {
+    struct sockaddr_in in;
+    socklen_t length = sizeof in;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    memset(&in, 0, sizeof in);
+    in.sin_family = AF_INET;
+    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    REQUIRE(fd >= 0 && bind(fd, (struct sockaddr *)&in, sizeof in) == 0 && listen(fd, 8) == 0);
+    REQUIRE(getsockname(fd, (struct sockaddr *)&in, &length) == 0);
+    snprintf(address, size, "tcp://127.0.0.1:%d", ntohs(in.sin_port));
+    return fd;
+}
+
+static int raw_connect(const char *address) {
+    struct sockaddr_in in;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    memset(&in, 0, sizeof in);
+    in.sin_family = AF_INET;
+    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    in.sin_port = htons((uint16_t)atoi(strrchr(address, ':') + 1));
+    REQUIRE(fd >= 0 && connect(fd, (struct sockaddr *)&in, sizeof in) == 0);
+    return fd;
+}
+
+static const uint8_t hello_9[] = {12, 0, 0, 0, 1, 0, 0, 0, 'T', 'P', 'R', 'P', 9, 0, 3, 0, 1, 2, 3, 4};
+static const char http[] = "HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n";
+static uint8_t noise[5000];
+
+/* Connects to a stranger that answers `bytes`, then closes or stays silent. */
+static void stranger_answers(int threads, const void *answer, size_t size, int closes, tprpc_status expected,
+    const char *part) {
+    char address[64];
+    side s;
+    outcome wrote, got;
+    tprpc_message m = text_message("hello?");
+    int listener = raw_listen(address, sizeof address);
+    memset(&s, 0, sizeof s);
+    memset(&wrote, 0, sizeof wrote);
+    memset(&got, 0, sizeof got);
+    s.threads = threads;
+    s.ctx = context("tcp", threads);
+    s.pipe = connect_to(s.ctx, address, 0, 300);
+    CHECK_EQ_INT(tprpc_pipe_write(s.pipe, &m, on_written, &wrote), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_pipe_read(s.pipe, NULL, on_read, &got), TPRPC_OK);
+    int fd = accept(listener, NULL, NULL);
+    REQUIRE(fd >= 0);
+    if (size) CHECK_EQ_INT(send(fd, answer, size, MSG_NOSIGNAL), size);
+    if (closes) close(fd);
+    WAIT(&s, wrote.runs, 1);
+    WAIT(&s, got.runs, 1);
+    CHECK_EQ_INT(wrote.status, expected);
+    CHECK_EQ_INT(got.status, expected);
+    if (!CHECK_CONTAINS(got.text, part)) fprintf(stderr, "%s\n", wrote.text);
+    tprpc_pipe_close(s.pipe);
+    CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
+    if (!closes) close(fd);
+    close(listener);
+}
+
+static void strangers(int threads) {
+    fill(noise, sizeof noise, 77);
+    stranger_answers(threads, http, sizeof http - 1, 0, TPRPC_ERROR_PROTOCOL, "tprpc");
+    stranger_answers(threads, noise, sizeof noise, 0, TPRPC_ERROR_PROTOCOL, "tprpc");
+    stranger_answers(threads, hello_9, sizeof hello_9, 0, TPRPC_ERROR_PROTOCOL, "wire version 9.3");
+    stranger_answers(threads, hello_9, sizeof hello_9 - 5, 0, TPRPC_ERROR_TIMEOUT, "");
+    stranger_answers(threads, NULL, 0, 0, TPRPC_ERROR_TIMEOUT, "127.0.0.1");
+    stranger_answers(threads, NULL, 0, 1, TPRPC_ERROR_PEER, "127.0.0.1");
+    stranger_answers(threads, hello_9, 3, 1, TPRPC_ERROR_PEER, "127.0.0.1");
+}
+TEST(strangers_polled) { strangers(0); }
+TEST(strangers_threaded) { strangers(1); }
+
+TEST(nobody_there) {
+    for (int i = 0; i < 2; i++) {
+        char address[64];
+        side s;
+        outcome o[2];
+        memset(&s, 0, sizeof s);
+        memset(o, 0, sizeof o);
+        s.ctx = context(NULL, 0);
+        close(raw_listen(address, sizeof address));
+        tprpc_pipe_desc desc;
+        tprpc_error error;
+        memset(&desc, 0, sizeof desc);
+        memset(&error, 0, sizeof error);
+        desc.address = i ? "shm://nobody.of.this.name" : address;
+        tprpc_status status = tprpc_connect(s.ctx, &desc, &s.pipe, &error);
+        if (status == TPRPC_OK) {
+            CHECK_EQ_INT(tprpc_pipe_read(s.pipe, NULL, on_read, &o[0]), TPRPC_OK);
+            WAIT(&s, o[0].runs, 1);
+            status = o[0].status;
+            memcpy(error.text, o[0].text, sizeof error.text);
+            CHECK_EQ_INT(tprpc_pipe_read(s.pipe, NULL, on_read, &o[1]), TPRPC_ERROR_UNREACHABLE);
+        }
+        CHECK_EQ_INT(status, TPRPC_ERROR_UNREACHABLE);
+        CHECK_CONTAINS(error.text, desc.address + 6);
+        tprpc_pipe_close(s.pipe);
+        CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
+    }
+}
+
+/* Strangers connect to a listener, which goes on serving. */
+TEST(strangers_connect) {
+    side s;
+    accepting accept;
+    int fds[6];
+    static const char get[] = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    uint8_t big[64] = {0xff, 0xff, 0xff, 0x7f, 1, 0, 0, 0};
+    char answer[4096];
+    memset(&s, 0, sizeof s);
+    memset(&accept, 0, sizeof accept);
+    fill(noise, sizeof noise, 78);
+    s.ctx = context(NULL, 0);
+    s.also = context(NULL, 0);
+    s.listener = listen_on(s.ctx, "tcp://127.0.0.1:0", 0);
+    CHECK_EQ_INT(tprpc_accept(s.listener, on_accepted, &accept), TPRPC_OK);
+    const char *address = tprpc_listener_address(s.listener, NULL);
+    for (size_t i = 0; i < COUNT(fds); i++) fds[i] = raw_connect(address);
+    CHECK(send(fds[0], get, sizeof get - 1, MSG_NOSIGNAL) > 0);
+    CHECK(send(fds[1], noise, sizeof noise, MSG_NOSIGNAL) > 0);
+    CHECK(send(fds[2], big, sizeof big, MSG_NOSIGNAL) > 0);
+    CHECK(send(fds[3], hello_9, sizeof hello_9, MSG_NOSIGNAL) > 0);
+    CHECK(send(fds[4], hello_9, 5, MSG_NOSIGNAL) > 0);
+    close(fds[4]);
+    idle(&s, 100000);
+    for (int i = 0; i < 4; i++) {                /* each was shown the door; the last after our hello and a word */
+        ssize_t n, all = 0;
+        struct timeval limit = {5, 0};
+        setsockopt(fds[i], SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+        while ((n = recv(fds[i], answer, sizeof answer, 0)) > 0) all += n;
+        CHECK(n == 0 || errno == ECONNRESET);
+        if (i == 3) CHECK(all > 50);
+        close(fds[i]);
+    }
+    s.pipe = connect_to(s.also, address, 0, 0);
+    WAIT(&s, accept.o.runs, 1);                  /* the silent one is still there, and does not matter */
+    CHECK_EQ_INT(accept.o.status, TPRPC_OK);
+    close(fds[5]);
+    CHECK_EQ_INT(tprpc_context_destroy(s.also), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
+}
+
+/* ---- no descriptors left ---- */
+
+TEST(no_descriptors) {
+    pair p;
+    struct rlimit limit, low;
+    tprpc_context *ctx = NULL;
+    tprpc_pipe *pipe = NULL;
+    tprpc_error error;
+    tprpc_pipe_desc desc;
+    pair_open(&p, NULL, "tcp://127.0.0.1:0", 0, 0);
+    REQUIRE(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    for (int more = 0; more < 12; more++) {      /* it runs out at each point of creating a context */
+        low = limit;
+        low.rlim_cur = (rlim_t)test_count_fds() + (rlim_t)more + 3;
+        REQUIRE(setrlimit(RLIMIT_NOFILE, &low) == 0);
+        memset(&error, 0, sizeof error);
+        tprpc_status status = tprpc_context_create(NULL, &ctx, &error);
+        REQUIRE(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+        if (status == TPRPC_OK) CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+        else CHECK(status == TPRPC_ERROR_LIMIT || status == TPRPC_ERROR_UNSUPPORTED);
+        if (status != TPRPC_OK) CHECK(error.text[0] != 0);
+    }
+    int before = test_count_fds();
+    low = limit;
+    low.rlim_cur = 3;
+    REQUIRE(setrlimit(RLIMIT_NOFILE, &low) == 0);
+    memset(&desc, 0, sizeof desc);
+    memset(&error, 0, sizeof error);
+    desc.address = tprpc_listener_address(p.s.listener, NULL);
+    CHECK_EQ_INT(tprpc_connect(p.s.also, &desc, &pipe, &error), TPRPC_ERROR_LIMIT);
+    CHECK_CONTAINS(error.text, "tcp");
+    pair_check(&p);                              /* what is open goes on */
+    REQUIRE(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    CHECK_EQ_INT(test_count_fds(), before);
+
+    /* The listener has none to accept with, and takes the connection later. */
+    accepting accept;
+    memset(&accept, 0, sizeof accept);
+    CHECK_EQ_INT(tprpc_accept(p.s.listener, on_accepted, &accept), TPRPC_OK);
+    pipe = connect_to(p.s.also, desc.address, 0, 0);
+    REQUIRE(setrlimit(RLIMIT_NOFILE, &low) == 0);
+    idle(&p.s, 200000);
+    CHECK_EQ_INT(LOAD(accept.o.runs), 0);
+    REQUIRE(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    WAIT(&p.s, accept.o.runs, 1);
+    CHECK_EQ_INT(accept.o.status, TPRPC_OK);
+    pair_close(&p);
+}
+
+/* ---- hooks ---- */
+
+typedef struct hooks { books b; int begun, ended, logged; pthread_t thread; int64_t skew_us; char names[200];
+    tprpc_context *ctx; } hooks;
+static void hook_begin(const char *name, void *user) { CHECK(name && name[0]); ADD(((hooks *)user)->begun, 1); }
+static void hook_end(const char *name, void *user) { CHECK(name && name[0]); ADD(((hooks *)user)->ended, 1); }
+static int64_t hook_clock(void *user) { return test_now_us() + LOAD(((hooks *)user)->skew_us); }
+static void hook_log(const tprpc_log *entry, void *user) {
+    hooks *h = (hooks *)user;
+    CHECK(entry->section && entry->section[0] && entry->peer && entry->text && entry->text[0] && entry->file
+        && entry->file[0]);
+    CHECK(entry->level >= TPRPC_LOG_PANIC && entry->level <= TPRPC_LOG_DEBUG);
+    CHECK(entry->id != 0 && entry->line > 0);
+    if (h->ctx) tprpc_wake(h->ctx);              /* no lock is held */
+    ADD(h->logged, 1);
+}
+
+static void hooks_of(const way *w) {
+    hooks *h = (hooks *)calloc(1, sizeof *h);
+    tprpc_context_desc desc;
+    side s;
+    outcome o;
+    char address[64];
+    REQUIRE(h != NULL);
+    memset(&desc, 0, sizeof desc);
+    memset(&s, 0, sizeof s);
+    memset(&o, 0, sizeof o);
+    desc.threads = w->threads * 2;
+    desc.transports = w->transports;
+    desc.allocator.alloc = books_alloc;
+    desc.allocator.free = books_free;
+    desc.allocator.user = &h->b;
+    desc.log = hook_log;
+    desc.thread_begin = hook_begin;
+    desc.thread_end = hook_end;
+    desc.clock_us = hook_clock;
+    desc.user = h;
+    int fds = test_count_fds();
+    REQUIRE_EQ_INT(tprpc_context_create(&desc, &s.ctx, NULL), TPRPC_OK);
+    h->ctx = s.ctx;
+    s.threads = desc.threads;
+    s.also = context(w->transports, desc.threads);
+    pair p;
+    memset(&p, 0, sizeof p);
+    p.s = s;
+    pair_connect(&p, w->address, 0);
+    for (int i = 0; i < 20; i++) pair_check(&p);
+    CHECK(LOAD(h->b.live) > 0);
+    pair_close(&p);
+    books_close(&h->b);
+    CHECK_EQ_INT(h->begun, desc.threads);
+    CHECK_EQ_INT(h->ended, desc.threads);
+    CHECK_EQ_INT(test_count_fds(), fds);
+
+    if (w->transports && strcmp(w->transports, "tcp") != 0) { free(h); return; }
+    h->ctx = NULL;                               /* the clock: a time-out of 10 minutes passes when it says so */
+    REQUIRE_EQ_INT(tprpc_context_create(&desc, &s.ctx, NULL), TPRPC_OK);
+    s.also = NULL;
+    int listener = raw_listen(address, sizeof address);
+    s.pipe = connect_to(s.ctx, address, 0, 600000);
+    CHECK_EQ_INT(tprpc_pipe_read(s.pipe, NULL, on_read, &o), TPRPC_OK);
+    idle(&s, 50000);
+    CHECK_EQ_INT(LOAD(o.runs), 0);
+    STORE(h->skew_us, INT64_C(601000000));
+    tprpc_wake(s.ctx);
+    WAIT(&s, o.runs, 1);
+    CHECK_EQ_INT(o.status, TPRPC_ERROR_TIMEOUT);
+    tprpc_listener *ours = listen_on(s.ctx, "tcp://127.0.0.1:0", 0);
+    int fd = raw_connect(tprpc_listener_address(ours, NULL));
+    CHECK(send(fd, http, sizeof http, MSG_NOSIGNAL) > 0);
+    WAIT(&s, h->logged, 1);                      /* that it does not speak tprpc */
+    close(fd);
+    close(listener);
+    CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
+    books_close(&h->b);
+    free(h);
+}
+TEST_WAYS(hooks, 20) { hooks_of((const way *)arg); }

@@ -1,0 +1,257 @@
+/* What calls cost, and what is said of them: counters and reports, no allocation after warm-up, no blocking call in a
+   poll, no context switch in a spinning wait. */
+#include "agent_help.h"
+
+extern int (*tprpc_test_hook)(const char *call, int64_t *size);
+
+static uint8_t memory[2][1 << 16];
+
+static tprpc_status place(tprpc_placement *placement, void *user) {
+    (void)user;
+    placement->tensors[0].data = memory[0];
+    return placement->tensors[0].size <= sizeof memory[0] ? TPRPC_OK : TPRPC_ERROR_LIMIT;
+}
+
+static void on_echo(tprpc_request request, const tprpc_message *message, void *user) {
+    (void)user;
+    tprpc_reply(request, message);
+}
+
+static void on_stats(tprpc_request request, const tprpc_message *message, void *user) {
+    tprpc_stats stats = stats_of((side *)user);
+    tprpc_message reply = {0};
+    (void)message;
+    reply.metadata = &stats;
+    reply.metadata_size = sizeof stats;
+    tprpc_reply(request, &reply);
+}
+
+static void on_allocs(tprpc_request request, const tprpc_message *message, void *user) {
+    int64_t calls = LOAD(&((side *)user)->heap.calls);
+    tprpc_message reply = {0};
+    (void)message;
+    reply.metadata = &calls;
+    reply.metadata_size = sizeof calls;
+    tprpc_reply(request, &reply);
+}
+
+static const tprpc_method_desc methods[] = {
+    {"echo", on_echo, NULL, NULL, NULL, 0},
+    {"put", on_echo, place, NULL, NULL, 0},
+    {"stats", on_stats, NULL, NULL, NULL, 0},
+    {"allocs", on_allocs, NULL, NULL, NULL, 0},
+    {0},
+};
+
+static void pair(const mode *with, void (*client)(side *), void (*tune)(side *, tprpc_context_desc *, tprpc_agent_desc *)) {
+    side sides[2] = {{0}};
+    sides[0].mode = with;
+    sides[0].main = client;
+    sides[0].methods = sides[1].methods = methods;
+    sides[0].tune = sides[1].tune = tune;
+    group_run(sides, 2);
+}
+
+/* Asks bob for a plain struct. */
+static void ask(side *s, const char *method, void *out, size_t size) {
+    tprpc_future future;
+    REQUIRE_EQ_INT(tprpc_call(s->agent, "bob", method, NULL, NULL, &future), TPRPC_OK);
+    REQUIRE_EQ_INT(tprpc_future_wait(future, WAIT_MS), TPRPC_OK);
+    const tprpc_message *reply = tprpc_future_reply(future);
+    REQUIRE(reply && reply->metadata_size == size);
+    memcpy(out, reply->metadata, size);
+    tprpc_future_release(future);
+}
+
+/* ---- counters and reports ---- */
+
+static void client_stats(side *s) {
+    uint8_t *large = (uint8_t *)calloc(1, 1 << 20);
+    tprpc_tensor tensors[3] = {bytes_of(large, 1 << 20), bytes_of(large, 64), bytes_of(NULL, 0)};
+    tprpc_message message = tensors_of(tensors, 3);
+    tprpc_pipe_info info;
+    tprpc_stats mine, theirs;
+    tprpc_error error;
+    tprpc_future future;
+    char report[4000], cut[20];
+    enum { N = 10 };
+    const uint64_t bytes = (uint64_t)N * ((1 << 20) + 64);
+    CHECK_EQ_INT(tprpc_agent_get_peer_info(s->agent, "nobody", &info, sizeof info), TPRPC_ERROR_NO_WORKER);
+    CHECK_EQ_INT(tprpc_agent_get_peer_info(s->agent, "bob", &info, sizeof info), TPRPC_ERROR_UNREACHABLE);
+    CHECK_EQ_INT(tprpc_agent_get_peer_info(s->agent, "bob", &info, sizeof info - 1), TPRPC_ERROR_INVALID);
+    CHECK_EQ_INT(tprpc_agent_get_stats(s->agent, &mine, sizeof mine + 8), TPRPC_ERROR_INVALID);
+    for (int i = 0; i < N; i++) CHECK_EQ_INT(call_and_wait(s, "bob", "echo", &message, NULL, NULL), TPRPC_OK);
+    CHECK_EQ_INT(call_and_wait(s, "bob", "nothing", NULL, NULL, &error), TPRPC_ERROR_NO_METHOD);
+    REQUIRE_EQ_INT(tprpc_call(s->agent, "bob", "echo", NULL, NULL, &future), TPRPC_OK);
+    CHECK_EQ_INT(stats_of(s).client_active_calls, 1 - (tprpc_future_wait(future, TPRPC_NOW) == TPRPC_OK));
+    CHECK_EQ_INT(tprpc_future_wait(future, WAIT_MS), TPRPC_OK);
+    tprpc_future_release(future);
+    ask(s, "stats", &theirs, sizeof theirs);
+    mine = stats_of(s);
+    CHECK_EQ_INT(mine.calls, N + 3);
+    CHECK_EQ_INT(mine.calls_failed, 1);
+    CHECK_EQ_INT(mine.calls_timed_out, 0);
+    CHECK_EQ_INT(mine.calls_cancelled, 0);
+    CHECK_EQ_INT(mine.client_active_calls, 0);
+    CHECK_EQ_INT(mine.requests, 0);
+    CHECK_EQ_INT(mine.tensor_bytes_sent, bytes);
+    CHECK_EQ_INT(mine.tensor_bytes_received, bytes);
+    CHECK_EQ_INT(mine.workers, 2);
+    CHECK_EQ_INT(mine.pipes, 1);
+    CHECK(mine.fast_messages >= 2);
+    CHECK(mine.memory_bytes > 0 && mine.memory_bytes <= (uint64_t)LOAD(&s->heap.bytes) + 65536);
+    CHECK_EQ_INT(theirs.requests, N + 3);
+    CHECK_EQ_INT(theirs.requests_failed, 1);
+    CHECK_EQ_INT(theirs.server_active_calls, 1);
+    CHECK_EQ_INT(theirs.tensor_bytes_sent, bytes);
+    CHECK_EQ_INT(theirs.tensor_bytes_received, bytes);
+    CHECK_EQ_INT(theirs.pipes, 1);
+    CHECK_EQ_INT(tprpc_agent_get_peer_info(s->agent, "bob", &info, sizeof info), TPRPC_OK);
+    CHECK_EQ_INT(info.tensor_bytes_sent, bytes);
+    CHECK_EQ_INT(info.tensor_bytes_received, bytes);
+    CHECK_STR(info.transport, s->mode->transports ? s->mode->transports : "shm");
+    CHECK(info.channel[0] && info.peer[0]);
+    CHECK(info.path_count >= 4);
+    for (uint32_t i = 0; i < info.path_count; i++) CHECK(info.paths[i].chosen || info.paths[i].why[0]);
+    const size_t whole = tprpc_agent_report(s->agent, report, sizeof report);
+    CHECK_EQ_INT(whole, strlen(report));
+    CHECK_CONTAINS(report, "ann");
+    CHECK_CONTAINS(report, "bob");
+    CHECK_CONTAINS(report, info.transport);
+    CHECK_EQ_INT(tprpc_agent_report(s->agent, NULL, 0), whole);
+    memset(cut, 'x', sizeof cut);
+    CHECK_EQ_INT(tprpc_agent_report(s->agent, cut, 16), whole);
+    CHECK_EQ_INT(strlen(cut), 15);
+    CHECK_MEM(cut, report, 15);
+    CHECK_EQ_INT(cut[16], 'x');
+    free(large);
+}
+IN_MODES(stats, ALL_MODES) { pair(with, client_stats, NULL); }
+
+/* ---- nothing is allocated ---- */
+
+enum { WINDOW = 16 };
+
+static void repeat(side *s, const char *method, const tprpc_message *message, const tprpc_call_options *options, int count) {
+    tprpc_future futures[WINDOW];
+    tprpc_method_id id;
+    REQUIRE_EQ_INT(tprpc_resolve(s->agent, "bob", method, &id, NULL), TPRPC_OK);
+    for (int done = 0; done < count; done += WINDOW) {
+        for (int i = 0; i < WINDOW; i++) REQUIRE_EQ_INT(tprpc_call_id(s->agent, id, message, options, &futures[i]), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_future_wait_all(futures, WINDOW, WAIT_MS), TPRPC_OK);
+        for (int i = 0; i < WINDOW; i++) tprpc_future_release(futures[i]);
+    }
+}
+
+static void check_no_allocation(side *s, const char *method, const tprpc_message *message, const tprpc_call_options *options,
+                                int count) {
+    int64_t theirs[2], mine;
+    repeat(s, method, message, options, 20000 / TEST_SLOWDOWN);   /* warm-up: pools reach what ever was in flight */
+    ask(s, "allocs", &theirs[0], sizeof theirs[0]);
+    ask(s, "allocs", &theirs[0], sizeof theirs[0]);
+    mine = LOAD(&s->heap.calls);
+    repeat(s, method, message, options, count);
+    CHECK_EQ_INT(LOAD(&s->heap.calls) - mine, 0);
+    ask(s, "allocs", &theirs[1], sizeof theirs[1]);
+    CHECK_EQ_INT(theirs[1] - theirs[0], 0);
+}
+
+static int thrift(const mode *with) { return TEST_SLOWDOWN * (with->processes && with->transports[0] == 's' ? 1 : 10); }
+
+static void client_small(side *s) {
+    char body[64] = "sixty-four bytes";
+    tprpc_message message = {0};
+    message.metadata = body;
+    message.metadata_size = sizeof body;
+    check_no_allocation(s, "echo", &message, NULL, 1000000 / thrift(s->mode));
+}
+IN_MODES_LIMIT(small_calls_allocate_nothing, 0x1b, 240) { pair(with, client_small, NULL); }
+
+static void client_in_place(side *s) {
+    tprpc_tensor tensor = bytes_of(memory[1], sizeof memory[1]);
+    tprpc_message message = tensors_of(&tensor, 1);
+    tprpc_call_options options = {0};
+    options.place = place;
+    check_no_allocation(s, "put", &message, &options, 100000 / thrift(s->mode));
+}
+IN_MODES_LIMIT(calls_in_place_allocate_nothing, 0x1b, 240) { pair(with, client_in_place, NULL); }
+
+/* ---- a poll does not block ---- */
+
+static __thread int in_poll;
+static int blocked, calls_seen;
+static char blocked_by[32];
+
+static int look_for_blocking(const char *call, int64_t *size) {
+    (void)size;
+    if (!in_poll) return 0;
+    calls_seen++;
+    if (strcmp(call, "epoll_wait") != 0 && strcmp(call, "futex_wait") != 0 && strcmp(call, "getaddrinfo") != 0) return 0;
+    blocked++;
+    snprintf(blocked_by, sizeof blocked_by, "%s", call);
+    return 0;
+}
+
+static void count_done(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
+    (void)reply; (void)error;
+    CHECK_EQ_INT(status, TPRPC_OK);
+    ++*(int *)user;
+}
+
+/* From the first call on: connecting, agreeing, large tensors and small messages, and idle polls. */
+static void client_polls(side *s) {
+    enum { N = 40 };
+    static uint8_t large[4 << 20];
+    tprpc_call_options options = {0};
+    int done = 0;
+    int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
+    options.on_done = count_done;
+    options.user = &done;
+    STORE(&tprpc_test_hook, look_for_blocking);
+    for (int i = 0; i < N; i++) {
+        tprpc_tensor tensor = bytes_of(large, i % 4 ? 64 : sizeof large);
+        tprpc_message message = tensors_of(&tensor, 1);
+        in_poll = 1;                 /* a call of a polled context must not block either */
+        CHECK_EQ_INT(tprpc_call(s->agent, "bob", "echo", &message, &options, NULL), TPRPC_OK);
+        in_poll = 0;
+    }
+    while (done < N && test_now_us() < end) {
+        in_poll = 1;
+        tprpc_poll(s->ctx, TPRPC_NOW, 500);
+        in_poll = 0;
+    }
+    CHECK_EQ_INT(done, N);
+    for (int i = 0; i < 20000; i++) {
+        in_poll = 1;
+        tprpc_poll(s->ctx, TPRPC_NOW, 0);
+        in_poll = 0;
+    }
+    STORE(&tprpc_test_hook, NULL);
+    CHECK_EQ_INT(blocked, 0);
+    CHECK_STR(blocked_by, "");
+    CHECK(calls_seen > 0);
+}
+IN_MODES(polls_do_not_block, 0xc3) { pair(with, client_polls, NULL); }
+
+/* ---- a spinning wait ---- */
+
+static void spin_long(side *s, tprpc_context_desc *context, tprpc_agent_desc *agent) {
+    (void)s; (void)agent;
+    context->spin_us = 2000000;
+}
+
+static void client_spins(side *s) {
+    int quiet = 0, tries = 0;
+    for (int i = 0; i < 1000; i++) CHECK_EQ_INT(call_and_wait(s, "bob", "echo", NULL, NULL, NULL), TPRPC_OK);
+    for (; tries < 200 && quiet < 20; tries++) {
+        struct rusage before, after;
+        getrusage(RUSAGE_THREAD, &before);
+        for (int i = 0; i < 10; i++) CHECK_EQ_INT(call_and_wait(s, "bob", "echo", NULL, NULL, NULL), TPRPC_OK);
+        getrusage(RUSAGE_THREAD, &after);
+        if (after.ru_nvcsw == before.ru_nvcsw) quiet++;
+    }
+    CHECK_EQ_INT(quiet, 20);
+}
+
+/* tcp: the kernel may make a thread wait in a system call of its own accord, so only some need be without. */
+IN_MODES(spinning_waits_do_not_sleep, 0x83) { pair(with, client_spins, spin_long); }
