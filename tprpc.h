@@ -1622,16 +1622,21 @@ TPR_UNUSED static int tpr_os_socket(int family) {
     return socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 }
 
-// Looks up a host (numeric or name; empty: any) and port. Blocks. Returns NULL, or a sentence saying what is wrong.
+// Looks up a host (numeric or name; empty: any) and port. Blocks for a name. Returns NULL, or a sentence saying what is
+// wrong.
 TPR_UNUSED static const char *tpr_os_resolve(const char *host, uint16_t port, tpr_os_address *out) {
     struct addrinfo hints, *list = NULL;
     char service[8];
-    if (TPR_OS_HOOKED("getaddrinfo", TPR_OS_NO_SIZE)) return strerror(errno);
     memset(&hints, 0, sizeof hints);
     hints.ai_socktype = SOCK_STREAM;
-    hints.ai_flags = AI_NUMERICSERV | (host[0] ? 0 : AI_PASSIVE);
+    hints.ai_flags = AI_NUMERICSERV | AI_NUMERICHOST | (host[0] ? 0 : AI_PASSIVE);   // these need no look-up
     snprintf(service, sizeof service, "%u", (unsigned)port);
     int code = getaddrinfo(host[0] ? host : NULL, service, &hints, &list);
+    if (code == EAI_NONAME) {
+        if (TPR_OS_HOOKED("getaddrinfo", TPR_OS_NO_SIZE)) return strerror(errno);
+        hints.ai_flags &= ~AI_NUMERICHOST;
+        code = getaddrinfo(host, service, &hints, &list);
+    }
     if (code != 0 || !list) return code == EAI_SYSTEM ? strerror(errno) : gai_strerror(code);
     memset(out, 0, sizeof *out);
     memcpy(&out->at, list->ai_addr, list->ai_addrlen);
@@ -1765,8 +1770,8 @@ TPR_UNUSED static size_t tpr_os_spans(const tprpc_span *spans, size_t count, str
 }
 
 // Sends what the socket takes of the first 16 spans. Returns bytes, or -1 with EAGAIN or what is wrong.
-TPR_UNUSED static int64_t tpr_os_send(int fd, const tprpc_span *spans, size_t count, const intptr_t *handles, size_t handle_count,
-                           bool more) {
+TPR_UNUSED static int64_t tpr_os_send(int fd, const tprpc_span *spans, size_t count, const intptr_t *handles,
+                                      size_t handle_count, bool more) {
     struct iovec iov[TPR_OS_SPANS];
     struct msghdr msg;
     union { struct cmsghdr align; char bytes[CMSG_SPACE(sizeof(int) * TPR_OS_HANDLES)]; } control;
@@ -1804,7 +1809,8 @@ TPR_UNUSED static int64_t tpr_os_send(int fd, const tprpc_span *spans, size_t co
 
 // Receives into the first 16 spans. Returns bytes, 0 at the end of the stream, or -1 with EAGAIN or what is wrong. When
 // `handles` is given, *handle_count is its capacity and becomes how many came.
-TPR_UNUSED static int64_t tpr_os_recv(int fd, const tprpc_span *spans, size_t count, intptr_t *handles, size_t *handle_count) {
+TPR_UNUSED static int64_t tpr_os_recv(int fd, const tprpc_span *spans, size_t count, intptr_t *handles,
+                                      size_t *handle_count) {
     struct iovec iov[TPR_OS_SPANS];
     struct msghdr msg;
     union { struct cmsghdr align; char bytes[CMSG_SPACE(sizeof(int) * TPR_OS_HANDLES)]; } control;
@@ -2025,7 +2031,7 @@ TPR_UNUSED static int tpr_os_tcp_owner(const tpr_os_address *own, const tpr_os_a
 #include <poll.h>
 
 // Whether a read from `fd` would not wait.
-static bool tpr_os_readable(int fd) {
+TPR_UNUSED static bool tpr_os_readable(int fd) {
     struct pollfd look;
     look.fd = fd;
     look.events = POLLIN;
@@ -2034,7 +2040,7 @@ static bool tpr_os_readable(int fd) {
 }
 
 // Ends a socket for all who hold it, a forked child included.
-static void tpr_os_shutdown(int fd) { shutdown(fd, SHUT_RDWR); }
+TPR_UNUSED static void tpr_os_shutdown(int fd) { shutdown(fd, SHUT_RDWR); }
 
 // ---- files that processes share
 
@@ -2927,11 +2933,15 @@ enum { TPR_WIRE_PAYLOAD_BYTES = 16, TPR_WIRE_TRANSFER_BYTES = 12 };
 // Whether a tensor's shape and dtype amount to its size.
 static bool tpr_wire_shape_fits(int32_t dtype, int32_t ndim, const int64_t *shape, uint64_t size) {
     uint64_t total = tprpc_dtype_size(dtype);
+    bool empty = false;
     if (!total || ndim < 0 || ndim > TPRPC_MAX_DIMS) return false;
     if (dtype == TPRPC_BYTES && ndim == 0) return true;
     for (int32_t i = 0; i < ndim; i++) {
         if (shape[i] < 0) return false;
-        if (shape[i] == 0) return size == 0;
+        empty |= shape[i] == 0;
+    }
+    if (empty) return size == 0;
+    for (int32_t i = 0; i < ndim; i++) {
         if (total > size / (uint64_t)shape[i]) return false;
         total *= (uint64_t)shape[i];
     }
@@ -2946,6 +2956,21 @@ static inline void tpr_wire_write_message(tpr_wire_writer *w, const tpr_wire_mes
     tpr_wire_write_u8(w, m->prefix_size);
     tpr_wire_write_u16(w, 0);
     tpr_wire_write_u32(w, 0);
+}
+
+// The same for a message that has nothing but a prefix and metadata.
+static inline void tpr_wire_put_short(uint8_t *out, uint32_t metadata_size, uint8_t prefix_size) {
+    memset(out, 0, TPR_WIRE_MESSAGE_HEADER);
+    tpr_base_store_le32(out, metadata_size);
+    out[9] = prefix_size;
+}
+
+// Reads that back. False: it is not one of exactly `size` bytes.
+static inline bool tpr_wire_get_short(const uint8_t *in, size_t size, uint32_t *metadata_size, uint8_t *prefix_size) {
+    *metadata_size = tpr_base_load_le32(in);
+    *prefix_size = in[9];
+    return tpr_base_load_le32(in + 4) == 0 && in[8] == 0 && *prefix_size <= TPR_WIRE_PREFIX &&
+           (uint64_t)TPR_WIRE_MESSAGE_HEADER + *prefix_size + *metadata_size == size;
 }
 
 static inline void tpr_wire_read_message(tpr_wire_reader *r, tpr_wire_message *m) {
@@ -3459,6 +3484,7 @@ typedef struct tpr_loop {
     uint32_t         contenders;       // atomic: threads that wait for the lock
     tprpc_work      *inbox;            // atomic: deferred, the newest first
     uint32_t         asleep, woken;    // atomic: someone sleeps or is armed; tprpc_wake was called
+    uint32_t         deferring;        // atomic: threads in tpr_loop_defer_from
     tpr_loop_env    *env;
     tprpc_context   *context;
     uint32_t         index;
@@ -3579,6 +3605,14 @@ static void tpr_loop_defer(tpr_loop *loop, tprpc_work *work, bool timed) {
     do work->next = head;
     while (!TPR_ATOMIC_CAS(&loop->inbox, &head, work));
     if (TPR_ATOMIC_LOAD_FULL(&loop->asleep)) tpr_os_bell_ring(loop->bell);
+}
+
+// The same for a thread that holds nothing of the context: what it deferred may run at once and be the last thing that the
+// context waited for, so the loop stays until the thread is out of here.
+static void tpr_loop_defer_from(tpr_loop *loop, tprpc_work *work, bool timed) {
+    TPR_ATOMIC_ADD(&loop->deferring, 1u);
+    tpr_loop_defer(loop, work, timed);
+    TPR_ATOMIC_SUB(&loop->deferring, 1u);
 }
 
 // Sets a timer, under the lock.
@@ -3850,6 +3884,7 @@ static tprpc_status tpr_loop_add_source(tpr_loop *loop, tpr_loop_source source, 
 }
 
 static void tpr_loop_fini(tpr_loop *loop) {
+    while (TPR_ATOMIC_LOAD(&loop->deferring)) tpr_atomic_pause();
     tpr_base_pool_clear(&loop->pool);
     tpr_os_close(loop->bell);
     tpr_os_close(loop->poller);
@@ -4069,13 +4104,13 @@ TPRPC_API bool tprpc_context_arm(tprpc_context *ctx, int64_t *deadline_us) {
 
 TPRPC_API void tprpc_defer(tprpc_context *ctx, tprpc_work *work) {
     TPRPC_ASSERT(ctx && work && work->run && work->loop < ctx->loop_count);
-    tpr_loop_defer(&ctx->loops[work->loop], work, false);
+    tpr_loop_defer_from(&ctx->loops[work->loop], work, false);
 }
 
 TPRPC_API void tprpc_defer_at(tprpc_context *ctx, tprpc_work *work, int64_t due_us) {
     TPRPC_ASSERT(ctx && work && work->run && work->loop < ctx->loop_count);
     work->due_us = due_us;
-    tpr_loop_defer(&ctx->loops[work->loop], work, true);
+    tpr_loop_defer_from(&ctx->loops[work->loop], work, true);
 }
 
 TPRPC_API int64_t tprpc_now_us(tprpc_context *ctx) {
@@ -7006,7 +7041,8 @@ enum {
     TPR_PIPE_CHUNK = 256 << 10,        // of bulk
     TPR_PIPE_STACK = 1024,             // frames up to here are built and parsed on the stack
     TPR_PIPE_ROUND = 1 << 20,          // bytes handled in one go before others have a turn
-    TPR_PIPE_BATCH = 64,               // messages taken in before callbacks have a turn: what they touch is still cached
+    TPR_PIPE_SHORT = 256,              // metadata up to here, without tensors, takes the short path
+    TPR_PIPE_BATCH = 64,               // messages taken in before callbacks have a turn: they are still in the cache
     TPR_PIPE_HANDSHAKE_MS = 10000, TPR_PIPE_MOVE_MS = 2000
 };
 
@@ -7692,6 +7728,11 @@ static tprpc_device tpr_pipe_item_target(const tprpc_message *m, size_t i) {
     return target;
 }
 
+// Whether the message is a few bytes and nothing else.
+static inline bool tpr_pipe_is_short(const tprpc_message *m) {
+    return !m->payload_count && !m->tensor_count && m->metadata_size <= TPR_PIPE_SHORT;
+}
+
 // Whether the message can leave as one frame, with all its bytes.
 static inline bool tpr_pipe_is_inline(const tprpc_message *m) {
     size_t total = 0;
@@ -7976,13 +8017,29 @@ static tprpc_status tpr_pipe_send_planned(tprpc_pipe *pipe, tpr_pipe_write *writ
     return status;
 }
 
+// The short path: a message of a few bytes and nothing else, on an open pipe, is one frame built in one go.
+static tprpc_status tpr_pipe_send_short(tprpc_pipe *pipe, const void *prefix, size_t prefix_size,
+                                        const tprpc_message *message, tprpc_error *error) {
+    uint8_t out[TPR_WIRE_HEADER + TPR_WIRE_MESSAGE_HEADER + TPR_WIRE_PREFIX + TPR_PIPE_SHORT];
+    size_t head = TPR_WIRE_HEADER + TPR_WIRE_MESSAGE_HEADER, size = head + prefix_size + message->metadata_size;
+    tpr_wire_put_frame(out, (uint32_t)(size - TPR_WIRE_HEADER), TPR_WIRE_MESSAGE, 0, 0);
+    tpr_wire_put_short(out + TPR_WIRE_HEADER, (uint32_t)message->metadata_size, (uint8_t)prefix_size);
+    tpr_base_copy(out + head, prefix, prefix_size);
+    tpr_base_copy(out + head + prefix_size, message->metadata, message->metadata_size);
+    pipe->fast_messages++;
+    if (TPR_LIKELY(tpr_pipe_emit(pipe, out, NULL, size, NULL))) return TPRPC_OK;
+    return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to queue a message");
+}
+
 // Sends a message, parks it until the pipe is open, or fails. `write` was begun; it is ended through its callback
 // when this returns OK, and is the caller's to undo when it does not. lent: the bytes stay until the write ends.
 static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const void *prefix, size_t prefix_size,
                                   const tprpc_message *message, bool lent, tprpc_error *error) {
-    tprpc_error mine = TPR_ZERO;
+    tprpc_error mine;
     if (!error) error = &mine;
     error->status = TPRPC_OK;
+    if (!write && pipe->state == TPR_PIPE_OPEN && tpr_pipe_is_short(message))
+        return tpr_pipe_send_short(pipe, prefix, prefix_size, message, error);
     if (pipe->state == TPR_PIPE_ENDED) {
         *error = pipe->error;
         return pipe->status;
@@ -7999,7 +8056,8 @@ static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const
     } else if (TPR_UNLIKELY(pipe->queued_bytes && pipe->queued_bytes + tpr_pipe_copy_size(message, !lent || whole) >
                             pipe->ctx->limits.inflight_bytes)) {   // what cannot leave at once is queued, frame and all
         return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "the pipe holds %llu bytes on their way and may hold %llu",
-                               (unsigned long long)pipe->queued_bytes, (unsigned long long)pipe->ctx->limits.inflight_bytes);
+                               (unsigned long long)pipe->queued_bytes,
+                               (unsigned long long)pipe->ctx->limits.inflight_bytes);
     }
     if (parked) {
         tpr_base_copy(write->prefix, prefix, prefix_size);
@@ -8155,11 +8213,30 @@ static const void *tpr_pipe_in_bytes(uint8_t **at, tpr_wire_reader *r, size_t si
     return to;
 }
 
+// The short path's: nothing but a prefix and metadata, whose sizes were checked.
+static tpr_pipe_in *tpr_pipe_decode_short(tprpc_pipe *pipe, const uint8_t *body, tpr_wire_message *head,
+                                          tprpc_status *status) {
+    head->payloads = head->tensors = 0;
+    head->transfers = 0;
+    *status = TPRPC_ERROR_PROTOCOL;
+    if (head->metadata_size > pipe->ctx->limits.metadata_bytes) return NULL;
+    tpr_pipe_in *in = tpr_pipe_in_new(pipe, head, head->metadata_size);
+    *status = TPRPC_ERROR_MEMORY;
+    if (!in) return NULL;
+    in->prefix_size = head->prefix_size;
+    tpr_base_copy(in->prefix, body + TPR_WIRE_MESSAGE_HEADER, head->prefix_size);
+    tpr_base_copy((void *)(uintptr_t)in->message.metadata, body + TPR_WIRE_MESSAGE_HEADER + head->prefix_size,
+                  head->metadata_size);
+    return in;
+}
+
 // Decodes a message into a block of its own. NULL: it was none (status PROTOCOL), over a limit or no memory (MEMORY).
 static tpr_pipe_in *tpr_pipe_decode(tprpc_pipe *pipe, const uint8_t *body, size_t size, tprpc_status *status) {
     tpr_wire_reader r = tpr_wire_reader_of(body, size);
     const tprpc_limits *limits = &pipe->ctx->limits;
     tpr_wire_message head;
+    if (size <= TPR_PIPE_STACK && tpr_wire_get_short(body, size, &head.metadata_size, &head.prefix_size))
+        return tpr_pipe_decode_short(pipe, body, &head, status);
     uint64_t bytes = 0, metadata;
     *status = TPRPC_ERROR_PROTOCOL;
     tpr_wire_read_message(&r, &head);
@@ -8265,11 +8342,16 @@ static void tpr_pipe_in_read(tpr_pipe_in *in, const tprpc_message *allocation, b
     tprpc_pipe *pipe = in->pipe;
     size_t count = in->message.payload_count + in->message.tensor_count;
     tprpc_buffer *buffers = NULL;
-    tprpc_error error = TPR_ZERO;
+    tprpc_error error;
     tprpc_status status = TPRPC_OK;
     in->done = done;
     in->pending = 1;
     in->reading = true;
+    if (!count && !in->transfer_count && !refuse) {   // metadata alone: all is there
+        tpr_pipe_in_done(in, TPRPC_OK, NULL);
+        return;
+    }
+    error.status = TPRPC_OK;
     pipe->refs++;
     for (size_t i = 0; i < count && status == TPRPC_OK && !refuse; i++)
         status = tpr_pipe_in_place(in, i, allocation, &error);
@@ -9632,7 +9714,7 @@ TPRPC_API tprpc_status tprpc_connect(tprpc_context *ctx, const tprpc_pipe_desc *
 TPRPC_API tprpc_status tprpc_pipe_write(tprpc_pipe *pipe, const tprpc_message *message, tprpc_written done,
                                         void *user) {
     static const tprpc_message empty = TPR_ZERO;
-    tprpc_error error = TPR_ZERO;
+    tprpc_error error;
     TPRPC_ASSERT(pipe);
     if (!message) message = &empty;
     tprpc_status status = TPRPC_ERROR_INVALID;
@@ -11868,6 +11950,7 @@ static tpr_agent_placing *tpr_agent_place(tprpc_agent *agent, tpr_pipe_in *in, t
                                          ? tpr_pipe_device(in->tensors[i].device)
                                          : in->tensors[i].target;
     }
+    in->pipe->refs++;                  // it may end and be closed before; `placed` reads from it, and gives this back
     tpr_loop_post_place(in->loop, &placing->task);
     return placing;
 }
@@ -12013,8 +12096,10 @@ static void tpr_agent_reply_placed(tpr_loop_task *task) {
         tprpc_error_set(&error, placing->status, 0, "place refused the reply");
         tpr_agent_call_fail(call, &error);   // parked still: there is no read yet that it could abort
     }
+    tprpc_pipe *pipe = call->in->pipe;
     call->parked = false;
     tpr_pipe_in_read(call->in, &allocation, refuse, tpr_agent_reply_read);
+    tpr_pipe_unref(pipe);
 }
 
 static void tpr_agent_on_reply(tpr_agent_worker *worker, tpr_agent_call *call, tpr_pipe_in *in) {
@@ -12040,7 +12125,7 @@ static void tpr_agent_worker_message(tpr_pipe_user *user, tpr_pipe_in *in) {
     tpr_agent_worker *worker = (tpr_agent_worker *)(void *)user;
     tpr_agent_loop *on = tpr_agent_on(worker->agent, worker->loop);
     tpr_wire_call prefix;
-    tprpc_error error = TPR_ZERO;
+    tprpc_error error;
     if (!tpr_wire_get_call(in->prefix, in->prefix_size, &prefix) ||
         (prefix.kind != TPR_WIRE_REPLY && prefix.kind != TPR_WIRE_ERROR)) {
         tpr_agent_drop_in(in);
@@ -12560,7 +12645,9 @@ static void tpr_agent_request_placed(tpr_loop_task *task) {
     if (placing->status == TPRPC_ERROR_NO_METHOD) tpr_agent_request_fail(request, TPRPC_ERROR_NO_METHOD, 0, "");
     else if (placing->status != TPRPC_OK)
         tpr_agent_request_fail(request, placing->status, 0, "place refused the message");
+    tprpc_pipe *pipe = request->in->pipe;
     tpr_pipe_in_read(request->in, &allocation, refuse, tpr_agent_request_read);
+    tpr_pipe_unref(pipe);
 }
 
 static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *prefix, tpr_pipe_in *in) {
@@ -12686,7 +12773,7 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
                                      const char *why) {
     tprpc_agent *agent = (tprpc_agent *)handle.owner;
     tpr_loop *loop = tpr_agent_loop_of(handle.owner, handle.id);
-    tprpc_error error = TPR_ZERO;
+    tprpc_error error;
     tprpc_status status = TPRPC_ERROR_INVALID;
     if (loop) {
         tpr_loop_enter(loop);
@@ -13572,7 +13659,7 @@ TPRPC_API tprpc_status tprpc_agent_get_peer_info(tprpc_agent *agent, const char 
 
 TPRPC_API tprpc_status tprpc_call(tprpc_agent *agent, const char *worker, const char *method,
                                   const tprpc_message *message, const tprpc_call_options *options, tprpc_future *out) {
-    tprpc_error error = TPR_ZERO;
+    tprpc_error error;
     tpr_agent_worker *to = NULL;
     const char *text = NULL;
     tprpc_status status;
@@ -13610,7 +13697,7 @@ TPRPC_API tprpc_status tprpc_resolve(tprpc_agent *agent, const char *worker, con
 
 TPRPC_API tprpc_status tprpc_call_id(tprpc_agent *agent, tprpc_method_id id, const tprpc_message *message,
                                      const tprpc_call_options *options, tprpc_future *out) {
-    tprpc_error error = TPR_ZERO;
+    tprpc_error error;
     tprpc_status status = TPRPC_ERROR_INVALID;
     TPRPC_ASSERT(agent);
     if (out) memset(out, 0, sizeof *out);

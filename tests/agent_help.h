@@ -71,12 +71,13 @@ static inline void share(void) {
 
 /* ---- an allocator that counts ---- */
 
-typedef struct heap { int64_t blocks, bytes, calls; } heap;
+typedef struct heap { int64_t blocks, bytes, calls; uint32_t last_tag; size_t last_size; } heap;
 
 static inline void *heap_alloc(size_t size, size_t align, uint32_t tag, void *user) {
     heap *h = (heap *)user;
     void *ptr = NULL;
-    (void)tag;
+    STORE(&h->last_tag, tag);
+    STORE(&h->last_size, size);
     if (posix_memalign(&ptr, align < sizeof ptr ? sizeof ptr : align, size ? size : 1) != 0) return NULL;
     ADD(&h->blocks, 1);
     ADD(&h->bytes, (int64_t)size);
