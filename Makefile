@@ -27,7 +27,7 @@ WAVE_ARGS  =
 BENCH      = tools/bench.py
 BENCH_ARGS =
 
-HEADERS  = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tools/*.h examples/*.h)
+HEADERS  = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tools/*.h examples/*.h) tests/toys.c
 TESTS    = $(patsubst tests/%.c,%,$(filter-out tests/impl.c,$(wildcard tests/*.c))) \
            $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
 SCRIPTS  = $(filter-out tests/run.sh tests/compile.sh,$(wildcard tests/*.sh))

@@ -227,7 +227,7 @@
 //                                         4 debug (default: 3)
 //   TPRPC_ZONE_BEGIN(name), _END(name)    profiler zones: on one thread, nested, name a literal (default: nothing)
 //   TPRPC_SPAN_BEGIN(name, id), _END      asynchronous spans, a call from its start to its outcome (default: nothing)
-//   TPRPC_PLOT(name, value)               a number over time (default: nothing; none is plotted in this version)
+//   TPRPC_PLOT(name, value)               a number over time (default: nothing): "tprpc active calls" of each loop
 //
 // Define them in the file that has TPRPC_IMPLEMENTATION, above the include. So with all that follow:
 //
@@ -911,7 +911,7 @@ typedef struct tprpc_span { void *data; size_t size; } tprpc_span;          // o
 // ---- transports: ordered byte streams
 
 enum { TPRPC_EVENT_OPEN = 1,         // a connection begun by connect is established
-       TPRPC_EVENT_RECV = 2,         // bytes, or handles, have come
+       TPRPC_EVENT_RECV = 2,         // bytes, or handles, have come; may be repeated until they are consumed
        TPRPC_EVENT_SEND = 4,         // there is room again after send took less than offered
        TPRPC_EVENT_LOST = 8 };       // the connection is over; bytes received before may still be consumed; error says
                                      // why
@@ -3607,8 +3607,8 @@ static void tpr_loop_defer(tpr_loop *loop, tprpc_work *work, bool timed) {
     if (TPR_ATOMIC_LOAD_FULL(&loop->asleep)) tpr_os_bell_ring(loop->bell);
 }
 
-// The same for a thread that holds nothing of the context: what it deferred may run at once and be the last thing that the
-// context waited for, so the loop stays until the thread is out of here.
+// The same for a thread that holds nothing of the context: what it deferred may run at once and be the last thing
+// that the context waited for, so the loop stays until the thread is out of here.
 static void tpr_loop_defer_from(tpr_loop *loop, tprpc_work *work, bool timed) {
     TPR_ATOMIC_ADD(&loop->deferring, 1u);
     tpr_loop_defer(loop, work, timed);
@@ -7084,6 +7084,14 @@ typedef struct tpr_pipe_transfer {     // a channel's transfer of one message
     uint16_t channel;
 } tpr_pipe_transfer;
 
+typedef struct tpr_pipe_keep {         // a tensor on a device, on its way out
+    const tpr_context_backend *entry;  // its converter
+    tprpc_device device;
+    void  *copy, *stream, *keep;       // copy: NULL when the user lent it
+    size_t size;
+    bool   prepared;
+} tpr_pipe_keep;
+
 typedef struct tpr_pipe_write tpr_pipe_write;
 struct tpr_pipe_write {                // one write until nothing of its memory is needed
     tpr_base_list node;                // of the pipe
@@ -7095,6 +7103,8 @@ struct tpr_pipe_write {                // one write until nothing of its memory 
     void *copy;                        // of the message, when it could not leave at once and was not lent
     size_t copy_size;
     const tprpc_message *parked;       // waits for the pipe to open (in copy)
+    struct tpr_pipe_keep *keeps;       // keep_count of them: tensors on devices, as their converters hold them
+    uint32_t keep_count;
     uint8_t prefix[TPR_WIRE_PREFIX];
     uint8_t prefix_size, transfer_count;
     tpr_pipe_transfer transfers[TPR_WIRE_CHANNELS];
@@ -7323,9 +7333,41 @@ static void tpr_pipe_write_begin(tprpc_pipe *pipe, tpr_pipe_write *write, void (
     write->status = TPRPC_OK;
     write->copy = NULL;
     write->parked = NULL;
+    write->keeps = NULL;
+    write->keep_count = 0;
     write->prefix_size = write->transfer_count = 0;
     tpr_base_list_add(&pipe->writes, &write->node);
     pipe->refs++;
+}
+
+static tprpc_device tpr_pipe_device(tprpc_device device) {
+    if (device.kind == TPRPC_DEVICE_DEFAULT) device.kind = TPRPC_CPU;
+    return device;
+}
+
+static bool tpr_pipe_on_host(const tprpc_tensor *tensor) { return tpr_pipe_device(tensor->device).kind == TPRPC_CPU; }
+
+static const tpr_context_backend *tpr_pipe_converter(const tprpc_context *ctx, int32_t kind) {
+    for (uint32_t i = 0; i < ctx->backend_count; i++)
+        if (ctx->backends[i].backend->converter && ctx->backends[i].backend->converter->kind == kind)
+            return &ctx->backends[i];
+    return NULL;
+}
+
+// Gives back what a write holds: its copy of the message, and what converters hold for it.
+static void tpr_pipe_write_let_go(tpr_pipe_write *write) {
+    tprpc_pipe *pipe = write->pipe;
+    for (uint32_t i = 0; i < write->keep_count; i++) {
+        const tpr_pipe_keep *keep = &write->keeps[i];
+        const tprpc_backend *backend = keep->entry ? keep->entry->backend : NULL;
+        if (keep->prepared) backend->converter->sent(backend->user, pipe->ctx, keep->keep);
+        if (keep->copy)
+            backend->converter->release(backend->user, pipe->ctx, keep->device, keep->copy, keep->size, keep->stream);
+    }
+    tpr_base_pool_free(&pipe->loop->pool, write->keeps, write->keep_count * sizeof *write->keeps);
+    if (!write->copy) return;
+    pipe->queued_bytes -= write->copy_size;
+    tpr_base_pool_free(&pipe->loop->pool, write->copy, write->copy_size);
 }
 
 static void tpr_pipe_write_done(tpr_pipe_write *write, tprpc_status status, const tprpc_error *error) {
@@ -7337,10 +7379,7 @@ static void tpr_pipe_write_done(tpr_pipe_write *write, tprpc_status status, cons
     }
     if (--write->pending) return;
     tpr_base_list_remove(&write->node);
-    if (write->copy) {
-        pipe->queued_bytes -= write->copy_size;
-        tpr_base_pool_free(&pipe->loop->pool, write->copy, write->copy_size);
-    }
+    tpr_pipe_write_let_go(write);
     write->ended(write);
     tpr_pipe_unref(pipe);
 }
@@ -7353,7 +7392,8 @@ static size_t tpr_pipe_copy_size(const tprpc_message *m, bool deep) {
                   tpr_pipe_round_up(m->tensor_count * sizeof *m->tensors) +
                   tpr_pipe_round_up(m->payload_count * sizeof *m->payloads);
     for (size_t i = 0; i < m->tensor_count; i++)
-        size += tpr_pipe_round_up(m->tensors[i].metadata_size) + (deep ? tpr_pipe_round_up(m->tensors[i].size) : 0);
+        size += tpr_pipe_round_up(m->tensors[i].metadata_size) +
+                (deep && tpr_pipe_on_host(&m->tensors[i]) ? tpr_pipe_round_up(m->tensors[i].size) : 0);
     for (size_t i = 0; i < m->payload_count; i++)
         size += tpr_pipe_round_up(m->payloads[i].metadata_size) + (deep ? tpr_pipe_round_up(m->payloads[i].size) : 0);
     return size;
@@ -7377,7 +7417,7 @@ static tprpc_message *tpr_pipe_copy_message(void *block, const tprpc_message *m,
     copy->metadata = tpr_pipe_copy_part(&at, m->metadata, m->metadata_size);
     for (size_t i = 0; i < m->tensor_count; i++) {
         tensors[i].metadata = tpr_pipe_copy_part(&at, m->tensors[i].metadata, m->tensors[i].metadata_size);
-        if (deep) tensors[i].data = tpr_pipe_copy_part(&at, m->tensors[i].data, m->tensors[i].size);
+        if (deep && tpr_pipe_on_host(&tensors[i])) tensors[i].data = tpr_pipe_copy_part(&at, m->tensors[i].data, m->tensors[i].size);
     }
     for (size_t i = 0; i < m->payload_count; i++) {
         payloads[i].metadata = tpr_pipe_copy_part(&at, m->payloads[i].metadata, m->payloads[i].metadata_size);
@@ -7668,11 +7708,6 @@ static void tpr_pipe_transfer_refused(tpr_pipe_transfer *transfer) {
 static void tpr_pipe_abort(tpr_pipe_transfer *transfer, bool link_lost) {
     tpr_pipe_channel *channel = transfer->pipe->channels[transfer->channel];
     channel->entry->backend->channel->abort(channel->end, &transfer->base.base, link_lost);
-}
-
-static tprpc_device tpr_pipe_device(tprpc_device device) {
-    if (device.kind == TPRPC_DEVICE_DEFAULT) device.kind = TPRPC_CPU;
-    return device;
 }
 
 // The best channel that is proven in the direction and moves between the devices, below `after` in order; NULL: none.
@@ -8031,6 +8066,53 @@ static tprpc_status tpr_pipe_send_short(tprpc_pipe *pipe, const void *prefix, si
     return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to queue a message");
 }
 
+// How many tensors of a message a converter has a hand in, or must have.
+static uint32_t tpr_pipe_device_tensors(const tprpc_pipe *pipe, const tprpc_message *message) {
+    uint32_t count = 0;
+    for (size_t i = 0; i < message->tensor_count; i++) {
+        const tprpc_tensor *tensor = &message->tensors[i];
+        if (!tpr_pipe_on_host(tensor) && tensor->size &&
+            (!message->release || tpr_pipe_converter(pipe->ctx, tensor->device.kind))) count++;
+    }
+    return count;
+}
+
+// Has converters prepare a write's tensors on devices, and copy those that were not lent. `message` is the write's own.
+static tprpc_status tpr_pipe_keep_devices(tpr_pipe_write *write, const tprpc_message *message, uint32_t count, bool lent,
+                                          tprpc_error *error) {
+    tprpc_pipe *pipe = write->pipe;
+    tpr_pipe_keep *keeps = (tpr_pipe_keep *)tpr_base_pool_alloc(&pipe->loop->pool, count * sizeof *keeps);
+    if (!keeps) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to keep %u tensors", (unsigned)count);
+    memset(keeps, 0, count * sizeof *keeps);
+    write->keeps = keeps;
+    write->keep_count = count;
+    uint32_t used = 0;
+    tprpc_status status = TPRPC_OK;
+    for (size_t i = 0; i < message->tensor_count && used < count && status == TPRPC_OK; i++) {
+        tprpc_tensor *tensor = (tprpc_tensor *)(uintptr_t)&message->tensors[i];
+        tpr_pipe_keep *keep = &keeps[used];
+        if (tpr_pipe_on_host(tensor) || !tensor->size) continue;
+        keep->entry = tpr_pipe_converter(pipe->ctx, tensor->device.kind);
+        const tprpc_converter_table *table = keep->entry ? keep->entry->backend->converter : NULL;
+        if (!table && lent) continue;      // its channel knows what to do
+        if (!table || (!lent && !table->copy)) {
+            status = tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "tensor %zu is on device kind %d, which nothing "
+                                     "copies here: lend it (release)", i, (int)tensor->device.kind);
+            break;
+        }
+        used++;
+        keep->device = tensor->device;
+        keep->size = tensor->size;
+        if (!lent) status = table->copy(keep->entry->backend->user, pipe->ctx, tensor, &keep->copy, error);
+        if (!lent && status == TPRPC_OK) tensor->data = keep->copy;
+        if (status == TPRPC_OK && table->prepare)
+            status = table->prepare(keep->entry->backend->user, pipe->ctx, tensor, &keep->keep, error);
+        keep->stream = tensor->stream;
+        keep->prepared = status == TPRPC_OK && table->prepare && table->sent;
+    }
+    return status;
+}
+
 // Sends a message, parks it until the pipe is open, or fails. `write` was begun; it is ended through its callback
 // when this returns OK, and is the caller's to undo when it does not. lent: the bytes stay until the write ends.
 static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const void *prefix, size_t prefix_size,
@@ -8038,7 +8120,7 @@ static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const
     tprpc_error mine;
     if (!error) error = &mine;
     error->status = TPRPC_OK;
-    if (!write && pipe->state == TPR_PIPE_OPEN && tpr_pipe_is_short(message))
+    if (!write && pipe->state == TPR_PIPE_OPEN && !pipe->queued_bytes && tpr_pipe_is_short(message))
         return tpr_pipe_send_short(pipe, prefix, prefix_size, message, error);
     if (pipe->state == TPR_PIPE_ENDED) {
         *error = pipe->error;
@@ -8046,13 +8128,12 @@ static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const
     }
     bool parked = pipe->state != TPR_PIPE_OPEN;
     bool whole = tpr_pipe_is_inline(message);
-    if (parked || (!whole && !lent)) {
-        for (size_t i = 0; i < message->tensor_count && !lent; i++)
-            if (message->tensors[i].size && tpr_pipe_device(message->tensors[i].device).kind != TPRPC_CPU)
-                return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
-                                       "tensor %zu is on a device and was not lent: set the message's release", i);
+    uint32_t devices = whole ? 0 : tpr_pipe_device_tensors(pipe, message);
+    if (parked || devices || (!whole && !lent)) {
         message = tpr_pipe_write_copy(write, message, !lent, error);
         if (!message) return error->status;
+        tprpc_status kept = devices ? tpr_pipe_keep_devices(write, message, devices, lent, error) : TPRPC_OK;
+        if (kept != TPRPC_OK) return kept;
     } else if (TPR_UNLIKELY(pipe->queued_bytes && pipe->queued_bytes + tpr_pipe_copy_size(message, !lent || whole) >
                             pipe->ctx->limits.inflight_bytes)) {   // what cannot leave at once is queued, frame and all
         return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "the pipe holds %llu bytes on their way and may hold %llu",
@@ -8077,10 +8158,7 @@ static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const
 static void tpr_pipe_write_undo(tpr_pipe_write *write) {
     tprpc_pipe *pipe = write->pipe;
     tpr_base_list_remove(&write->node);
-    if (write->copy) {
-        pipe->queued_bytes -= write->copy_size;
-        tpr_base_pool_free(&pipe->loop->pool, write->copy, write->copy_size);
-    }
+    tpr_pipe_write_let_go(write);
     tpr_pipe_unref(pipe);
 }
 
@@ -8273,13 +8351,6 @@ static tpr_pipe_in *tpr_pipe_decode(tprpc_pipe *pipe, const uint8_t *body, size_
     }
     if (!r.failed) return in;
     tpr_base_pool_free(&pipe->loop->pool, in, in->block);
-    return NULL;
-}
-
-static const tpr_context_backend *tpr_pipe_converter(const tprpc_context *ctx, int32_t kind) {
-    for (uint32_t i = 0; i < ctx->backend_count; i++)
-        if (ctx->backends[i].backend->converter && ctx->backends[i].backend->converter->kind == kind)
-            return &ctx->backends[i];
     return NULL;
 }
 
@@ -8520,7 +8591,8 @@ static bool tpr_pipe_begin_frame(tprpc_pipe *pipe) {
         return false;
     }
     if (pipe->frame.kind == TPR_WIRE_DATA) return true;
-    pipe->body_block = pipe->frame.size;
+    // One size for all small ones, which the handshake has used: so a frame cut in two allocates nothing later.
+    pipe->body_block = pipe->frame.size < TPR_PIPE_STACK ? (uint32_t)TPR_PIPE_STACK : pipe->frame.size;
     pipe->body = (uint8_t *)tpr_base_pool_alloc(&pipe->loop->pool, pipe->body_block);
     if (!pipe->body)
         tpr_pipe_end(pipe, TPRPC_ERROR_MEMORY, 0, "no memory for a frame of %u bytes", (unsigned)pipe->frame.size);
@@ -12326,6 +12398,7 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, uint32_t meth
     tpr_base_list_add(&worker->calls, &call->node);
     on->started++;
     on->active++;
+    TPRPC_PLOT("tprpc active calls", (int64_t)on->active);
     *out = call;
     return TPRPC_OK;
 }

@@ -1,6 +1,6 @@
-/* What every backend promises: walks the registry (tpr_backends_all) and the toys, and runs one suite over every transport,
-   through its table, and one over every channel, through pipes over every transport. A new backend is tested by being
-   registered. A backend that cannot be exercised here fails. */
+/* What every backend promises: walks the registry (tpr_backends_all) and the toys, and runs one suite over every
+   transport, through its table, and one over every channel, through pipes over every transport. A new backend is tested
+   by being registered. A backend that cannot be exercised here fails. */
 #include "harness.h"
 #define TPRPC_TEST_HOOKS
 #define TPRPC_STATIC
@@ -51,7 +51,8 @@ static void rig_open(rig *r, const tprpc_backend *backend) {
     r->ctx = ctx;
     for (i = 0; i < ctx->backend_count; i++) {
         if (ctx->backends[i].backend != backend) continue;
-        if (!ctx->backends[i].viable) fprintf(stderr, "%s cannot be exercised: %s\n", backend->name, ctx->backends[i].why);
+        if (!ctx->backends[i].viable)
+            fprintf(stderr, "%s cannot be exercised: %s\n", backend->name, ctx->backends[i].why);
         REQUIRE(ctx->backends[i].viable);
         r->instance = ctx->backends[i].instances[0];
     }
@@ -114,7 +115,8 @@ static void door_open(door *d, rig *r, const char *address, end *ends, int most)
     d->r = r;
     d->ends = ends;
     d->most = most;
-    if (r->t->listen(r->instance, address, &d->owner, &d->listener, &error) != TPRPC_OK) fprintf(stderr, "%s\n", error.text);
+    if (r->t->listen(r->instance, address, &d->owner, &d->listener, &error) != TPRPC_OK)
+        fprintf(stderr, "%s\n", error.text);
     REQUIRE(d->listener != NULL);
     r->t->address(d->listener, d->address, sizeof d->address);
     CHECK(d->address[0]);
@@ -124,7 +126,8 @@ static void end_connect(end *e, rig *r, const char *address) {
     tprpc_error error = TPR_ZERO;
     end_init(e, r);
     e->inside = true;
-    if (r->t->connect(r->instance, address, 0, &e->owner, &e->conn, &error) != TPRPC_OK) fprintf(stderr, "%s\n", error.text);
+    if (r->t->connect(r->instance, address, 0, &e->owner, &e->conn, &error) != TPRPC_OK)
+        fprintf(stderr, "%s\n", error.text);
     e->inside = false;
     REQUIRE(e->conn != NULL);
 }
@@ -878,7 +881,7 @@ typedef struct away {                  /* what a child is told, and tells */
     const tprpc_backend *backend;
     int    socket[2];
     bool   listens;                    /* the child does */
-    bool   echoes;                     /* and goes on until its peer closes; otherwise it sends and waits to be killed */
+    bool echoes; /* and goes on until its peer closes; otherwise it sends and waits to be killed */
 } away;
 
 enum { AWAY_BYTES = 20000 };
@@ -1354,27 +1357,29 @@ static void victim_main(void *arg) {
     for (;;) pump(&w);
 }
 
+/* Whether the channel's domain is the same in another process of this host. */
+static bool channel_leaves(const tprpc_channel_table *t) {
+    uint8_t there[65];
+    int way[2];
+    pid_t pid;
+    REQUIRE(pipe(way) == 0);
+    fflush(NULL);
+    pid = fork();
+    if (pid == 0) {
+        there[0] = (uint8_t)t->domain(NULL, there + 1, 64);
+        _exit(write(way[1], there, sizeof there) != (ssize_t)sizeof there);
+    }
+    away_read(way[0], there, sizeof there);
+    CHECK_EQ_INT(test_wait_child(pid, 10), 0);
+    close(way[0]);
+    close(way[1]);
+    return t->reaches(NULL, there + 1, there[0]);
+}
+
 static void c_killed(void *arg) {
     const channel_case *c = (const channel_case *)arg;
     int delay;
-    if (c->channel->channel->flags & TPRPC_CHANNEL_MUTUAL && c->channel != &toyc_backend) {
-        uint8_t here[64], there[65];   /* one that stays within a process says so by its domain */
-        int way[2];
-        pid_t pid;
-        REQUIRE(pipe(way) == 0);
-        fflush(NULL);
-        pid = fork();
-        if (pid == 0) {
-            there[0] = (uint8_t)c->channel->channel->domain(NULL, there + 1, 64);
-            _exit(write(way[1], there, sizeof there) != (ssize_t)sizeof there);
-        }
-        away_read(way[0], there, sizeof there);
-        CHECK_EQ_INT(test_wait_child(pid, 10), 0);
-        close(way[0]);
-        close(way[1]);
-        CHECK(c->channel->channel->domain(NULL, here, 64) > 0);
-        if (!c->channel->channel->reaches(NULL, there + 1, there[0])) return;
-    }
+    if (!channel_leaves(c->channel->channel)) return;      /* both ends die together */
     if (c->transport == &toy_backend) return;
     for (delay = 0; delay < 3; delay++) {
         victim v;
@@ -1464,12 +1469,14 @@ static void add_transport(const tprpc_backend *backend) {
         {"disconnect_inside", t_disconnect_inside}, {"new_owner", t_new_owner}, {"many", t_many}, {"killed", t_killed},
         {"processes", t_processes}, {"threads", t_threads}};
     size_t i;
-    for (i = 0; i < COUNT(tests); i++) add("transport", backend->name, tests[i].name, tests[i].run, (void *)(uintptr_t)backend);
+    for (i = 0; i < COUNT(tests); i++)
+        add("transport", backend->name, tests[i].name, tests[i].run, (void *)(uintptr_t)backend);
 }
 
 static void add_channel(const tprpc_backend *backend, const tprpc_backend *transport) {
-    static const named tests[] = {{"sizes", c_sizes}, {"threads", c_threads}, {"unaligned", c_unaligned},
-                                  {"closed", c_closed}, {"refused", c_refused}, {"proof", c_proof}, {"killed", c_killed}};
+    static const named tests[] = {{"sizes", c_sizes},   {"threads", c_threads}, {"unaligned", c_unaligned},
+                                  {"closed", c_closed}, {"refused", c_refused}, {"proof", c_proof},
+                                  {"killed", c_killed}};
     static const char *const kinds[] = {"host_to_host", "host_to_user", "user_to_host", "user_to_user"};
     size_t i, k, found = 0;
     for (k = 0; k < 4; k++) {

@@ -1,6 +1,6 @@
-/* The wire. Every decoder of the implementation, directly: round trips, truncation at every byte, limits, bytes that trail;
-   and recorded sessions of every wire version (tests/wire/README.md), replayed against today's ends, cut short and
-   corrupted. TPRPC_WIRE_RECORD=FOLDER build/tests/in_wire record writes new recordings. */
+/* The wire. Every decoder of the implementation, directly: round trips, truncation at every byte, limits, bytes that
+   trail; and recorded sessions of every wire version (tests/wire/README.md), replayed against today's ends, cut short
+   and corrupted. TPRPC_WIRE_RECORD=FOLDER build/tests/in_wire record writes new recordings. */
 #include "harness.h"
 #define TPRPC_TEST_HOOKS
 #define TPRPC_STATIC
@@ -283,11 +283,16 @@ TEST(bye) {
 }
 
 TEST(frame_headers) {
-    static const struct { uint8_t kind; uint32_t least, most; } kinds[] = {
-        {TPR_WIRE_HELLO, 0, TPR_WIRE_FIRST}, {TPR_WIRE_MOVE, 0, TPR_WIRE_FIRST}, {TPR_WIRE_MOVED, 0, TPR_WIRE_FIRST},
-        {TPR_WIRE_AGREE, 0, TPR_WIRE_CONTROL}, {TPR_WIRE_MESSAGE, TPR_WIRE_MESSAGE_HEADER, 5000},
-        {TPR_WIRE_CHANNEL, 0, TPR_WIRE_CONTROL}, {TPR_WIRE_DATA, TPR_WIRE_DATA_HEADER + 1, TPR_WIRE_DATA_HEADER + TPR_WIRE_CHUNK},
-        {TPR_WIRE_CREDIT, 0, TPR_WIRE_CONTROL}, {TPR_WIRE_BYE, 0, TPR_WIRE_CONTROL}};
+    static const struct { uint8_t kind; uint32_t least, most;
+    } kinds[] = {{TPR_WIRE_HELLO, 0, TPR_WIRE_FIRST},
+                 {TPR_WIRE_MOVE, 0, TPR_WIRE_FIRST},
+                 {TPR_WIRE_MOVED, 0, TPR_WIRE_FIRST},
+                 {TPR_WIRE_AGREE, 0, TPR_WIRE_CONTROL},
+                 {TPR_WIRE_MESSAGE, TPR_WIRE_MESSAGE_HEADER, 5000},
+                 {TPR_WIRE_CHANNEL, 0, TPR_WIRE_CONTROL},
+                 {TPR_WIRE_DATA, TPR_WIRE_DATA_HEADER + 1, TPR_WIRE_DATA_HEADER + TPR_WIRE_CHUNK},
+                 {TPR_WIRE_CREDIT, 0, TPR_WIRE_CONTROL},
+                 {TPR_WIRE_BYE, 0, TPR_WIRE_CONTROL}};
     uint8_t in[8];
     tpr_wire_frame out;
     uint32_t kind, i, handles;
@@ -345,44 +350,53 @@ static bool transfer_decode(const uint8_t *bytes, size_t size) {
     return !r.failed;
 }
 
-TEST(message_parts) {
-    uint8_t bytes[6000];
+TEST(message_head) {
+    uint8_t bytes[TPR_WIRE_MESSAGE_HEADER];
     tpr_wire_writer w = tpr_wire_writer_of(bytes, sizeof bytes);
-    tpr_wire_reader r;
+    tpr_wire_reader r = tpr_wire_reader_of(bytes, sizeof bytes);
     tpr_wire_message head = {0x01020304, 5, 6, TPR_WIRE_CHANNELS, TPR_WIRE_PREFIX}, got;
-    tpr_wire_item item, back;
-    tpr_wire_transfer transfer, t;
-    uint8_t descriptor[TPR_WIRE_DESCRIPTOR + 1];
-    memset(descriptor, 8, sizeof descriptor);
     tpr_wire_write_message(&w, &head);
-    CHECK_EQ_INT(w.at - bytes, TPR_WIRE_MESSAGE_HEADER);
-    r = tpr_wire_reader_of(bytes, TPR_WIRE_MESSAGE_HEADER);
+    CHECK(!w.failed && w.at == w.end);
     tpr_wire_read_message(&r, &got);
     CHECK(!r.failed && got.metadata_size == head.metadata_size && got.payloads == 5 && got.tensors == 6);
     CHECK(got.transfers == head.transfers && got.prefix_size == head.prefix_size);
-    decode_all(head_decode, bytes, TPR_WIRE_MESSAGE_HEADER);
+    decode_all(head_decode, bytes, sizeof bytes);
     bytes[8] = TPR_WIRE_CHANNELS + 1;
-    CHECK(!head_decode(bytes, TPR_WIRE_MESSAGE_HEADER));
+    CHECK(!head_decode(bytes, sizeof bytes));
     bytes[8] = 0;
     bytes[9] = TPR_WIRE_PREFIX + 1;
-    CHECK(!head_decode(bytes, TPR_WIRE_MESSAGE_HEADER));
+    CHECK(!head_decode(bytes, sizeof bytes));
+}
 
+TEST(message_payload) {
+    uint8_t bytes[TPR_WIRE_PAYLOAD_BYTES];
+    tpr_wire_writer w = tpr_wire_writer_of(bytes, sizeof bytes);
+    tpr_wire_reader r = tpr_wire_reader_of(bytes, sizeof bytes);
+    tpr_wire_item item, back;
     memset(&item, 0, sizeof item);
     item.size = UINT64_C(0x1122334455);
     item.metadata_size = 77;
     item.transfer = 2;
-    w = tpr_wire_writer_of(bytes, sizeof bytes);
     tpr_wire_write_payload(&w, &item);
-    CHECK_EQ_INT(w.at - bytes, TPR_WIRE_PAYLOAD_BYTES);
-    r = tpr_wire_reader_of(bytes, TPR_WIRE_PAYLOAD_BYTES);
+    CHECK(!w.failed && w.at == w.end);
     tpr_wire_read_payload(&r, &back, 3);
     CHECK(!r.failed && back.size == item.size && back.metadata_size == 77 && back.transfer == 2);
-    decode_all(payload_decode, bytes, TPR_WIRE_PAYLOAD_BYTES);
+    decode_all(payload_decode, bytes, sizeof bytes);
     bytes[12] = 3;                               /* a transfer that is not there */
-    CHECK(!payload_decode(bytes, TPR_WIRE_PAYLOAD_BYTES));
+    CHECK(!payload_decode(bytes, sizeof bytes));
     bytes[12] = TPR_WIRE_INLINE;
-    CHECK(payload_decode(bytes, TPR_WIRE_PAYLOAD_BYTES));
+    CHECK(payload_decode(bytes, sizeof bytes));
+}
 
+TEST(message_tensor) {
+    uint8_t bytes[200];
+    tpr_wire_writer w = tpr_wire_writer_of(bytes, sizeof bytes);
+    tpr_wire_reader r;
+    tpr_wire_item item, back;
+    int d;
+    memset(&item, 0, sizeof item);
+    item.metadata_size = 77;
+    item.transfer = 2;
     item.dtype = TPRPC_F32;
     item.ndim = TPRPC_MAX_DIMS;
     item.size = 4 * 256;
@@ -390,8 +404,7 @@ TEST(message_parts) {
     item.device.index = 3;
     item.target.kind = TPRPC_DEVICE_USER + 5;
     item.target.index = -1;
-    for (int d = 0; d < TPRPC_MAX_DIMS; d++) item.shape[d] = 2;
-    w = tpr_wire_writer_of(bytes, sizeof bytes);
+    for (d = 0; d < TPRPC_MAX_DIMS; d++) item.shape[d] = 2;
     tpr_wire_write_tensor(&w, &item);
     CHECK_EQ_INT((size_t)(w.at - bytes), tpr_wire_tensor_bytes(TPRPC_MAX_DIMS));
     r = tpr_wire_reader_of(bytes, (size_t)(w.at - bytes));
@@ -399,15 +412,26 @@ TEST(message_parts) {
     tpr_wire_read_tensor(&r, &back, 3);
     CHECK(!r.failed && back.dtype == TPRPC_F32 && back.ndim == TPRPC_MAX_DIMS && back.size == 1024);
     CHECK(back.device.kind == TPRPC_CUDA && back.device.index == 3 && back.target.kind == TPRPC_DEVICE_USER + 5);
-    CHECK(back.target.index == -1);
+    CHECK(back.target.index == -1 && back.metadata_size == 77 && back.transfer == 2);
     CHECK_MEM(back.shape, item.shape, sizeof item.shape);
     decode_all(tensor_decode, bytes, (size_t)(w.at - bytes));
+    bytes[14] = TPRPC_MAX_DIMS + 1;
+    CHECK(!tensor_decode(bytes, (size_t)(w.at - bytes)));
+    bytes[14] = TPRPC_MAX_DIMS;
+    bytes[12] = 3;
+    CHECK(!tensor_decode(bytes, (size_t)(w.at - bytes)));
+}
 
+TEST(message_transfer) {
+    static uint8_t bytes[6000], descriptor[TPR_WIRE_DESCRIPTOR + 1];
+    tpr_wire_writer w = tpr_wire_writer_of(bytes, sizeof bytes);
+    tpr_wire_reader r;
+    tpr_wire_transfer transfer, t;
+    memset(descriptor, 8, sizeof descriptor);
     transfer.id = UINT64_C(0xFFEEDDCCBBAA9988);
     transfer.channel = 15;
     transfer.descriptor.data = descriptor;
     transfer.descriptor.size = 100;
-    w = tpr_wire_writer_of(bytes, sizeof bytes);
     tpr_wire_write_transfer(&w, &transfer);
     CHECK_EQ_INT(w.at - bytes, TPR_WIRE_TRANSFER_BYTES + 100);
     r = tpr_wire_reader_of(bytes, (size_t)(w.at - bytes));
@@ -425,16 +449,28 @@ TEST(message_parts) {
 }
 
 TEST(shapes) {
-    static const struct { int32_t dtype, ndim; int64_t shape[4]; uint64_t size; bool fits; } cases[] = {
-        {TPRPC_BYTES, 0, {0}, 12345, true}, {TPRPC_BYTES, 0, {0}, 0, true}, {TPRPC_F32, 0, {0}, 4, true},
-        {TPRPC_F32, 0, {0}, 5, false}, {TPRPC_F32, 2, {2, 3}, 24, true}, {TPRPC_F32, 2, {2, 3}, 23, false},
-        {TPRPC_F32, 2, {2, 3}, 25, false}, {TPRPC_F32, 2, {0, 3}, 0, true}, {TPRPC_F32, 2, {3, 0}, 0, true},
-        {TPRPC_F32, 2, {0, 3}, 4, false}, {TPRPC_F32, 1, {-1}, 4, false}, {TPRPC_F32, 2, {-1, -1}, 4, false},
-        {TPRPC_U8, 2, {INT64_C(1) << 32, INT64_C(1) << 32}, 0, false},
-        {TPRPC_U8, 3, {INT64_C(1) << 32, INT64_C(1) << 31, 2}, 0, false},
-        {TPRPC_C128, 1, {INT64_C(1) << 60}, 0, false}, {TPRPC_C128, 1, {INT64_MAX}, UINT64_MAX, false},
-        {TPRPC_U8, 1, {INT64_MAX}, (uint64_t)INT64_MAX, true}, {TPRPC_C128 + 1, 1, {1}, 1, false}, {-1, 1, {1}, 1, false},
-        {TPRPC_U8, -1, {1}, 1, false}, {TPRPC_U8, TPRPC_MAX_DIMS + 1, {1}, 1, false}};
+    static const struct { int32_t dtype, ndim; int64_t shape[4]; uint64_t size; bool fits;
+    } cases[] = {{TPRPC_BYTES, 0, {0}, 12345, true},
+                 {TPRPC_BYTES, 0, {0}, 0, true},
+                 {TPRPC_F32, 0, {0}, 4, true},
+                 {TPRPC_F32, 0, {0}, 5, false},
+                 {TPRPC_F32, 2, {2, 3}, 24, true},
+                 {TPRPC_F32, 2, {2, 3}, 23, false},
+                 {TPRPC_F32, 2, {2, 3}, 25, false},
+                 {TPRPC_F32, 2, {0, 3}, 0, true},
+                 {TPRPC_F32, 2, {3, 0}, 0, true},
+                 {TPRPC_F32, 2, {0, 3}, 4, false},
+                 {TPRPC_F32, 1, {-1}, 4, false},
+                 {TPRPC_F32, 2, {-1, -1}, 4, false},
+                 {TPRPC_U8, 2, {INT64_C(1) << 32, INT64_C(1) << 32}, 0, false},
+                 {TPRPC_U8, 3, {INT64_C(1) << 32, INT64_C(1) << 31, 2}, 0, false},
+                 {TPRPC_C128, 1, {INT64_C(1) << 60}, 0, false},
+                 {TPRPC_C128, 1, {INT64_MAX}, UINT64_MAX, false},
+                 {TPRPC_U8, 1, {INT64_MAX}, (uint64_t)INT64_MAX, true},
+                 {TPRPC_C128 + 1, 1, {1}, 1, false},
+                 {-1, 1, {1}, 1, false},
+                 {TPRPC_U8, -1, {1}, 1, false},
+                 {TPRPC_U8, TPRPC_MAX_DIMS + 1, {1}, 1, false}};
     size_t i;
     for (i = 0; i < COUNT(cases); i++) {
         int64_t shape[TPRPC_MAX_DIMS + 1] = {0};
@@ -470,7 +506,7 @@ TEST(calls) {
     uint8_t bytes[400];
     tprpc_error error;
     char name[TPR_WIRE_NAME];
-    uint32_t kind, rank;
+    uint32_t kind, rank = 0;
     size_t size;
     tpr_wire_put_call(bytes, &in);
     CHECK(tpr_wire_get_call(bytes, TPR_WIRE_CALL_BYTES, &out));
@@ -516,7 +552,8 @@ TEST(workers) {
     in.nonce = UINT64_C(0xABCDEF0102030405);
     in.rank = 12;
     in.address_count = TPR_WIRE_ADDRESSES;
-    for (i = 0; i < in.address_count; i++) snprintf(in.addresses[i], sizeof in.addresses[i], "tcp://127.0.0.1:%u", 1000 + i);
+    for (i = 0; i < in.address_count; i++)
+        snprintf(in.addresses[i], sizeof in.addresses[i], "tcp://127.0.0.1:%u", 1000 + i);
     size = tpr_wire_put_worker(bytes, sizeof bytes, &in);
     CHECK(size > 0 && tpr_wire_get_worker(bytes, size, &out));
     CHECK_STR(out.name, in.name);
@@ -558,7 +595,8 @@ TEST(store_hello) {
     size_t i;
     tpr_wire_store_write_hello(bytes, TPRPC_ERROR_DENIED);
     CHECK(tpr_wire_store_read_hello(bytes, sizeof bytes, &hello));
-    CHECK(hello.major == TPR_WIRE_STORE_MAJOR && hello.minor == TPR_WIRE_STORE_MINOR && hello.status == TPRPC_ERROR_DENIED);
+    CHECK(hello.major == TPR_WIRE_STORE_MAJOR && hello.minor == TPR_WIRE_STORE_MINOR &&
+          hello.status == TPRPC_ERROR_DENIED);
     decode_all(store_hello_decode, bytes, sizeof bytes);
     for (i = 0; i <= sizeof bytes; i++) CHECK(tpr_wire_store_begins(bytes, i));
     for (i = 0; i < 4; i++) {
@@ -740,7 +778,8 @@ static void tape_write(const tape *t, const char *path) {
             }
             while (at + plain < f->size) {
                 uint32_t same = 1;
-                while (same < RUN && at + plain + same < f->size && f->bytes[at + plain + same] == f->bytes[at + plain]) same++;
+                while (same < RUN && at + plain + same < f->size && f->bytes[at + plain + same] == f->bytes[at + plain])
+                    same++;
                 if (same == RUN) break;
                 plain++;
             }
@@ -809,7 +848,12 @@ static bool split_fill(splitter *s, int fd) {
 /* ---- the messages of a session, which both ends know */
 
 enum { PART_MOST = 4 };
-typedef struct scene { int way; const char *metadata; size_t payloads[PART_MOST], tensors[PART_MOST]; size_t payload_count, tensor_count; } scene;
+typedef struct scene {
+    int way;
+    const char *metadata;
+    size_t payloads[PART_MOST], tensors[PART_MOST];
+    size_t payload_count, tensor_count;
+} scene;
 
 static const scene scenes[] = {
     {0, "first", {10, 0}, {24, 0}, 2, 2},
@@ -820,7 +864,8 @@ static const scene scenes[] = {
 };
 enum { BULKY = 9, BULKY_BYTES = 8192 };          /* messages each way of 4 payloads of zeros: their credit comes back */
 
-static void scene_message(const scene *s, tprpc_message *m, tprpc_payload *payloads, tprpc_tensor *tensors, uint8_t *memory) {
+static void scene_message(const scene *s, tprpc_message *m, tprpc_payload *payloads, tprpc_tensor *tensors,
+                          uint8_t *memory) {
     size_t i;
     memset(m, 0, sizeof *m);
     memset(payloads, 0, PART_MOST * sizeof *payloads);
@@ -895,8 +940,16 @@ static void look_bulky(const tprpc_message *message, void *arg) {
     }
 }
 
-/* A stage: live ends, 0 who connected and 1 who listened, NULL where a tape or nobody stands in; and what turns beside. */
-typedef struct stage { tprpc_context *ctx[2]; tprpc_pipe *pipe[2]; void (*beside)(void *arg); void *arg; int accepted; tprpc_listener *listener; } stage;
+/* A stage: live ends, 0 who connected and 1 who listened, NULL where a tape or nobody stands in; and what turns beside.
+ */
+typedef struct stage {
+    tprpc_context *ctx[2];
+    tprpc_pipe *pipe[2];
+    void (*beside)(void *arg);
+    void *arg;
+    int accepted;
+    tprpc_listener *listener;
+} stage;
 
 static bool stage_until(stage *s, int *counter) {
     int64_t end = deadline();
@@ -909,7 +962,8 @@ static bool stage_until(stage *s, int *counter) {
     return true;
 }
 
-static void stage_play(stage *s, int way, const tprpc_message *m, void (*look)(const tprpc_message *, void *), void *arg) {
+static void stage_play(stage *s, int way, const tprpc_message *m, void (*look)(const tprpc_message *, void *),
+                       void *arg) {
     outcome written;
     seen got;
     memset(&written, 0, sizeof written);
@@ -1032,7 +1086,12 @@ static int socket_connect(uint16_t port) {
 
 /* ---- recording: a proxy between two live ends */
 
-typedef struct proxy { int listener, fd[2]; uint16_t port; splitter in[2]; tape *tape; } proxy;   /* fd 0: who connected */
+typedef struct proxy {
+    int listener, fd[2];
+    uint16_t port;
+    splitter in[2];
+    tape *tape;
+} proxy; /* fd 0: who connected */
 
 static void proxy_turn(void *arg) {
     proxy *p = (proxy *)arg;
@@ -1048,7 +1107,8 @@ static void proxy_turn(void *arg) {
         if (!split_fill(&p->in[way], p->fd[way])) shutdown(p->fd[1 - way], SHUT_WR);
         while ((frame = split_next(&p->in[way], &size)) != NULL) {
             tape_add(p->tape, way, frame, size);
-            REQUIRE(send(p->fd[1 - way], frame, size, MSG_NOSIGNAL) == (ssize_t)size || errno == EPIPE || errno == ECONNRESET);
+            REQUIRE(send(p->fd[1 - way], frame, size, MSG_NOSIGNAL) == (ssize_t)size || errno == EPIPE ||
+                    errno == ECONNRESET);
             split_drop(&p->in[way], size);
         }
     }
@@ -1119,7 +1179,14 @@ TEST(record) {
 
 /* ---- replaying: a tape stands in for one end */
 
-typedef struct player { int fd; const tape *tape; size_t at; int way; splitter in; bool over; } player;   /* way: it plays */
+typedef struct player {
+    int fd;
+    const tape *tape;
+    size_t at;
+    int way;
+    splitter in;
+    bool over;
+} player; /* way: it plays */
 
 /* Sends what is its to send, and waits for as many frames of the same kinds as the tape has. */
 static void player_turn(void *arg) {
@@ -1204,7 +1271,7 @@ static void replay_server(void *name) {
 
 /* ---- a live listener, and bytes that are not what they should be ---- */
 
-typedef struct victim { stage s; uint16_t port; int runs; tprpc_status status; char text[244]; } victim;
+typedef struct victim { stage s; uint16_t port; int runs, opened; tprpc_status status; char text[244]; } victim;
 
 static void victim_seen(tprpc_status status, const tprpc_message *m, const tprpc_error *error, void *user) {
     victim *v = (victim *)user;
@@ -1235,7 +1302,11 @@ static void victim_feed(victim *v, const uint8_t *bytes, size_t size) {
         n = recv(fd, drop, sizeof drop, MSG_DONTWAIT);
         if (n == 0 || (n < 0 && errno != EAGAIN)) dead = true;     /* it has hung up on us */
         for (i = 0; i < 3; i++) tprpc_poll(v->s.ctx[1], TPRPC_NOW, 0);
-        if (toy_count(&v->s.accepted) && !pipe && v->s.pipe[1]) pipe = v->s.pipe[1];
+        if (toy_count(&v->s.accepted) && !pipe && v->s.pipe[1]) {
+            pipe = v->s.pipe[1];
+            v->opened++;
+            quiet = 0;
+        }
         if (pipe && !reading) {
             tprpc_pipe_info info;
             reading = true;
@@ -1321,7 +1392,8 @@ static void replay_corrupt(void *name) {
 }
 
 /* Frames that a peer may not send at that point, put after the first `keep` of its frames. */
-static void feed_frame(victim *v, const tape *t, size_t keep, uint8_t kind, uint16_t channel, const void *body, uint32_t size) {
+static void feed_frame(victim *v, const tape *t, size_t keep, uint8_t kind, uint16_t channel, const void *body,
+                       uint32_t size) {
     uint8_t *bytes = (uint8_t *)malloc(2 << 20);
     size_t at = 0, i;
     REQUIRE(bytes != NULL);
@@ -1344,6 +1416,7 @@ static void replay_hostile(void *name) {
     static uint8_t body[TPR_WIRE_CONTROL];
     tpr_wire_writer w;
     uint32_t kind, keep, size, way;
+    int opened;
     REQUIRE(v != NULL);
     victim_open(v);
     memset(body, 0x41, sizeof body);
@@ -1374,14 +1447,16 @@ static void replay_hostile(void *name) {
             memcpy(bytes + at + TPR_WIRE_HEADER, body, (size_t)(w.at - body));
             at += TPR_WIRE_HEADER + (size_t)(w.at - body);
         }
-        for (kind = 0; kind < t->count; kind++) {          /* and a message that needs one to be answered */
+        for (kind = 0; kind < t->count; kind++) {          /* and a message, which is read and answered */
             const taped *f = &t->frames[kind];
             if (f->way != 0 || f->bytes[4] != TPR_WIRE_MESSAGE) continue;
             memcpy(bytes + at, f->bytes, f->size);
             at += f->size;
-            if (at > 3000) break;
+            break;
         }
+        opened = v->opened;
         victim_feed(v, bytes, at);
+        CHECK_EQ_INT(v->opened, opened + 1);
         free(bytes);
     }
     stage_close(&v->s);

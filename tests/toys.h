@@ -2,13 +2,15 @@
 
    - "toy", a transport between contexts of one process: bytes and descriptors in queues under one mutex, an eventfd to
      sleep on, `more`, room that runs out after 48 KiB;
-   - a device of kind TPRPC_DEVICE_USER whose memory the CPU must not touch (what the user holds is mapped PROT_NONE; only
-     the device's threads know the other mapping) and whose copies end late, in order within a queue;
-   - "toychan", a channel that moves batches to, from and between such memory: small ones from the CPU in its bytes of the
-     pipe's descriptor, others by a memfd that its control path hands over, or as bulk where no descriptor can be passed;
+   - a device of kind TPRPC_DEVICE_USER whose memory the CPU must not touch (what the user holds is mapped PROT_NONE;
+   only the device's threads know the other mapping) and whose copies end late, in order within a queue;
+   - "toychan", a channel that moves batches to, from and between such memory: small ones from the CPU in its bytes of
+   the pipe's descriptor, others by a memfd that its control path hands over, or as bulk where no descriptor can be
+   passed;
    - "toydev", the converter of that kind.
 
-   Everything is static, so that a test brings its own; toys_begin after the last fork, toys_end when all is destroyed. */
+   Everything is static, so that a test brings its own; toys_begin after the last fork, toys_end when all is destroyed.
+ */
 #ifndef TPRPC_TESTS_TOYS_H
 #define TPRPC_TESTS_TOYS_H
 
@@ -294,8 +296,8 @@ static toy_conn *toy_conn_new(toy_net *net, toy_pair *pair, int side, tprpc_conn
     return conn;
 }
 
-static tprpc_status toy_connect(void *instance, const char *address, uint32_t lane, tprpc_conn_owner *owner, void **conn,
-                                tprpc_error *error) {
+static tprpc_status toy_connect(void *instance, const char *address, uint32_t lane, tprpc_conn_owner *owner,
+                                void **conn, tprpc_error *error) {
     toy_net *net = TOY_CAST(toy_net *, instance);
     toy_pair *pair = TOY_NEW(toy_pair);
     toy_conn *mine = toy_conn_new(net, pair, 0, owner, address), *theirs = NULL;
@@ -344,7 +346,8 @@ static size_t toy_put(toy_lane *lane, const tprpc_span *spans, size_t count) {
         const uint8_t *from = TOY_CAST(const uint8_t *, spans[i].data);
         size_t left = spans[i].size;
         while (left > 0) {
-            size_t at = TOY_CAST(size_t, lane->tail % TOY_RING), room = TOY_RING - TOY_CAST(size_t, lane->tail - lane->head);
+            size_t at = TOY_CAST(size_t, lane->tail % TOY_RING),
+                   room = TOY_RING - TOY_CAST(size_t, lane->tail - lane->head);
             size_t n = left;
             if (n > room) n = room;
             if (n > TOY_RING - at) n = TOY_RING - at;
@@ -459,18 +462,40 @@ static void toy_disconnect(void *conn, tprpc_status cause) {
     if (!self->net->walking) toy_sweep(self->net);
 }
 
-static const tprpc_transport_table toy_table = {
-    TOY_CAST(uint32_t, sizeof(tprpc_transport_table)),
-    TPRPC_TRANSPORT_HANDLES | TPRPC_TRANSPORT_SAME_HOST | TPRPC_TRANSPORT_LOCAL_COPY,
-    toy_open, toy_close, toy_domain, toy_reaches, toy_progress, toy_arm, toy_handle, toy_listen, toy_address, toy_unlisten,
-    toy_public_address, toy_connect, toy_own, toy_send, toy_peek, toy_consume, toy_recv, toy_take_handles, toy_peer,
-    toy_check_peer, toy_disconnect
-};
+static const tprpc_transport_table toy_table = {TOY_CAST(uint32_t, sizeof(tprpc_transport_table)),
+                                                TPRPC_TRANSPORT_HANDLES | TPRPC_TRANSPORT_SAME_HOST |
+                                                    TPRPC_TRANSPORT_LOCAL_COPY,
+                                                toy_open,
+                                                toy_close,
+                                                toy_domain,
+                                                toy_reaches,
+                                                toy_progress,
+                                                toy_arm,
+                                                toy_handle,
+                                                toy_listen,
+                                                toy_address,
+                                                toy_unlisten,
+                                                toy_public_address,
+                                                toy_connect,
+                                                toy_own,
+                                                toy_send,
+                                                toy_peek,
+                                                toy_consume,
+                                                toy_recv,
+                                                toy_take_handles,
+                                                toy_peer,
+                                                toy_check_peer,
+                                                toy_disconnect};
 
-TOY_USED static const tprpc_backend toy_backend = {
-    TOY_CAST(uint32_t, sizeof(tprpc_backend)), TPRPC_VERSION, "toy", "Queues between contexts of one process, for tests.",
-    5000, &toy_table, NULL, NULL, NULL
-};
+TOY_USED static const tprpc_backend toy_backend = {TOY_CAST(uint32_t, sizeof(tprpc_backend)),
+                                                   TPRPC_VERSION,
+                                                   "toy",
+                                                   "Queues between contexts of one process, for tests.",
+                                                   5000,
+                                                   &toy_table,
+                                                   NULL,
+                                                   NULL,
+                                                   NULL};
 
 /* ---- the device ------------------------------------------------------------------------------------------ */
 
@@ -557,7 +582,8 @@ static void toy_queue_put(toy_queue *queue, toy_job *job) {
 }
 
 static toy_queue *toy_queue_of(tprpc_device device, void *stream) {
-    int32_t index = device.kind == TPRPC_DEVICE_USER && device.index > 0 && device.index < TOY_DEVICES ? device.index : 0;
+    int32_t index =
+        device.kind == TPRPC_DEVICE_USER && device.index > 0 && device.index < TOY_DEVICES ? device.index : 0;
     return stream ? TOY_CAST(toy_queue *, stream) : toy_gpu.queues[index];
 }
 
@@ -744,7 +770,8 @@ static bool toyc_reaches(void *instance, const uint8_t *domain, size_t size) {
 }
 
 static bool toyc_moves(void *instance, tprpc_device from, tprpc_device to) {
-    bool known = (from.kind == TPRPC_CPU || from.kind == TPRPC_DEVICE_USER) && (to.kind == TPRPC_CPU || to.kind == TPRPC_DEVICE_USER);
+    bool known = (from.kind == TPRPC_CPU || from.kind == TPRPC_DEVICE_USER) &&
+                 (to.kind == TPRPC_CPU || to.kind == TPRPC_DEVICE_USER);
     (void)instance;
     return known && (from.kind == TPRPC_DEVICE_USER || to.kind == TPRPC_DEVICE_USER);
 }
@@ -854,7 +881,8 @@ static void toyc_offer(toyc_transfer *self) {
     }
     __sync_fetch_and_add(&toy_gpu.bulk, 1);
     self->bulking = true;
-    if (tprpc_link_bulk(self->end->link, self->transfer->id, 0, self->stage, self->total, &self->taken) == TPRPC_OK) return;
+    if (tprpc_link_bulk(self->end->link, self->transfer->id, 0, self->stage, self->total, &self->taken) == TPRPC_OK)
+        return;
     self->bulking = false;
     toyc_finish(self, TPRPC_ERROR_PEER);
 }
@@ -953,7 +981,8 @@ static tprpc_status toyc_recv(void *end, tprpc_transfer *transfer, const tprpc_b
     uint64_t total, expected = 0;
     size_t i;
     for (i = 0; i < count; i++) expected += buffers[i].size;
-    if (descriptor_size < TOYC_HEAD) return tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "toychan: a short descriptor");
+    if (descriptor_size < TOYC_HEAD)
+        return tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "toychan: a short descriptor");
     memcpy(head, descriptor, 8);
     memcpy(&total, descriptor + 8, 8);
     if (head[0] != count || total != expected || (head[1] != TOYC_APART && head[1] != TOYC_WITHIN) ||
@@ -998,11 +1027,13 @@ static void toyc_ready(toyc_transfer *self, const intptr_t *handles) {
 }
 
 /* The handles stay the library's: it closes them when this returns. */
-static tprpc_status toyc_control(void *end, const uint8_t *bytes, size_t size, const intptr_t *handles, size_t handle_count) {
+static tprpc_status toyc_control(void *end, const uint8_t *bytes, size_t size, const intptr_t *handles,
+                                 size_t handle_count) {
     toyc_end *owner = TOY_CAST(toyc_end *, end);
     toyc_transfer *self;
     uint64_t id;
-    if (size != 16 || handle_count > 1 || handle_count != (bytes[0] == TOYC_READY ? 1u : 0u)) return TPRPC_ERROR_PROTOCOL;
+    if (size != 16 || handle_count > 1 || handle_count != (bytes[0] == TOYC_READY ? 1u : 0u))
+        return TPRPC_ERROR_PROTOCOL;
     memcpy(&id, bytes + 8, 8);
     self = toyc_find(owner, id, bytes[0] == TOYC_WANT || bytes[0] == TOYC_DONE || bytes[0] == TOYC_DROP);
     switch (bytes[0]) {
@@ -1066,10 +1097,15 @@ static const tprpc_channel_table toyc_table = {
     toyc_register, toyc_deregister
 };
 
-TOY_USED static const tprpc_backend toyc_backend = {
-    TOY_CAST(uint32_t, sizeof(tprpc_backend)), TPRPC_VERSION, "toychan", "Memory that the CPU must not touch, for tests.",
-    2000, NULL, &toyc_table, NULL, NULL
-};
+TOY_USED static const tprpc_backend toyc_backend = {TOY_CAST(uint32_t, sizeof(tprpc_backend)),
+                                                    TPRPC_VERSION,
+                                                    "toychan",
+                                                    "Memory that the CPU must not touch, for tests.",
+                                                    2000,
+                                                    NULL,
+                                                    &toyc_table,
+                                                    NULL,
+                                                    NULL};
 
 /* ---- the converter --------------------------------------------------------------------------------------- */
 
@@ -1084,7 +1120,8 @@ static void *toyd_stream(void *user, tprpc_context *ctx, tprpc_device device) {
     return toy_queue_of(device, NULL);
 }
 
-static tprpc_status toyd_prepare(void *user, tprpc_context *ctx, tprpc_tensor *tensor, void **keep, tprpc_error *error) {
+static tprpc_status toyd_prepare(void *user, tprpc_context *ctx, tprpc_tensor *tensor, void **keep,
+                                 tprpc_error *error) {
     (void)user;
     (void)ctx;
     if (tensor->size && !toy_gpu_real(tensor->data, tensor->size))
@@ -1102,7 +1139,8 @@ static void toyd_sent(void *user, tprpc_context *ctx, void *keep) {
     __sync_fetch_and_add(&toy_gpu.sent, 1);
 }
 
-static tprpc_status toyd_copy(void *user, tprpc_context *ctx, const tprpc_tensor *tensor, void **data, tprpc_error *error) {
+static tprpc_status toyd_copy(void *user, tprpc_context *ctx, const tprpc_tensor *tensor, void **data,
+                              tprpc_error *error) {
     toy_copy *copy = TOY_NEW(toy_copy);
     (void)user;
     (void)ctx;
@@ -1122,7 +1160,8 @@ static tprpc_status toyd_allocate(void *user, tprpc_context *ctx, tprpc_tensor *
     (void)user;
     (void)ctx;
     if (tensor->device.index < 0 || tensor->device.index >= TOY_DEVICES)
-        return tprpc_error_set(error, TPRPC_ERROR_DEVICE, 0, "toydev: there is no device %d", TOY_CAST(int, tensor->device.index));
+        return tprpc_error_set(error, TPRPC_ERROR_DEVICE, 0, "toydev: there is no device %d",
+                               TOY_CAST(int, tensor->device.index));
     tensor->data = toy_gpu_alloc(tensor->device.index, tensor->size);
     tensor->stream = toy_queue_of(tensor->device, tensor->stream);
     return TPRPC_OK;
@@ -1142,10 +1181,15 @@ static const tprpc_converter_table toyd_table = {
     toyd_sent, toyd_copy, toyd_allocate, toyd_release
 };
 
-TOY_USED static const tprpc_backend toyd_backend = {
-    TOY_CAST(uint32_t, sizeof(tprpc_backend)), TPRPC_VERSION, "toydev", "The memory of toychan.", 0, NULL, NULL, &toyd_table,
-    NULL
-};
+TOY_USED static const tprpc_backend toyd_backend = {TOY_CAST(uint32_t, sizeof(tprpc_backend)),
+                                                    TPRPC_VERSION,
+                                                    "toydev",
+                                                    "The memory of toychan.",
+                                                    0,
+                                                    NULL,
+                                                    NULL,
+                                                    &toyd_table,
+                                                    NULL};
 
 /* All three, for tprpc_context_desc.backends. */
 TOY_USED static const tprpc_backend *const toy_backends[] = {&toy_backend, &toyc_backend, &toyd_backend};

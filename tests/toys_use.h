@@ -65,7 +65,8 @@ TOY_USED static void on_accepted(tprpc_status status, tprpc_pipe *pipe, const tp
     __sync_fetch_and_add(&w->accepted, 1);
 }
 
-TOY_USED static void world_open(world *w, const char *transports, const char *channels, const char *address, int threads) {
+TOY_USED static void world_open(world *w, const char *transports, const char *channels, const char *address,
+                                int threads) {
     tprpc_listener_desc listening;
     tprpc_pipe_desc connecting;
     tprpc_error error;
@@ -78,7 +79,8 @@ TOY_USED static void world_open(world *w, const char *transports, const char *ch
     for (i = 0; i < 2; i++) w->ctx[i] = context(transports, channels, threads);
     listening.addresses = &address;
     listening.address_count = 1;
-    if (tprpc_listen(w->ctx[0], &listening, &w->listener, &error) != TPRPC_OK) fprintf(stderr, "listen: %s\n", error.text);
+    if (tprpc_listen(w->ctx[0], &listening, &w->listener, &error) != TPRPC_OK)
+        fprintf(stderr, "listen: %s\n", error.text);
     REQUIRE(w->listener != NULL);
     REQUIRE_EQ_INT(tprpc_accept(w->listener, on_accepted, w), TPRPC_OK);
     connecting.address = tprpc_listener_address(w->listener, NULL);
@@ -114,7 +116,8 @@ TOY_USED static void on_read(tprpc_status status, const tprpc_message *message, 
     ended(TOY_CAST(outcome *, user), status, error);
 }
 
-TOY_USED static void on_described(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+TOY_USED static void on_described(tprpc_status status, const tprpc_message *message, const tprpc_error *error,
+                                  void *user) {
     CHECK_EQ_INT(status == TPRPC_OK, message != NULL);
     ended(TOY_CAST(outcome *, user), status, error);
 }
@@ -170,7 +173,9 @@ TOY_USED static size_t batch_size(size_t i) {
     return some[i % COUNT(some)];
 }
 
-TOY_USED static void *place_new(bool user, int32_t index, size_t size) { return user ? toy_gpu_alloc(index, size) : bytes_new(size); }
+TOY_USED static void *place_new(bool user, int32_t index, size_t size) {
+    return user ? toy_gpu_alloc(index, size) : bytes_new(size);
+}
 TOY_USED static void place_free(bool user, void *data) {
     if (user) toy_gpu_free(data);
     else free(data);
@@ -256,8 +261,8 @@ TOY_USED static void batch_ends(world *w, batch *b, tprpc_status written, tprpc_
 }
 
 /* A pipe closes, on either side, while copies are late: every operation ends once, and only when its memory is free. */
-TOY_USED static void run_closed(const char *transports, const char *channels, const char *address, const bool *kinds, int closer,
-                       int context_too) {
+TOY_USED static void run_closed(const char *transports, const char *channels, const char *address, const bool *kinds,
+                                int closer, int context_too) {
     int moment;
     for (moment = 0; moment < 4; moment++) {
         world w;
@@ -288,7 +293,8 @@ TOY_USED static void run_closed(const char *transports, const char *channels, co
         UNTIL(&w, b->got.runs, 1);
         CHECK_EQ_INT(b->written.releases, 1);
         CHECK(b->got.status == TPRPC_OK || b->got.status == TPRPC_ERROR_PEER || b->got.status == TPRPC_ERROR_CLOSED);
-        CHECK(b->written.status == TPRPC_OK || b->written.status == TPRPC_ERROR_PEER || b->written.status == TPRPC_ERROR_CLOSED);
+        CHECK(b->written.status == TPRPC_OK || b->written.status == TPRPC_ERROR_PEER ||
+              b->written.status == TPRPC_ERROR_CLOSED);
         if (moment == 0 && kinds[0] && kinds[1]) CHECK(b->got.status != TPRPC_OK);
         toy_queue_free(toy_gpu.queues[0]);
         toy_queue_free(toy_gpu.queues[1]);
