@@ -7417,7 +7417,8 @@ static tprpc_message *tpr_pipe_copy_message(void *block, const tprpc_message *m,
     copy->metadata = tpr_pipe_copy_part(&at, m->metadata, m->metadata_size);
     for (size_t i = 0; i < m->tensor_count; i++) {
         tensors[i].metadata = tpr_pipe_copy_part(&at, m->tensors[i].metadata, m->tensors[i].metadata_size);
-        if (deep && tpr_pipe_on_host(&tensors[i])) tensors[i].data = tpr_pipe_copy_part(&at, m->tensors[i].data, m->tensors[i].size);
+        if (deep && tpr_pipe_on_host(&tensors[i]))
+            tensors[i].data = tpr_pipe_copy_part(&at, m->tensors[i].data, m->tensors[i].size);
     }
     for (size_t i = 0; i < m->payload_count; i++) {
         payloads[i].metadata = tpr_pipe_copy_part(&at, m->payloads[i].metadata, m->payloads[i].metadata_size);
@@ -8078,8 +8079,8 @@ static uint32_t tpr_pipe_device_tensors(const tprpc_pipe *pipe, const tprpc_mess
 }
 
 // Has converters prepare a write's tensors on devices, and copy those that were not lent. `message` is the write's own.
-static tprpc_status tpr_pipe_keep_devices(tpr_pipe_write *write, const tprpc_message *message, uint32_t count, bool lent,
-                                          tprpc_error *error) {
+static tprpc_status tpr_pipe_keep_devices(tpr_pipe_write *write, const tprpc_message *message, uint32_t count,
+                                          bool lent, tprpc_error *error) {
     tprpc_pipe *pipe = write->pipe;
     tpr_pipe_keep *keeps = (tpr_pipe_keep *)tpr_base_pool_alloc(&pipe->loop->pool, count * sizeof *keeps);
     if (!keeps) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to keep %u tensors", (unsigned)count);
@@ -8096,8 +8097,10 @@ static tprpc_status tpr_pipe_keep_devices(tpr_pipe_write *write, const tprpc_mes
         const tprpc_converter_table *table = keep->entry ? keep->entry->backend->converter : NULL;
         if (!table && lent) continue;      // its channel knows what to do
         if (!table || (!lent && !table->copy)) {
-            status = tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "tensor %zu is on device kind %d, which nothing "
-                                     "copies here: lend it (release)", i, (int)tensor->device.kind);
+            status = tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                                     "tensor %zu is on device kind %d, which nothing "
+                                     "copies here: lend it (release)",
+                                     i, (int)tensor->device.kind);
             break;
         }
         used++;
@@ -12853,6 +12856,8 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
         tpr_agent_request *request = tpr_agent_request_of(agent, loop, handle.id);
         if (request && request->cancelled) {
             tpr_agent_request_over(request);
+        } else if (request && TPR_ATOMIC_LOAD((uint32_t *)(void *)&agent->state) == (uint32_t)TPR_AGENT_LEFT) {
+            tpr_agent_request_fail(request, TPRPC_ERROR_PEER, 0, "the worker has left the group");
         } else if (request && !message) {
             status = TPRPC_OK;
             tpr_agent_request_fail(request, TPRPC_ERROR_REMOTE, user_code, why ? why : "");

