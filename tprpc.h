@@ -6,8 +6,9 @@
 //     #include "tprpc.h"
 //
 // and elsewhere include it plain. It needs Linux (x86-64 or arm64), a compiler for C99 or C++11, and libc with pthreads
-// (link with -pthread, where libc is old also -ldl). It starts no thread that you did not ask for, has no global state,
-// installs no signal handler and raises no signal. A hello, of one worker that calls another:
+// (link with -pthread). It starts no thread that you did not ask for, installs no signal handler, raises no signal. Its
+// only global state is the list by which contexts of one process find each other (>>xth). A hello, of a worker that
+// calls another:
 //
 //     tprpc_agent_desc desc = {.name = "client", .init_method = "tcp://127.0.0.1:29500", .rank = 1, .world_size = 2};
 //     tprpc_agent *agent;  tprpc_future future;  tprpc_error error;
@@ -140,8 +141,8 @@
 // kept: tprpc_pipe_get_info, tprpc_agent_get_peer_info and tprpc_agent_report show it. Nothing that a machine lacks is
 // fatal.
 //
-// tprpc_context_desc.transports and .channels say which may be used, in order of preference ("shm,tcp"). A store on
-// tcp:// needs tcp among them. Backends of your own are tables of functions, given in .backends: see the public part.
+// tprpc_context_desc.transports and .channels say which pipes may use, in order of preference ("shm,tcp"); a store on
+// tcp:// works all the same. Backends of your own are tables of functions, given in .backends: see the public part.
 //
 // Small messages travel inline, in frames; a call or reply of up to 64 bytes takes a shorter path yet. Bulk moves in
 // chunks between which small messages pass.
