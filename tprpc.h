@@ -11752,7 +11752,8 @@ struct tprpc_agent {
     uint32_t        worker_count, worker_capacity;
     tpr_agent_start *starts;           // world_size of them, of start and of leave
     uint32_t        start_pending;
-    tprpc_error     start_error;
+    tprpc_error     start_error;       // of the step under way, of start or of leave
+    tprpc_error     ready_error;       // how the start ended; as it is from then on, so read without a lock
     tprpc_done      on_ready;
     void           *ready_user;
     tpr_loop_task   ready_task;
@@ -12887,9 +12888,9 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
 
 static void tpr_agent_ready_run(tpr_loop_task *task) {
     tprpc_agent *agent = TPR_CONTAINER(task, tprpc_agent, ready_task);
-    bool good = agent->start_error.status == TPRPC_OK;
+    bool good = agent->ready_error.status == TPRPC_OK;
     if (agent->on_ready)
-        agent->on_ready(agent->start_error.status, NULL, good ? NULL : &agent->start_error, agent->ready_user);
+        agent->on_ready(agent->ready_error.status, NULL, good ? NULL : &agent->ready_error, agent->ready_user);
 }
 
 static void tpr_agent_ready_over(tpr_loop_task *task) {
@@ -12906,6 +12907,7 @@ static void tpr_agent_started(tprpc_agent *agent) {
     tpr_loop *home = tpr_agent_home(agent);
     if (agent->starting_done) return;
     agent->starting_done = true;
+    agent->ready_error = agent->start_error;
     tpr_agent_set_state(agent, agent->start_error.status == TPRPC_OK ? TPR_AGENT_READY : TPR_AGENT_FAILED);
     agent->ready_task.run = tpr_agent_ready_run;
     agent->ready_task.done = tpr_agent_ready_over;
@@ -13626,8 +13628,8 @@ TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeou
         tpr_context_deadline(tpr_loop_clock(home), tpr_context_time(timeout_ms, agent->start_timeout_ms));
     if (timeout_ms == 0 && deadline != INT64_MAX) deadline += 1000000;   // the start itself says who is missing
     bool over = tpr_loop_wait(home, tpr_agent_start_over, agent, deadline);
-    status = over ? agent->start_error.status : TPRPC_ERROR_TIMEOUT;
-    if (over && status != TPRPC_OK && error) *error = agent->start_error;
+    status = over ? agent->ready_error.status : TPRPC_ERROR_TIMEOUT;
+    if (over && status != TPRPC_OK && error) *error = agent->ready_error;
     if (!over) {
         uint32_t missing = 0;
         while (missing + 1 < agent->world_size && !(agent->starts[missing].op)) missing++;

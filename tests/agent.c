@@ -1,5 +1,5 @@
-/* Calls between agents, through the public interface: outcomes, ownership, receiving in place, threads, order. Groups of
-   two, over each transport, polled and threaded, as processes and as threads of one process. */
+/* Calls between agents, through the public interface: outcomes, ownership, receiving in place, threads, order. Groups
+   of two, over each transport, polled and threaded, as processes and as threads of one process. */
 #include "agent_help.h"
 
 /* ---- handlers ---- */
@@ -280,7 +280,8 @@ static void client_later(side *s) {
     tprpc_message message = tensors_of(&tensor, 1);
     tprpc_future futures[8];
     for (int i = 0; i < 1000; i++) values[i] = (float)i;
-    for (int i = 0; i < 8; i++) CHECK_EQ_INT(tprpc_call(s->agent, "bob", "later", &message, NULL, &futures[i]), TPRPC_OK);
+    for (int i = 0; i < 8; i++)
+        CHECK_EQ_INT(tprpc_call(s->agent, "bob", "later", &message, NULL, &futures[i]), TPRPC_OK);
     CHECK_EQ_INT(tprpc_future_wait_all(futures, 8, WAIT_MS), TPRPC_OK);
     for (int i = 0; i < 8; i++) {
         const tprpc_message *reply = tprpc_future_reply(futures[i]);
@@ -610,7 +611,8 @@ static void put_once(side *s, const size_t *sizes, size_t count, uint8_t **sourc
 }
 
 static void client_place(side *s) {
-    const size_t sizes[4][2] = {{PLACE_SMALL, PLACE_SMALL}, {PLACE_BIG, PLACE_SMALL}, {PLACE_BIG, PLACE_BIG}, {5, PLACE_HUGE / 8}};
+    const size_t sizes[4][2] = {{PLACE_SMALL, PLACE_SMALL}, {PLACE_BIG, PLACE_SMALL}, {PLACE_BIG, PLACE_BIG},
+                                {5, PLACE_HUGE / 8}};
     uint8_t *sources[2] = {(uint8_t *)malloc(PLACE_HUGE), (uint8_t *)malloc(PLACE_HUGE)};
     tprpc_tensor tensor = bytes_of(sources[0], PLACE_BIG);
     tprpc_message message = tensors_of(&tensor, 1);
@@ -692,7 +694,7 @@ static void client_killed_reply(side *s) {
     options.on_done = on_outcome;
     options.user = &o;
     options.timeout_ms = 5000;
-    if (tprpc_call(s->agent, "bob", "put", NULL, &options, &other) == TPRPC_OK) {   /* nobody is there: an error, soon */
+    if (tprpc_call(s->agent, "bob", "put", NULL, &options, &other) == TPRPC_OK) {   /* nobody is there */
         CHECK(tprpc_future_wait(other, WAIT_MS) > TPRPC_PENDING);
         CHECK(until(s, &o.count, 1));
         tprpc_future_release(other);
@@ -1167,7 +1169,9 @@ static void on_remove_itself(tprpc_request request, const tprpc_message *message
 }
 
 static const tprpc_method_desc reload_methods[] = {
-    {"reload", on_reload, NULL, NULL, NULL, TPRPC_METHOD_BLOCKING}, {"once", on_remove_itself, NULL, NULL, NULL, 0}, {0},
+    {"reload", on_reload, NULL, NULL, NULL, TPRPC_METHOD_BLOCKING},
+    {"once", on_remove_itself, NULL, NULL, NULL, 0},
+    {0},
 };
 
 static void *reload_caller(void *arg) {

@@ -45,7 +45,8 @@ static const tprpc_method_desc methods[] = {
     {0},
 };
 
-static void pair(const mode *with, void (*client)(side *), void (*tune)(side *, tprpc_context_desc *, tprpc_agent_desc *)) {
+static void pair(const mode *with, void (*client)(side *),
+                 void (*tune)(side *, tprpc_context_desc *, tprpc_agent_desc *)) {
     side sides[2] = {{0}};
     sides[0].mode = with;
     sides[0].main = client;
@@ -145,20 +146,21 @@ static void without_leave(const mode *with, void (*client)(side *)) {
 enum { WINDOW = 8 };
 
 /* Calls of which `window` are on their way at a time. */
-static void repeat(side *s, const char *method, const tprpc_message *message, const tprpc_call_options *options, int count,
-                   int window) {
+static void repeat(side *s, const char *method, const tprpc_message *message, const tprpc_call_options *options,
+                   int count, int window) {
     tprpc_future futures[4 * WINDOW];
     tprpc_method_id id;
     REQUIRE_EQ_INT(tprpc_resolve(s->agent, "bob", method, &id, NULL), TPRPC_OK);
     for (int done = 0; done < count; done += window) {
-        for (int i = 0; i < window; i++) REQUIRE_EQ_INT(tprpc_call_id(s->agent, id, message, options, &futures[i]), TPRPC_OK);
+        for (int i = 0; i < window; i++)
+            REQUIRE_EQ_INT(tprpc_call_id(s->agent, id, message, options, &futures[i]), TPRPC_OK);
         REQUIRE_EQ_INT(tprpc_future_wait_all(futures, (size_t)window, WAIT_MS), TPRPC_OK);
         for (int i = 0; i < window; i++) tprpc_future_release(futures[i]);
     }
 }
 
-static void check_no_allocation(side *s, const char *method, const tprpc_message *message, const tprpc_call_options *options,
-                                int count) {
+static void check_no_allocation(side *s, const char *method, const tprpc_message *message,
+                                const tprpc_call_options *options, int count) {
     int64_t theirs[2], mine;
     repeat(s, method, message, options, 20000 / TEST_SLOWDOWN, 4 * WINDOW);   /* warm-up: more than is measured */
     ask(s, "allocs", &theirs[0], sizeof theirs[0]);
@@ -203,7 +205,8 @@ static int look_for_blocking(const char *call, int64_t *size) {
     (void)size;
     if (!in_poll) return 0;
     calls_seen++;
-    if (strcmp(call, "epoll_wait") != 0 && strcmp(call, "futex_wait") != 0 && strcmp(call, "getaddrinfo") != 0) return 0;
+    if (strcmp(call, "epoll_wait") != 0 && strcmp(call, "futex_wait") != 0 && strcmp(call, "getaddrinfo") != 0)
+        return 0;
     if (may_wait_for_chunk && strcmp(call, "futex_wait") == 0) return 0;
     blocked++;
     snprintf(blocked_by, sizeof blocked_by, "%s", call);

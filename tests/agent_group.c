@@ -138,7 +138,8 @@ static void check_one_refused(const joiner *joiners, const char *text) {
 }
 
 TEST(two_of_one_name) {
-    joiner joiners[2] = {{"twin", NULL, 0, 2, 500, NULL, TPRPC_OK, {0}}, {"twin", NULL, 1, 2, 500, NULL, TPRPC_OK, {0}}};
+    joiner joiners[2] = {{"twin", NULL, 0, 2, 500, NULL, TPRPC_OK, {0}},
+                         {"twin", NULL, 1, 2, 500, NULL, TPRPC_OK, {0}}};
     join_all(joiners, 2);
     check_one_refused(joiners, "twin");
 }
@@ -187,7 +188,7 @@ TEST(start_says_when_it_is_over) {
         desc.world_size = world;
         desc.start_timeout_ms = 100;
         REQUIRE_EQ_INT(tprpc_agent_create(&desc, &agent, NULL), TPRPC_OK);
-        CHECK_EQ_INT(tprpc_call(agent, desc.name, "x", NULL, NULL, &future), TPRPC_ERROR_INVALID);   /* not joined yet */
+        CHECK_EQ_INT(tprpc_call(agent, desc.name, "x", NULL, NULL, &future), TPRPC_ERROR_INVALID);   /* too early */
         CHECK_EQ_INT(tprpc_agent_leave(agent, 10, &error), TPRPC_ERROR_INVALID);
         ready = 0;
         CHECK_EQ_INT(tprpc_agent_start(agent, on_ready, &ready, &error), TPRPC_OK);
@@ -426,7 +427,8 @@ static void leave_nothing_done(side *s) {
     for (int i = 0; i < HELD; i++) {
         tprpc_message message = tensors_of(&tensor, i % 2 ? 0 : 1);
         message.release = count_release;
-        CHECK_EQ_INT(tprpc_call(s->agent, "bob", i % 5 ? "hold" : "sleep", &message, &options, i % 3 ? &future : NULL), TPRPC_OK);
+        CHECK_EQ_INT(tprpc_call(s->agent, "bob", i % 5 ? "hold" : "sleep", &message, &options, i % 3 ? &future : NULL),
+                     TPRPC_OK);
     }
     CHECK(until(s, &shared->seen, HELD - HELD / 5));
     CHECK(until(s, &shared->count[0], 1));
@@ -515,7 +517,8 @@ static void see_bob_die(side *s) {
     tprpc_error error;
     options.on_done = count_done;
     options.user = (void *)(uintptr_t)"bob";
-    for (int i = 0; i < 5; i++) CHECK_EQ_INT(tprpc_call(s->agent, "bob", "hold", NULL, &options, &futures[i]), TPRPC_OK);
+    for (int i = 0; i < 5; i++)
+        CHECK_EQ_INT(tprpc_call(s->agent, "bob", "hold", NULL, &options, &futures[i]), TPRPC_OK);
     CHECK_EQ_INT(tprpc_call(s->agent, "cyd", "hold", NULL, NULL, &other), TPRPC_OK);
     CHECK(until(s, &shared->seen, 6));
     kill(shared->pid[1], SIGKILL);
@@ -596,7 +599,8 @@ static void fork_amid(side *s) {
         tprpc_tensor tensor = bytes_of(bytes, sizeof bytes);
         tprpc_message message = tensors_of(&tensor, 1);
         inherited i;
-        for (int k = 0; k < 8; k++) CHECK_EQ_INT(tprpc_call(s->agent, "bob", "echo", &message, NULL, &futures[k]), TPRPC_OK);
+        for (int k = 0; k < 8; k++)
+            CHECK_EQ_INT(tprpc_call(s->agent, "bob", "echo", &message, NULL, &futures[k]), TPRPC_OK);
         tprpc_poll(s->ctx, 100, 0);
         STORE(&shared->released, 0);
         i.s = s;
@@ -686,13 +690,15 @@ TEST(between_network_namespaces) {
     snprintf(net_host[0], sizeof net_host[0], "10.231.%d.1", net);
     snprintf(net_host[1], sizeof net_host[1], "10.231.%d.2", net);
     snprintf(net_url, sizeof net_url, "tcp://%s:29500", net_host[0]);
-    int failed = run("ip netns add %s && ip netns add %s && ip link add tpa%d netns %s type veth peer name tpb%d netns %s",
-                     net_a, net_b, id, net_a, id, net_b);
-    for (int i = 0; i < 2 && !failed; i++)
-        failed = run("ip -n %s link set lo up && ip -n %s link add dmy0 type dummy && ip -n %s addr add 10.%d.0.1/24 dev dmy0 "
-                     "&& ip -n %s link set dmy0 up; ip -n %s addr add %s/24 dev tp%c%d && ip -n %s link set tp%c%d up",
-                     i ? net_b : net_a, i ? net_b : net_a, i ? net_b : net_a, 99 + i, i ? net_b : net_a, i ? net_b : net_a,
-                     net_host[i], i ? 'b' : 'a', id, i ? net_b : net_a, i ? 'b' : 'a', id);
+    int failed = run("ip netns add %s && ip netns add %s && ip link add tpa%d netns %s type veth peer name tpb%d "
+                     "netns %s", net_a, net_b, id, net_a, id, net_b);
+    for (int i = 0; i < 2 && !failed; i++) {
+        const char *in = i ? net_b : net_a;
+        failed = run("ip -n %s link set lo up && ip -n %s link add lo%d type dummy && ip -n %s addr add 10.%d.0.1/24 "
+                     "dev lo%d && ip -n %s link set lo%d up", in, in, id, in, 99 + i, id, in, id) ||
+                 run("ip -n %s addr add %s/24 dev tp%c%d && ip -n %s link set tp%c%d up", in, net_host[i], "ab"[i], id, in,
+                     "ab"[i], id);
+    }
     if (!failed) {
         CHECK_EQ_INT(test_wait_child(test_fork_run(refused_side, NULL), 20), 0);
         CHECK_EQ_INT(test_wait_child(test_fork_run(network_group, NULL), 50), 0);

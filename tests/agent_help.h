@@ -95,8 +95,8 @@ static inline void heap_free(void *ptr, size_t size, uint32_t tag, void *user) {
 }
 
 static inline void show_log(const tprpc_log *entry, void *user) {
-    fprintf(stderr, "%.6f %d %s %s: %s %s\n", (double)(test_now_us() % 100000000) / 1e6, (int)getpid(), (const char *)user,
-            entry->section, entry->peer, entry->text);
+    fprintf(stderr, "%.6f %d %s %s: %s %s\n", (double)(test_now_us() % 100000000) / 1e6, (int)getpid(),
+            (const char *)user, entry->section, entry->peer, entry->text);
 }
 
 /* ---- one side: a context, an agent, its methods ---- */
