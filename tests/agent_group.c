@@ -690,14 +690,19 @@ TEST(between_network_namespaces) {
     snprintf(net_host[0], sizeof net_host[0], "10.231.%d.1", net);
     snprintf(net_host[1], sizeof net_host[1], "10.231.%d.2", net);
     snprintf(net_url, sizeof net_url, "tcp://%s:29500", net_host[0]);
-    int failed = run("ip netns add %s && ip netns add %s && ip link add tpa%d netns %s type veth peer name tpb%d "
-                     "netns %s", net_a, net_b, id, net_a, id, net_b);
+    int failed = run("ip netns add %s && ip netns add %s", net_a, net_b);
+    for (int i = 0; i < 2 && !failed; i++) {   /* first an interface that leads nowhere */
+        const char *in = i ? net_b : net_a;
+        failed = run("ip -n %s link set lo up && ip -n %s link add de%d type veth peer name df%d && "
+                     "ip -n %s addr add 10.%d.0.1/24 dev de%d && ip -n %s link set de%d up", in, in, id, id, in, 99 + i,
+                     id, in, id);
+    }
+    if (!failed)
+        failed = run("ip link add tpa%d netns %s type veth peer name tpb%d netns %s", id, net_a, id, net_b);
     for (int i = 0; i < 2 && !failed; i++) {
         const char *in = i ? net_b : net_a;
-        failed = run("ip -n %s link set lo up && ip -n %s link add lo%d type dummy && ip -n %s addr add 10.%d.0.1/24 "
-                     "dev lo%d && ip -n %s link set lo%d up", in, in, id, in, 99 + i, id, in, id) ||
-                 run("ip -n %s addr add %s/24 dev tp%c%d && ip -n %s link set tp%c%d up", in, net_host[i], "ab"[i], id, in,
-                     "ab"[i], id);
+        failed = run("ip -n %s addr add %s/24 dev tp%c%d && ip -n %s link set tp%c%d up", in, net_host[i], "ab"[i], id,
+                     in, "ab"[i], id);
     }
     if (!failed) {
         CHECK_EQ_INT(test_wait_child(test_fork_run(refused_side, NULL), 20), 0);
