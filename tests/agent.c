@@ -394,6 +394,7 @@ static void client_timeout(side *s) {
     CHECK_EQ_INT(tprpc_future_wait(future, WAIT_MS), TPRPC_ERROR_TIMEOUT);
     CHECK(tprpc_future_reply(future) == NULL);
     tprpc_future_release(future);
+    CHECK(until(s, &o.count, 2));                          /* its on_done may follow the wait, and looks at `o` */
     CHECK_EQ_INT(LOAD(&shared->bad), 0);
 }
 /* Serves without a thread that drives beside the loop's own, so that a loop whose handler waits does nothing else. */
