@@ -1,6 +1,7 @@
 /* Calls between agents, through the public interface: outcomes, ownership, receiving in place, threads, order. Groups
    of two, over each transport, polled and threaded, as processes and as threads of one process. */
 #include "agent_help.h"
+#include "agent_hold.h"
 
 /* ---- handlers ---- */
 
@@ -73,19 +74,8 @@ static void on_later(tprpc_request request, const tprpc_message *message, void *
     REQUIRE_EQ_INT(pthread_create(&s->jobs[s->job_count++], NULL, later_job, l), 0);
 }
 
-/* Kept until on_answer: then answered on the callback thread. The outcome of that is in shared->status[0]. */
-static tprpc_request kept[64];
-static int kept_count;
-
-static void on_hold(tprpc_request request, const tprpc_message *message, void *user) {
-    (void)message; (void)user;
-    REQUIRE(kept_count < 64);
-    kept[kept_count++] = request;
-    CHECK_EQ_INT(tprpc_request_keep(request), TPRPC_OK);
-    ADD(&shared->seen, 1);
-}
-
-/* Waits until the kept requests read as cancelled, answers them all, tells how. */
+/* Waits until the kept requests read as cancelled, answers them all on the callback thread, and tells how: the outcome is
+   in shared->status[0]. */
 static void on_answer(tprpc_request request, const tprpc_message *message, void *user) {
     const bool wait = message->metadata_size && *(const char *)message->metadata == 'c';
     (void)user;
@@ -205,6 +195,67 @@ static void client_echo(side *s) {
     CHECK_EQ_INT(LOAD(&shared->handled), 9);
 }
 IN_MODES(echo, 0xff) { pair(with, client_echo); }
+
+/* ---- shared memory that is not there: calls go over tcp ---- */
+
+extern int (*tprpc_test_hook)(const char *call, int64_t *size);
+static const char *missing_call;       /* that the system does not know */
+
+static int fail_missing(const char *call, int64_t *size) {
+    (void)size;
+    return strcmp(call, missing_call) == 0 ? ENOSYS : 0;
+}
+
+static void client_missing(side *s) {
+    const size_t sizes[] = {1 << 20, 0, 70000};
+    tprpc_pipe_info info;
+    check_echo(s, 5, sizes, 3);
+    CHECK_EQ_INT(tprpc_agent_get_peer_info(s->agent, "bob", &info, sizeof info), TPRPC_OK);
+    CHECK_STR(info.transport, "tcp");
+    for (uint32_t i = 0; i < info.path_count; i++)
+        if (strcmp(info.paths[i].name, "shm") == 0) CHECK(info.paths[i].why[0] != 0);
+}
+
+/* One side in a process of its own. user: "late" when the call is there until the context is. */
+static void missing_run(void *arg) {
+    side *s = (side *)arg;
+    const char *when = (const char *)s->user;
+    if (strcmp(when, "early") == 0) STORE(&tprpc_test_hook, fail_missing);
+    side_open(s);
+    ADD(&shared->ready, 1);
+    CHECK(until(NULL, &shared->ready, 2));
+    if (strcmp(when, "late") == 0) STORE(&tprpc_test_hook, fail_missing);
+    side_join(s);
+    if (s->main) s->main(s);
+    side_leave(s);
+    side_close(s);
+    STORE(&tprpc_test_hook, NULL);
+}
+
+static void run_missing(const mode *with, const char *ann, const char *bob) {
+    static const char *const calls[] = {"memfd_create", "socket_unix"};
+    for (size_t i = 0; i < 2; i++) {
+        side sides[2] = {{0}};
+        group g;
+        share();
+        missing_call = calls[i];
+        sides[0].mode = with;
+        sides[0].main = client_missing;
+        sides[0].methods = sides[1].methods = methods;
+        sides[0].user = (void *)(uintptr_t)ann;
+        sides[1].user = (void *)(uintptr_t)bob;
+        group_open(&g, sides, 2);
+        pid_t child = test_fork_run(missing_run, &sides[1]);
+        missing_run(&sides[0]);
+        CHECK_EQ_INT(test_wait_child(child, 40), 0);
+        group_close(&g);
+    }
+}
+IN_MODES(shm_is_missing_here, 0x80) { run_missing(with, "early", "never"); }
+IN_MODES(shm_is_missing_there, 0x80) { run_missing(with, "never", "early"); }
+IN_MODES(shm_is_missing, 0x80) { run_missing(with, "early", "early"); }
+IN_MODES(shm_goes_missing_here, 0x80) { run_missing(with, "late", "never"); }
+IN_MODES(shm_goes_missing, 0x80) { run_missing(with, "late", "late"); }
 
 typedef struct outcome { int count; tprpc_status status; size_t size; char text[244]; pthread_t thread; } outcome;
 

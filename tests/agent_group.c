@@ -1,5 +1,6 @@
 /* Groups of agents, through the public interface: joining, leaving, deaths, trust, names, and what calls cost. */
 #include "agent_help.h"
+#include "agent_hold.h"
 #include <arpa/inet.h>
 #include <net/if.h>
 #include <sys/socket.h>
@@ -12,17 +13,6 @@ static void on_echo(tprpc_request request, const tprpc_message *message, void *u
     (void)user;
     ADD(&shared->handled, 1);
     tprpc_reply(request, message);
-}
-
-static tprpc_request kept[64];
-static int kept_count;
-
-static void on_hold(tprpc_request request, const tprpc_message *message, void *user) {
-    (void)message; (void)user;
-    REQUIRE(kept_count < 64);
-    kept[kept_count++] = request;
-    CHECK_EQ_INT(tprpc_request_keep(request), TPRPC_OK);
-    ADD(&shared->seen, 1);
 }
 
 static void on_answer(tprpc_request request, const tprpc_message *message, void *user) {

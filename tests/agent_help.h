@@ -5,7 +5,9 @@
 
 #include "harness.h"
 #include <pthread.h>
+#include <netinet/in.h>
 #include <sched.h>
+#include <sys/socket.h>
 #include "../tprpc.h"
 
 #define LOAD(at) __atomic_load_n(at, __ATOMIC_ACQUIRE)
@@ -99,13 +101,27 @@ static inline void show_log(const tprpc_log *entry, void *user) {
             (const char *)user, entry->section, entry->peer, entry->text);
 }
 
+/* A port of this host that nobody uses, for a store. */
+static inline int free_tcp_port(void) {
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    REQUIRE(fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0 &&
+            getsockname(fd, (struct sockaddr *)&address, &size) == 0);
+    close(fd);
+    return ntohs(address.sin_port);
+}
+
 /* ---- one side: a context, an agent, its methods ---- */
 
 enum { SIDE_THREADS = 16 };
 
 typedef struct side {
     const mode *mode;
-    const char *name, *init_method;
+    const char *name, *init_method, *channels;
     int rank, world;
     tprpc_store *store;
     const tprpc_method_desc *methods;   /* the last has no name; their user is this side */
@@ -128,6 +144,7 @@ static inline void side_open(side *s) {
     tprpc_error error = {0};
     context.threads = s->mode->threads;
     context.transports = s->mode->transports;
+    context.channels = s->channels;
     context.allocator.alloc = heap_alloc;
     context.allocator.free = heap_free;
     context.allocator.user = &s->heap;

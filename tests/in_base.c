@@ -608,7 +608,7 @@ TEST(base_status_names) {
 
 /* ---- log --------------------------------------------------------------------------------------------------------- */
 
-typedef struct seen { int count, again; tprpc_log last; char text[300], peer[100]; tpr_base_logger *logger; } seen;
+typedef struct seen { int count, again; tprpc_log last; char text[300], peer[100], section[16]; tpr_base_logger *logger; } seen;
 
 static void on_log(const tprpc_log *entry, void *user) {
     seen *s = (seen *)user;
@@ -618,6 +618,7 @@ static void on_log(const tprpc_log *entry, void *user) {
     s->last = *entry;
     snprintf(s->text, sizeof s->text, "%s", entry->text);
     snprintf(s->peer, sizeof s->peer, "%s", entry->peer);
+    snprintf(s->section, sizeof s->section, "%s", entry->section);
     CHECK(tpr_os_trylock(&s->logger->lock));           /* no lock is held here */
     tpr_os_lock_give(&s->logger->lock);
     if (s->again > 0) {                                /* a log that makes a line: handed on in its turn */
@@ -678,7 +679,7 @@ TEST(base_log_lines) {
     CHECK_EQ_INT(s.last.level, TPRPC_LOG_WARNING);
     CHECK_EQ_INT(s.last.line, id);
     CHECK_CONTAINS(s.last.file, "in_base.c");
-    CHECK_STR(s.last.section, "shm");
+    CHECK_STR(s.section, "shm");
     CHECK_STR(s.peer, "process 7");
     CHECK_STR(s.text, "5 of ten");
     id = s.last.id;
@@ -959,10 +960,7 @@ TEST(os_memfd_of_wrong_size_or_without_seals_is_refused) {
 TEST(os_memfd_of_huge_pages_is_refused) {
     size_t size = 2 << 20;
     int fd = raw_memfd(MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB, size, TPR_OS_SEALS);
-    if (fd < 0) {
-        CHECK(errno != EBADF);             /* a kernel without them has none to refuse */
-        return;
-    }
+    if (fd < 0) SKIP("this kernel has no memory descriptors of huge pages");
     check_refused(fd, size);
 }
 

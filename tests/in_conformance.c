@@ -951,6 +951,11 @@ static void away_main(void *arg) {
     close(a->socket[1]);
 }
 
+/* Those that never leave their process: of two processes there is nothing to test but that they say so. */
+static bool stays_within(const tprpc_backend *backend) {
+    return backend == &toy_backend || backend == &tpr_xth_backend;
+}
+
 /* Opens this end of a connection to a child. False: the backend says that it does not reach other processes. */
 static bool away_open(away *a, const tprpc_backend *backend, pid_t *pid, rig *r, door *d, end *e) {
     uint8_t domain[65];
@@ -969,7 +974,7 @@ static bool away_open(away *a, const tprpc_backend *backend, pid_t *pid, rig *r,
     away_read(a->socket[0], &reaches_us, sizeof reaches_us);
     CHECK_EQ_INT(reaches_it, reaches_us);
     if (!reaches_it) {
-        CHECK(backend == &toy_backend);          /* the one that stays within its process */
+        CHECK(stays_within(backend));
         CHECK_EQ_INT(test_wait_child(*pid, 10), 0);
         rig_close(r);
         close(a->socket[0]);
@@ -995,6 +1000,16 @@ static void away_close(away *a, rig *r, door *d, end *e) {
     close(a->socket[0]);
 }
 
+static void t_within(void *arg) {
+    away a;
+    pid_t pid;
+    rig r;
+    door d;
+    end e;
+    memset(&a, 0, sizeof a);
+    CHECK(!away_open(&a, (const tprpc_backend *)arg, &pid, &r, &d, &e));
+}
+
 static void t_killed(void *arg) {
     int i;
     for (i = 0; i < 4; i++) {
@@ -1007,7 +1022,7 @@ static void t_killed(void *arg) {
         size_t got = 0, n;
         memset(&a, 0, sizeof a);
         a.listens = i % 2 == 1;
-        if (!away_open(&a, (const tprpc_backend *)arg, &pid, &r, &d, &e)) continue;
+        REQUIRE(away_open(&a, (const tprpc_backend *)arg, &pid, &r, &d, &e));
         REQUIRE_EQ_INT(send_bytes(&e, &word, 1), 1);
         turn(&r);
         away_read(a.socket[0], &word, 1);
@@ -1046,7 +1061,7 @@ static void t_processes(void *arg) {
     int64_t until = test_now_us() + 40 * INT64_C(1000000) * TEST_SLOWDOWN;
     memset(&a, 0, sizeof a);
     a.echoes = true;
-    if (!away_open(&a, (const tprpc_backend *)arg, &pid, &r, &d, &e)) return;
+    REQUIRE(away_open(&a, (const tprpc_backend *)arg, &pid, &r, &d, &e));
     memset(f, 0, sizeof f);
     f[0].from = f[1].to = &e;
     f[0].total = f[1].total = total;
@@ -1287,6 +1302,13 @@ static void c_refused(void *arg) {
     toys_end();
 }
 
+/* It has nothing that could be out of reach, and so asks for no proof of the other end's either. */
+static void c_needs_no_proof(void *arg) {
+    const tprpc_channel_table *t = ((const channel_case *)arg)->channel->channel;
+    CHECK(!t->answer && !t->verify);
+    CHECK(!(t->flags & TPRPC_CHANNEL_MUTUAL));
+}
+
 /* One that cannot prove itself is not used: another channel is, or the write says that none is there. */
 static void c_proof(void *arg) {
     const channel_case *c = (const channel_case *)arg;
@@ -1297,11 +1319,7 @@ static void c_proof(void *arg) {
     uint32_t i;
     bool shown = false;
     REQUIRE(b != NULL);
-    if (!c->channel->channel->challenge) {       /* it needs none: it has nothing that could be out of reach */
-        CHECK(!(c->channel->channel->flags & TPRPC_CHANNEL_MUTUAL));
-        free(b);
-        return;
-    }
+    REQUIRE(c->channel->channel->challenge != NULL);
     toys_begin(300);
     probe_open(c);
     probe.lies = true;
@@ -1376,11 +1394,12 @@ static bool channel_leaves(const tprpc_channel_table *t) {
     return t->reaches(NULL, there + 1, there[0]);
 }
 
+static void c_within(void *arg) { CHECK(!channel_leaves(((const channel_case *)arg)->channel->channel)); }
+
 static void c_killed(void *arg) {
     const channel_case *c = (const channel_case *)arg;
     int delay;
-    if (!channel_leaves(c->channel->channel)) return;      /* both ends die together */
-    if (c->transport == &toy_backend) return;
+    REQUIRE(channel_leaves(c->channel->channel));
     for (delay = 0; delay < 3; delay++) {
         victim v;
         world w;
@@ -1466,17 +1485,21 @@ static void add_transport(const tprpc_backend *backend) {
         {"streams", t_streams}, {"backpressure", t_backpressure}, {"more", t_more}, {"handles", t_handles},
         {"close", t_close}, {"close_unread", t_close_unread}, {"sleep_data", t_sleep_data},
         {"sleep_connection", t_sleep_connection}, {"sleep_room", t_sleep_room}, {"sleep_death", t_sleep_death},
-        {"disconnect_inside", t_disconnect_inside}, {"new_owner", t_new_owner}, {"many", t_many}, {"killed", t_killed},
-        {"processes", t_processes}, {"threads", t_threads}};
+        {"disconnect_inside", t_disconnect_inside}, {"new_owner", t_new_owner}, {"many", t_many},
+        {"threads", t_threads}};
+    static const named two[] = {{"killed", t_killed}, {"processes", t_processes}};
     size_t i;
+    for (i = 0; i < COUNT(two) && !stays_within(backend); i++)
+        add("transport", backend->name, two[i].name, two[i].run, (void *)(uintptr_t)backend);
+    if (stays_within(backend)) add("transport", backend->name, "within", t_within, (void *)(uintptr_t)backend);
     for (i = 0; i < COUNT(tests); i++)
         add("transport", backend->name, tests[i].name, tests[i].run, (void *)(uintptr_t)backend);
 }
 
 static void add_channel(const tprpc_backend *backend, const tprpc_backend *transport) {
     static const named tests[] = {{"sizes", c_sizes},   {"threads", c_threads}, {"unaligned", c_unaligned},
-                                  {"closed", c_closed}, {"refused", c_refused}, {"proof", c_proof},
-                                  {"killed", c_killed}};
+                                  {"closed", c_closed}, {"refused", c_refused}};
+    const bool proves = backend->channel->challenge != NULL, within = stays_within(backend);
     static const char *const kinds[] = {"host_to_host", "host_to_user", "user_to_host", "user_to_user"};
     size_t i, k, found = 0;
     for (k = 0; k < 4; k++) {
@@ -1494,6 +1517,9 @@ static void add_channel(const tprpc_backend *backend, const tprpc_backend *trans
         c->kinds[1] = (k & 1) != 0;
         snprintf(name, sizeof name, "%s_over_%s_%s", backend->name, transport->name, kinds[k]);
         for (i = 0; i < COUNT(tests); i++) add("channel", name, tests[i].name, tests[i].run, c);
+        add("channel", name, proves ? "proof" : "needs_no_proof", proves ? c_proof : c_needs_no_proof, c);
+        if (within) add("channel", name, "within", c_within, c);
+        else if (!stays_within(transport)) add("channel", name, "killed", c_killed, c);   /* else they die together */
     }
     if (!found) add("channel", backend->name, "moves", c_moves_nothing, (void *)(uintptr_t)backend);
 }

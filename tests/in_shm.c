@@ -269,8 +269,11 @@ TEST(refuses_wrong_addresses) {
         name[length] = 0;
         tprpc_status status = shm->listen(p.b.instance, name, &p.b.owner, &listener, &error);
         if (status == TPRPC_OK) shm->unlisten(listener);
-        CHECK_EQ_INT(status, length <= 106 ? TPRPC_OK : TPRPC_ERROR_INVALID);
+        CHECK_EQ_INT(status, length <= 100 ? TPRPC_OK : TPRPC_ERROR_INVALID);
+        if (status != TPRPC_OK) CHECK_CONTAINS(error.text, "100 bytes");
         CHECK(!side_connect(&p.b, name, &error));
+        CHECK_EQ_INT(error.status, length <= 100 ? TPRPC_ERROR_UNREACHABLE : TPRPC_ERROR_INVALID);
+        if (length > 100) CHECK_CONTAINS(error.text, "100 bytes");
     }
     pair_fini(&p);
 }

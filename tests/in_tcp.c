@@ -957,7 +957,7 @@ TEST(closed_peer_is_nobody) {
         UNTIL(&w, b->recvs);
         close(fd);
         tprpc_test_hook = i ? hook_no_netlink : NULL;
-        CHECK_EQ_INT(w.t->check_peer(b->conn, &error), TPRPC_ERROR_UNSUPPORTED);
+        CHECK_EQ_INT(w.t->check_peer(b->conn, &error), TPRPC_ERROR_PEER);
         tprpc_test_hook = NULL;
         world_close(&w);
     }

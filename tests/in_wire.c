@@ -149,13 +149,13 @@ TEST(hello_limits) {
     memcpy(bad, bytes, name);
     tpr_base_store_le32(bad + name + 4, 65);
     CHECK(!tpr_wire_read_hello(bad, sizeof bad, &out));
-    memset(bad + name, 'a', sizeof bad - name);                        /* an address of 96 bytes */
+    memset(bad + name, 'a', sizeof bad - name);                        /* an address of 112 bytes */
     memset(bad + name, 0, 8);
-    tpr_base_store_le32(bad + name + 8, 96);
+    tpr_base_store_le32(bad + name + 8, 112);
     CHECK(!tpr_wire_read_hello(bad, sizeof bad, &out));
-    tpr_base_store_le32(bad + name + 8, 95);
+    tpr_base_store_le32(bad + name + 8, 111);
     CHECK(tpr_wire_read_hello(bad, sizeof bad, &out));
-    CHECK_EQ_INT(strlen(out.offers[0].address), 95);
+    CHECK_EQ_INT(strlen(out.offers[0].address), 111);
 }
 
 TEST(writer_stays_within) {
@@ -1353,8 +1353,9 @@ static uint8_t *tape_join(const tape *t, int way, size_t most, size_t *size) {
 static void replay_cut(void *name) {
     tape *t = tape_of((const char *)name);
     victim *v = (victim *)malloc(sizeof(victim));
-    size_t size, at, step;
+    size_t size, at, step, i;
     uint8_t *bytes = tape_join(t, 0, 12000, &size);
+    uint32_t cut_kinds = 0;
     int fds;
     REQUIRE(v != NULL);
     victim_open(v);
@@ -1362,6 +1363,22 @@ static void replay_cut(void *name) {
     fds = test_count_fds();
     step = TEST_SLOWDOWN > 1 ? 29 : 3;
     for (at = 0; at < size; at += at < 1200 ? step : 331) victim_feed(v, bytes, at);
+    free(bytes);
+    bytes = tape_join(t, 0, SIZE_MAX, &size);    /* and in each frame to the end: bulk, credit and bye come late */
+    for (i = 0, at = 0; i < t->count; i++) {
+        const taped *f = &t->frames[i];
+        if (f->way != 0) continue;
+        if (at + f->size > 12000) {
+            cut_kinds |= 1u << f->bytes[4];
+            victim_feed(v, bytes, at + TPR_WIRE_HEADER - 1);
+            victim_feed(v, bytes, at + TPR_WIRE_HEADER);
+            victim_feed(v, bytes, at + f->size / 2);
+            victim_feed(v, bytes, at + f->size - 1);
+        }
+        at += f->size;
+    }
+    CHECK(cut_kinds & 1u << TPR_WIRE_CREDIT);
+    CHECK(t->closer != 0 || (cut_kinds & 1u << TPR_WIRE_BYE));
     CHECK_LE_INT(test_count_fds(), fds);
     stage_close(&v->s);
     free(bytes);

@@ -5,6 +5,8 @@
 #include "../tprpc.h"
 #include "pipe_common.h"
 
+extern int (*tprpc_test_hook)(const char *call, int64_t *size);   /* see the os section of tprpc.h */
+
 /* ---- messages of every shape ---- */
 
 typedef struct shape {
@@ -830,6 +832,120 @@ TEST_WAYS(message_over_limit, 20) {
     pair_close(&p);
 }
 
+/* What a read of the pipe ends with. */
+static tprpc_status read_ends(side *s, tprpc_pipe *pipe, outcome *o) {
+    memset(o, 0, sizeof *o);
+    tprpc_status status = tprpc_pipe_read(pipe, NULL, on_read, o);
+    if (status != TPRPC_OK) return status;
+    WAIT(s, o->runs, 1);
+    return o->status;
+}
+
+/* limits.pipes: of a context that connects. */
+TEST_WAYS(pipes_over_limit_connecting, 20) {
+    const way *w = (const way *)arg;
+    pair p;
+    tprpc_limits limits;
+    tprpc_pipe *pipes[3];
+    tprpc_pipe_desc desc;
+    tprpc_error error;
+    accepting accept[3];
+    memset(&p, 0, sizeof p);
+    memset(&limits, 0, sizeof limits);
+    memset(pipes, 0, sizeof pipes);
+    memset(&desc, 0, sizeof desc);
+    memset(accept, 0, sizeof accept);
+    p.s.threads = w->threads;
+    p.s.ctx = context_limited(w, &limits);
+    limits.pipes = 2;
+    p.s.also = context_limited(w, &limits);
+    p.s.listener = listen_on(p.s.ctx, w->address, 0);
+    desc.address = tprpc_listener_address(p.s.listener, NULL);
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQ_INT(tprpc_accept(p.s.listener, on_accepted, &accept[i]), TPRPC_OK);
+        pipes[i] = connect_to(p.s.also, desc.address, 0, 0);
+        WAIT(&p.s, accept[i].o.runs, 1);
+    }
+    int fds = test_count_fds();
+    for (int i = 0; i < 5; i++) {
+        memset(&error, 0, sizeof error);
+        CHECK_EQ_INT(tprpc_connect(p.s.also, &desc, &pipes[2], &error), TPRPC_ERROR_LIMIT);
+        CHECK_EQ_INT(error.status, TPRPC_ERROR_LIMIT);
+        CHECK_CONTAINS(error.text, "limits.pipes");
+        CHECK(pipes[2] == NULL);
+    }
+    CHECK_EQ_INT(test_count_fds(), fds);
+    tprpc_pipe_close(pipes[0]);                  /* and there is room */
+    int64_t deadline = test_now_us() + WAIT_S * INT64_C(1000000) * TEST_SLOWDOWN;
+    while (tprpc_connect(p.s.also, &desc, &pipes[2], &error) == TPRPC_ERROR_LIMIT && test_now_us() < deadline)
+        work(&p.s);
+    REQUIRE(pipes[2] != NULL);
+    CHECK_EQ_INT(tprpc_accept(p.s.listener, on_accepted, &accept[2]), TPRPC_OK);
+    WAIT(&p.s, accept[2].o.runs, 1);
+    for (int i = 1; i < 3; i++) {
+        p.a = pipes[i];
+        p.b = accept[i].pipe;
+        tprpc_message m = text_message("which");
+        outcome o;
+        CHECK_EQ_INT(tprpc_pipe_write(p.a, &m, NULL, NULL), TPRPC_OK);
+        CHECK_EQ_INT(read_ends(&p.s, p.b, &o), TPRPC_OK);
+    }
+    tprpc_pipe_close(pipes[1]);
+    tprpc_pipe_close(accept[0].pipe);
+    tprpc_pipe_close(accept[1].pipe);
+    p.a = accept[2].pipe;
+    p.b = pipes[2];
+    pair_close(&p);
+}
+
+/* limits.pipes: of a context that listens. Who is one too many is sent away, and the listener goes on. */
+TEST_WAYS(pipes_over_limit_incoming, 20) {
+    const way *w = (const way *)arg;
+    pair p;
+    tprpc_limits limits;
+    tprpc_pipe *pipes[3], *more;
+    accepting accept[3];
+    outcome o;
+    memset(&p, 0, sizeof p);
+    memset(&limits, 0, sizeof limits);
+    memset(accept, 0, sizeof accept);
+    p.s.threads = w->threads;
+    p.s.also = context_limited(w, &limits);
+    limits.pipes = 2;
+    p.s.ctx = context_limited(w, &limits);
+    p.s.listener = listen_on(p.s.ctx, w->address, 0);
+    const char *address = tprpc_listener_address(p.s.listener, NULL);
+    for (int i = 0; i < 3; i++) CHECK_EQ_INT(tprpc_accept(p.s.listener, on_accepted, &accept[i]), TPRPC_OK);
+    for (int i = 0; i < 2; i++) {
+        pipes[i] = connect_to(p.s.also, address, 0, 0);
+        WAIT(&p.s, accept[i].o.runs, 1);
+        REQUIRE_EQ_INT(accept[i].o.status, TPRPC_OK);
+    }
+    int fds = test_count_fds();
+    for (int i = 0; i < 3; i++) {
+        more = connect_to(p.s.also, address, 0, 0);
+        CHECK_EQ_INT(read_ends(&p.s, more, &o), TPRPC_ERROR_PEER);
+        CHECK(o.text[0] != 0);
+        tprpc_pipe_close(more);
+    }
+    CHECK_EQ_INT(LOAD(accept[2].o.runs), 0);
+    p.a = accept[0].pipe;
+    p.b = pipes[0];
+    pair_check(&p);                              /* the others do not notice */
+    CHECK_LE_INT(test_count_fds(), fds);
+    tprpc_pipe_close(p.a);
+    CHECK_EQ_INT(read_ends(&p.s, p.b, &o), TPRPC_ERROR_PEER);
+    tprpc_pipe_close(p.b);
+    p.b = connect_to(p.s.also, address, 0, 0);   /* there is room again */
+    WAIT(&p.s, accept[2].o.runs, 1);
+    REQUIRE_EQ_INT(accept[2].o.status, TPRPC_OK);
+    p.a = accept[2].pipe;
+    pair_check(&p);
+    tprpc_pipe_close(accept[1].pipe);
+    tprpc_pipe_close(pipes[1]);
+    pair_close(&p);
+}
+
 /* ---- an allocator that keeps books ---- */
 
 typedef struct books { int64_t live, most, blocks; int bad; } books;
@@ -1354,6 +1470,157 @@ static void killed(const way *w, int child_writes) {
 TEST_WAYS(killed_while_writing, 30) { killed((const way *)arg, 1); }
 TEST_WAYS(killed_while_reading, 30) { killed((const way *)arg, 0); }
 
+/* ---- shared memory that is not there ---- */
+
+static const char *missing_call;       /* that the system does not know */
+
+static int fail_missing(const char *call, int64_t *size) {
+    (void)size;
+    return strcmp(call, LOAD(missing_call)) == 0 ? ENOSYS : 0;
+}
+
+static void miss(const char *call) {
+    if (call) STORE(missing_call, call);
+    STORE(tprpc_test_hook, call ? fail_missing : NULL);
+}
+
+/* A tensor of 1 MiB there and back: what came is sent. */
+static void pair_echo(pair *p) {
+    enum { SIZE = 1 << 20 };
+    uint8_t *there = (uint8_t *)filled(SIZE, 21), *back = (uint8_t *)bytes(SIZE);
+    tprpc_tensor tensor;
+    tprpc_message m;
+    memset(&tensor, 0, sizeof tensor);
+    memset(&m, 0, sizeof m);
+    m.tensors = &tensor;
+    m.tensor_count = 1;
+    tensor.size = SIZE;
+    for (int turn = 0; turn < 2; turn++) {
+        outcome o[3];
+        memset(o, 0, sizeof o);
+        tensor.data = there;
+        CHECK_EQ_INT(tprpc_pipe_write(turn ? p->a : p->b, &m, on_written, &o[0]), TPRPC_OK);
+        CHECK_EQ_INT(tprpc_pipe_read_descriptor(turn ? p->b : p->a, on_described, &o[1]), TPRPC_OK);
+        WAIT(&p->s, o[1].runs, 1);
+        tensor.data = back;
+        CHECK_EQ_INT(tprpc_pipe_read(turn ? p->b : p->a, &m, on_read, &o[2]), TPRPC_OK);
+        WAIT(&p->s, o[2].runs, 1);
+        WAIT(&p->s, o[0].runs, 1);
+        CHECK_EQ_INT(o[0].status, TPRPC_OK);
+        CHECK_EQ_INT(o[2].status, TPRPC_OK);
+        CHECK(matches(back, SIZE, 21));
+        memset(there, 0, SIZE);
+        memcpy(there, back, SIZE);
+    }
+    free(there);
+    free(back);
+}
+
+/* The pipe goes over tcp, and says of shm why not: each end what it knows (NULL: it is not looked at). */
+static void check_on_tcp(pair *p, const char *at_listener, const char *at_connector) {
+    const char *const whys[2] = {at_listener, at_connector};
+    for (int i = 0; i < 2; i++) {
+        tprpc_pipe_info info;
+        CHECK_EQ_INT(tprpc_pipe_get_info(i ? p->b : p->a, &info, sizeof info), TPRPC_OK);
+        CHECK_STR(info.transport, "tcp");
+        CHECK(path_of(&info, "tcp")->chosen);
+        CHECK(!path_of(&info, "shm")->chosen);
+        CHECK_CONTAINS(path_of(&info, "shm")->why, whys[i]);
+        CHECK(strstr(path_of(&info, "shm")->why, "another transport") == NULL);
+    }
+}
+
+/* One of the contexts, or both, are created where memfds or UNIX sockets are not: then it is tcp, and the info says
+   why. */
+static void shm_is_missing(const char *call, const char *why, int threads) {
+    for (int who = 1; who < 4; who++) {          /* bits: who listens; who connects */
+        pair p;
+        tprpc_context_desc desc;
+        tprpc_context *none = NULL;
+        tprpc_error error;
+        memset(&p, 0, sizeof p);
+        memset(&desc, 0, sizeof desc);
+        memset(&error, 0, sizeof error);
+        p.s.threads = threads;
+        miss(who & 1 ? call : NULL);
+        p.s.ctx = context(NULL, threads);
+        miss(who & 2 ? call : NULL);
+        p.s.also = context(NULL, threads);
+        miss(NULL);
+        pair_connect(&p, "tcp://127.0.0.1:0", 0);
+        pair_echo(&p);
+        check_on_tcp(&p, who & 1 ? why : "does not offer", who & 2 ? why : "does not offer");
+        check_on_tcp(&p, who & 1 ? strerror(ENOSYS) : "", who & 2 ? strerror(ENOSYS) : "");
+        if (who & 1) {
+            static const char *const address = "shm://";
+            tprpc_listener *listener = NULL;
+            tprpc_listener_desc listening;
+            memset(&listening, 0, sizeof listening);
+            listening.addresses = &address;
+            listening.address_count = 1;
+            CHECK_EQ_INT(tprpc_listen(p.s.ctx, &listening, &listener, &error), TPRPC_ERROR_UNSUPPORTED);
+            CHECK_CONTAINS(error.text, why);
+        }
+        pair_close(&p);
+        desc.transports = "shm";                 /* nothing else is allowed: said when it is created */
+        miss(call);
+        CHECK_EQ_INT(tprpc_context_create(&desc, &none, &error), TPRPC_ERROR_UNSUPPORTED);
+        miss(NULL);
+        CHECK_CONTAINS(error.text, why);
+    }
+}
+
+TEST(no_memfd_polled) { shm_is_missing("memfd_create", "memfd", 0); }
+TEST(no_memfd_threaded) { shm_is_missing("memfd_create", "memfd", 1); }
+TEST(no_unix_sockets_polled) { shm_is_missing("socket_unix", "UNIX socket", 0); }
+TEST(no_unix_sockets_threaded) { shm_is_missing("socket_unix", "UNIX socket", 1); }
+
+/* What was there when the contexts were created is not when the pipe is to be moved, or when the listener listens. */
+static void shm_goes_missing(const char *call, int threads) {
+    for (int late = 0; late < 2; late++) {
+        pair p;
+        int fds = 0;
+        bool listens = late || strcmp(call, "socket_unix") != 0;
+        memset(&p, 0, sizeof p);
+        p.s.threads = threads;
+        p.s.ctx = context(NULL, threads);
+        p.s.also = context(NULL, threads);
+        if (!late) miss(call);
+        p.s.listener = listen_on(p.s.ctx, "tcp://127.0.0.1:0", 0);
+        for (int round = 0; round < 3; round++) {
+            accepting accept;
+            memset(&accept, 0, sizeof accept);
+            if (round == 2) miss(NULL);
+            else miss(call);
+            if (round == 1) fds = test_count_fds();
+            CHECK_EQ_INT(tprpc_accept(p.s.listener, on_accepted, &accept), TPRPC_OK);
+            p.b = connect_to(p.s.also, tprpc_listener_address(p.s.listener, NULL), 0, 0);
+            WAIT(&p.s, accept.o.runs, 1);
+            REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
+            p.a = accept.pipe;
+            pair_echo(&p);
+            if (round < 2 || !listens) {
+                check_on_tcp(&p, "has not moved", listens ? strerror(ENOSYS) : "listen");
+            } else {
+                tprpc_pipe_info info;
+                CHECK_EQ_INT(tprpc_pipe_get_info(p.b, &info, sizeof info), TPRPC_OK);
+                CHECK_STR(info.transport, "shm");
+            }
+            tprpc_pipe_close(p.a);
+            tprpc_pipe_close(p.b);
+            idle(&p.s, 2000);
+            if (round == 1) CHECK_LE_INT(test_count_fds(), fds);
+        }
+        p.a = p.b = NULL;
+        pair_close(&p);
+    }
+}
+
+TEST(memfd_goes_missing_polled) { shm_goes_missing("memfd_create", 0); }
+TEST(memfd_goes_missing_threaded) { shm_goes_missing("memfd_create", 1); }
+TEST(unix_sockets_go_missing_polled) { shm_goes_missing("socket_unix", 0); }
+TEST(unix_sockets_go_missing_threaded) { shm_goes_missing("socket_unix", 1); }
+
 /* ---- fork ---- */
 
 static void in_child(void *arg) {
@@ -1558,44 +1825,154 @@ TEST(wake_ends_a_poll) {
     CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
 }
 
-/* Within a budget a poll says that work was left, and in the end all came. */
-TEST_WAYS(budget, 60) {
-    const way *w = (const way *)arg;
-    enum { N = 16, LARGE = 8 << 20 };
-    static outcome writes[N], reads[N];
+/* ---- the budget ---- */
+
+/* A clock that jumps when it is told to: by so much each time that it is read, or in a callback. */
+typedef struct jumper { int64_t ahead_us, per_look_us, in_callback_us; int runs; } jumper;
+static int64_t jumper_clock(void *user) {
+    jumper *j = (jumper *)user;
+    return test_now_us() / 1000 + (j->ahead_us += j->per_look_us);
+}
+static void jumper_read(tprpc_status status, const tprpc_message *m, const tprpc_error *error, void *user) {
+    jumper *j = (jumper *)user;
+    CHECK_EQ_INT(status, TPRPC_OK);
+    CHECK(m && !error);
+    j->ahead_us += j->in_callback_us;
+    j->runs++;
+}
+
+enum { BUDGET_COUNT = 8, BUDGET_BYTES = 4 << 20, BUDGET_PROBE = 4096 };
+
+static void budget_open(pair *p, const way *w, const char *channels, jumper *j) {
+    tprpc_context_desc desc;
+    memset(&desc, 0, sizeof desc);
+    memset(p, 0, sizeof *p);
+    memset(j, 0, sizeof *j);
+    desc.transports = w->transports;
+    desc.channels = channels;
+    REQUIRE_EQ_INT(tprpc_context_create(&desc, &p->s.also, NULL), TPRPC_OK);
+    desc.clock_us = jumper_clock;
+    desc.user = j;
+    REQUIRE_EQ_INT(tprpc_context_create(&desc, &p->s.ctx, NULL), TPRPC_OK);
+    pair_connect(p, w->address, 0);
+}
+
+/* How much of the memory has been received: it was 0, and 1 comes. */
+static size_t budget_received(uint8_t *const *memory) {
+    size_t bytes = 0;
+    for (int i = 0; i < BUDGET_COUNT; i++)
+        for (size_t at = 0; at < BUDGET_BYTES; at += BUDGET_PROBE) bytes += memory[i][at] ? BUDGET_PROBE : 0;
+    return bytes;
+}
+
+static uint64_t budget_sent(tprpc_pipe *pipe) {
+    tprpc_pipe_info info;
+    REQUIRE_EQ_INT(tprpc_pipe_get_info(pipe, &info, sizeof info), TPRPC_OK);
+    return info.bytes_sent;
+}
+
+static void on_nothing(void *user) { (void)user; }
+
+/* The deadline passes as soon as the poll looks at the clock a second time, so all that it does is over the budget: a
+   chunk (of 1 MiB at most) and a callback, whatever waits. It says that work was left, and in the end all came. */
+static void budget_of(const way *w, const char *channels) {
+    enum { CHUNK = 1 << 20 };
     pair p;
+    jumper j;
+    uint8_t *into[BUDGET_COUNT], *from = (uint8_t *)bytes(BUDGET_BYTES);
+    outcome described[BUDGET_COUNT];
     int left = 0, polls = 0;
-    int64_t most = 0;
+    size_t most = 0;
     tprpc_payload payload;
     tprpc_message m;
-    if (w->threads) return;
     memset(&payload, 0, sizeof payload);
     memset(&m, 0, sizeof m);
-    pair_open_way(&p, arg, 0);
-    payload.data = filled(LARGE, 1);
-    payload.size = LARGE;
+    memset(described, 0, sizeof described);
+    memset(from, 1, BUDGET_BYTES);
+    budget_open(&p, w, channels, &j);
+    payload.data = from;
+    payload.size = BUDGET_BYTES;
     m.payloads = &payload;
     m.payload_count = 1;
-    m.release = on_release;
-    for (int i = 0; i < N; i++) {
-        m.release_user = &writes[i];
-        REQUIRE_EQ_INT(tprpc_pipe_write(p.b, &m, on_written, &writes[i]), TPRPC_OK);
-        REQUIRE_EQ_INT(tprpc_pipe_read(p.a, NULL, on_read, &reads[i]), TPRPC_OK);
+    m.release = on_nothing;                      /* it is lent */
+    for (int i = 0; i < BUDGET_COUNT; i++) {
+        REQUIRE_EQ_INT(tprpc_pipe_write(p.b, &m, NULL, NULL), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(p.a, on_described, &described[i]), TPRPC_OK);
+        WAIT(&p.s, described[i].runs, 1);
+        into[i] = (uint8_t *)calloc(1, BUDGET_BYTES);
+        REQUIRE(into[i] != NULL);
+    }
+    for (int i = 0; i < BUDGET_COUNT; i++) {
+        tprpc_message own = m;
+        tprpc_payload where = payload;
+        where.data = into[i];
+        own.payloads = &where;
+        REQUIRE_EQ_INT(tprpc_pipe_read(p.a, &own, jumper_read, &j), TPRPC_OK);
     }
     int64_t deadline = test_now_us() + 40000000;
-    while (!LOAD(reads[N - 1].runs) || !LOAD(writes[N - 1].runs)) {
-        int64_t begin = test_now_us();
-        REQUIRE(begin < deadline);
+    while (j.runs < BUDGET_COUNT) {
+        size_t before = budget_received(into), moved;
+        uint64_t sent = budget_sent(p.a);
+        int runs = j.runs;
+        REQUIRE(test_now_us() < deadline);
+        j.per_look_us = 2000;
         left += tprpc_poll(p.s.ctx, TPRPC_NOW, 1000);
-        if (test_now_us() - begin > most) most = test_now_us() - begin;
-        tprpc_poll(p.s.also, TPRPC_NOW, 1000);
+        j.per_look_us = 0;
+        moved = budget_received(into) - before;
+        if (moved > most) most = moved;
+        CHECK_LE_INT(budget_sent(p.a) - sent, 4096);
+        CHECK_LE_INT(j.runs - runs, 1);
+        tprpc_poll(p.s.also, TPRPC_NOW, 0);
         polls++;
     }
-    CHECK_LE_INT(most, 500000 * TEST_SLOWDOWN);  /* not all at once; how near to the budget is for the benchmarks */
-    CHECK_LE_INT(5, polls);
+    fprintf(stderr, "at most %d bytes in a poll, %d polls, %d left\n", (int)most, polls, left);
+    CHECK_EQ_INT(budget_received(into), BUDGET_COUNT * BUDGET_BYTES);
+    CHECK_LE_INT(most, CHUNK);
+    CHECK_LE_INT(BUDGET_COUNT * BUDGET_BYTES / CHUNK, polls);
     CHECK_LE_INT(1, left);
     pair_close(&p);
-    free(payload.data);
+    for (int i = 0; i < BUDGET_COUNT; i++) free(into[i]);
+    free(from);
+}
+static void budget_basic_run(void *arg) { budget_of((const way *)arg, "basic"); }
+static void budget_xth_run(void *arg) { budget_of((const way *)arg, "xth,basic"); }
+
+/* Many callbacks wait, each of which takes longer than the budget: a poll runs one. */
+static void budget_callbacks_run(void *arg) {
+    enum { N = 60 };
+    pair p;
+    jumper j;
+    tprpc_message m = text_message("small");
+    budget_open(&p, (const way *)arg, NULL, &j);
+    for (int i = 0; i < N; i++) {
+        REQUIRE_EQ_INT(tprpc_pipe_read(p.a, NULL, jumper_read, &j), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_pipe_write(p.b, &m, NULL, NULL), TPRPC_OK);
+    }
+    idle(&p.s, 0);
+    for (int i = 0; i < 20; i++) tprpc_poll(p.s.also, TPRPC_NOW, 0);
+    j.in_callback_us = 2000;
+    int64_t deadline = test_now_us() + 40000000;
+    while (j.runs < N) {
+        int runs = j.runs;
+        REQUIRE(test_now_us() < deadline);
+        bool left = tprpc_poll(p.s.ctx, TPRPC_NOW, 1000);
+        CHECK_LE_INT(j.runs - runs, 1);
+        if (j.runs > runs) CHECK(left);
+    }
+    pair_close(&p);
+}
+
+TESTS(budget) {                        /* of polled contexts: threads have none */
+    for (size_t i = 0; i < COUNT(ways); i++) {
+        char name[100];
+        if (ways[i].threads) continue;
+        snprintf(name, sizeof name, "budget.%s", ways[i].name);
+        test_add(name, budget_basic_run, (void *)(uintptr_t)&ways[i], 60);
+        snprintf(name, sizeof name, "budget_xth.%s", ways[i].name);
+        test_add(name, budget_xth_run, (void *)(uintptr_t)&ways[i], 60);
+        snprintf(name, sizeof name, "budget_callbacks.%s", ways[i].name);
+        test_add(name, budget_callbacks_run, (void *)(uintptr_t)&ways[i], 60);
+    }
 }
 
 /* ---- a foreign loop: poll(2) on the handle alone ---- */
@@ -1724,6 +2101,42 @@ TEST(several_addresses) {
     CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
 }
 
+/* Names of shm up to the limit are whole in the listener's address: one can connect to them, and move to them. */
+TEST(long_shm_names) {
+    static const size_t lengths[] = {60, 95, 96, 99, 100};
+    for (size_t i = 0; i < COUNT(lengths) * 2; i++) {
+        char name[128];
+        const char *addresses[2] = {name, "tcp://127.0.0.1:0"};
+        pair p;
+        accepting accept;
+        tprpc_listener_desc desc;
+        tprpc_pipe_info info;
+        int moves = (int)(i % 2);
+        memset(&p, 0, sizeof p);
+        memset(&accept, 0, sizeof accept);
+        memset(&desc, 0, sizeof desc);
+        memset(name, 'n', sizeof name);
+        snprintf(name, sizeof name, "shm://%d.%d.", (int)i, (int)getpid());
+        name[strlen(name)] = 'n';
+        name[6 + lengths[i / 2]] = 0;
+        p.s.ctx = context(NULL, 0);
+        p.s.also = context(NULL, 0);
+        desc.addresses = addresses;
+        desc.address_count = 2;
+        REQUIRE_EQ_INT(tprpc_listen(p.s.ctx, &desc, &p.s.listener, NULL), TPRPC_OK);
+        CHECK_STR(tprpc_listener_address(p.s.listener, "shm"), name);
+        CHECK_EQ_INT(tprpc_accept(p.s.listener, on_accepted, &accept), TPRPC_OK);
+        p.b = connect_to(p.s.also, tprpc_listener_address(p.s.listener, moves ? "tcp" : "shm"), 0, 0);
+        WAIT(&p.s, accept.o.runs, 1);
+        REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
+        p.a = accept.pipe;
+        pair_check(&p);
+        CHECK_EQ_INT(tprpc_pipe_get_info(p.b, &info, sizeof info), TPRPC_OK);
+        CHECK_STR(info.transport, "shm");
+        pair_close(&p);
+    }
+}
+
 static void bad_address(tprpc_context *ctx, const char *address, tprpc_status listening, tprpc_status connecting) {
     tprpc_listener_desc ld;
     tprpc_pipe_desc pd;
@@ -1764,6 +2177,12 @@ TEST(bad_addresses) {
     for (size_t i = 0; i < COUNT(wrong); i++)
         bad_address(ctx, wrong[i], strcmp(wrong[i], "tcp://") == 0 ? TPRPC_OK : invalid, invalid);
     bad_address(ctx, longest, invalid, invalid);
+    for (size_t length = 101; length < 110; length++) {
+        memcpy(longest, "shm://", 6);
+        longest[6 + length] = 0;
+        bad_address(ctx, longest, invalid, invalid);
+        longest[6 + length] = 'a';
+    }
     bad_address(ctx, "carrier://pigeon", TPRPC_ERROR_UNSUPPORTED, TPRPC_ERROR_UNSUPPORTED);
     bad_address(ctx, "tcp://0.0.0.0:0", TPRPC_ERROR_UNSUPPORTED, TPRPC_ERROR_UNSUPPORTED);
     bad_address(ctx, "tcp://192.0.2.1:80", TPRPC_ERROR_UNSUPPORTED, TPRPC_ERROR_UNSUPPORTED);
@@ -2081,3 +2500,117 @@ static void hooks_of(const way *w) {
     free(h);
 }
 TEST_WAYS(hooks, 20) { hooks_of((const way *)arg); }
+
+/* ---- limits.handshakes ---- */
+
+/* What a raw socket sees: 1 it is open and silent, 0 it is over. */
+static int still_open(int fd) {
+    uint8_t byte;
+    ssize_t n = recv(fd, &byte, 1, MSG_DONTWAIT);
+    return n > 0 || (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK));
+}
+
+/* Until so many of the sockets are open; more is looked at for a while, too. */
+static int count_open(side *s, const int *fds, int count, int expected) {
+    int64_t deadline = test_now_us() + WAIT_S * INT64_C(1000000) * TEST_SLOWDOWN;
+    int n;
+    do {
+        n = 0;
+        for (int i = 0; i < count; i++) n += still_open(fds[i]);
+        work(s);
+    } while (n != expected && test_now_us() < deadline);
+    return n;
+}
+
+static void clock_jumps(side *s, hooks *h, int64_t us) {
+    STORE(h->skew_us, us);
+    tprpc_wake(s->ctx);
+    idle(s, 20000);
+}
+
+/* A clock that goes a thousand times slower than the day, so that what a jump is to show does not come by waiting. */
+static int64_t slow_clock(void *user) { return 1000000000 + test_now_us() / 1000 + LOAD(((hooks *)user)->skew_us); }
+
+/* Silent connections up to the limit are kept for the time of a handshake, by the context's clock; more are refused. */
+static void silent_connections(int threads) {
+    enum { N = 4 };
+    hooks *h = (hooks *)calloc(1, sizeof *h);
+    tprpc_context_desc desc;
+    pair p;
+    outcome o;
+    int fds[N], before = 0;
+    REQUIRE(h != NULL);
+    memset(&desc, 0, sizeof desc);
+    memset(&p, 0, sizeof p);
+    desc.threads = p.s.threads = threads;
+    desc.transports = "tcp";
+    desc.limits.handshakes = 2;
+    desc.clock_us = slow_clock;
+    desc.log = hook_log;
+    desc.user = h;
+    REQUIRE_EQ_INT(tprpc_context_create(&desc, &p.s.ctx, NULL), TPRPC_OK);
+    p.s.also = context("tcp", threads);
+    p.s.listener = listen_on(p.s.ctx, "tcp://127.0.0.1:0", 0);
+    const char *address = tprpc_listener_address(p.s.listener, NULL);
+    for (int round = 0; round < 2; round++) {    /* room comes back by a close, and by the time */
+        for (int i = 0; i < N; i++) {
+            fds[i] = raw_connect(address);
+            idle(&p.s, 5000);
+        }
+        CHECK_EQ_INT(count_open(&p.s, fds, N, 2), 2);
+        CHECK(still_open(fds[0]) && still_open(fds[1]));
+        WAIT(&p.s, h->logged, 2);               /* it says so */
+        p.b = connect_to(p.s.also, address, 0, 0);
+        CHECK_EQ_INT(read_ends(&p.s, p.b, &o), TPRPC_ERROR_PEER);
+        tprpc_pipe_close(p.b);
+        p.b = NULL;
+        if (round == 0) {
+            close(fds[0]);
+            close(fds[1]);
+            idle(&p.s, 20000);
+        } else {
+            clock_jumps(&p.s, h, INT64_C(9000000));
+            CHECK(still_open(fds[0]) && still_open(fds[1]));
+            clock_jumps(&p.s, h, INT64_C(11000000));
+            CHECK_EQ_INT(count_open(&p.s, fds, N, 0), 0);
+        }
+        accepting accept;
+        memset(&accept, 0, sizeof accept);
+        CHECK_EQ_INT(tprpc_accept(p.s.listener, on_accepted, &accept), TPRPC_OK);
+        p.b = connect_to(p.s.also, address, 0, 0);
+        WAIT(&p.s, accept.o.runs, 1);
+        REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
+        p.a = accept.pipe;
+        pair_check(&p);
+        for (int i = round ? 0 : 2; i < N; i++) close(fds[i]);
+        tprpc_pipe_close(p.a);
+        tprpc_pipe_close(p.b);
+        p.a = p.b = NULL;
+        idle(&p.s, 10000);
+        if (round == 0) before = test_count_fds();
+        else CHECK_LE_INT(test_count_fds(), before);
+    }
+    pair_close(&p);
+    free(h);
+}
+TEST(silent_connections_polled) { silent_connections(0); }
+TEST(silent_connections_threaded) { silent_connections(1); }
+
+/* One handshake at a time: the second connection, that a pipe would move to, is one too many, and the pipe stays. */
+TEST(no_handshake_left_to_move) {
+    static const way moved = {"moved", NULL, "tcp://127.0.0.1:0", 0};
+    pair p;
+    tprpc_limits limits;
+    tprpc_pipe_info info;
+    memset(&p, 0, sizeof p);
+    memset(&limits, 0, sizeof limits);
+    p.s.also = context_limited(&moved, &limits);
+    limits.handshakes = 1;
+    p.s.ctx = context_limited(&moved, &limits);
+    pair_connect(&p, moved.address, 0);
+    CHECK_EQ_INT(tprpc_pipe_get_info(p.b, &info, sizeof info), TPRPC_OK);
+    CHECK_STR(info.transport, "tcp");
+    CHECK(path_of(&info, "shm")->why[0] != 0);
+    pair_check(&p);
+    pair_close(&p);
+}

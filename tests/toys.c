@@ -369,6 +369,167 @@ TEST(toy_refused_message) {
     free(b);
 }
 
+/* ---- a channel with limits ---- */
+
+static bool limited_moves(void *instance, tprpc_device from, tprpc_device to) {
+    (void)instance;
+    return from.kind == TPRPC_CPU && to.kind == TPRPC_CPU;
+}
+
+static int toy_used(void) {            /* transfers over the toys' channel */
+    return toy_count(&toy_gpu.passed) + toy_count(&toy_gpu.bulk) + toy_count(&toy_gpu.inlined);
+}
+
+/* Buffers that it cannot move go by the next channel: too large, of a size or at an address that is not aligned. */
+static void run_limited(const char *transports, const char *address) {
+    static const struct { size_t size, offset; bool fits; } cases[] = {
+        {65536, 0, true}, {65536 + 64, 0, false}, {9024, 0, true}, {9000, 0, false}, {9024, 8, false},
+        {9024, 64, true}, {BIG, 1, false}, {65536, 63, false}};
+    tprpc_channel_table table = toyc_table;
+    tprpc_backend backend = toyc_backend;
+    const tprpc_backend *list[1];
+    uint8_t *memory = NULL;
+    world w;
+    size_t i;
+    table.moves = limited_moves;
+    table.max_bytes = 64 * 1024;
+    table.alignment = 64;
+    backend.name = "toylim";
+    backend.channel = &table;
+    list[0] = &backend;
+    world_backends = list;
+    world_backend_count = 1;
+    REQUIRE(posix_memalign(TOY_CAST(void **, TOY_CAST(void *, &memory)), 64, 2 * BIG) == 0);
+    toys_begin(100);
+    world_open(&w, transports, NULL, address, 0);
+    for (i = 0; i < 2 * COUNT(cases); i++) {
+        size_t k = i % COUNT(cases);
+        int used = toy_used();
+        tprpc_payload payloads[2];
+        tprpc_message message, own;
+        outcome written, described, got;
+        uint8_t *into = TOY_CAST(uint8_t *, bytes_new(cases[k].size));
+        memset(payloads, 0, sizeof payloads);
+        memset(&message, 0, sizeof message);
+        memset(&written, 0, sizeof written);
+        memset(&described, 0, sizeof described);
+        memset(&got, 0, sizeof got);
+        fill(memory + cases[k].offset, cases[k].size, TOY_CAST(unsigned, i));
+        payloads[0].data = memory + cases[k].offset;
+        payloads[0].size = cases[k].size;
+        message.payloads = payloads;
+        message.payload_count = 1;
+        message.release = on_release;  /* lent: it goes from where it is */
+        message.release_user = &written;
+        own = message;
+        REQUIRE_EQ_INT(tprpc_pipe_write(w.pipe[1], &message, on_written, &written), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w.pipe[0], on_described, &described), TPRPC_OK);
+        UNTIL(&w, described.runs, 1);
+        payloads[0].data = into;
+        REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], &own, on_read, &got), TPRPC_OK);
+        UNTIL(&w, got.runs, 1);
+        UNTIL(&w, written.runs, 1);
+        CHECK_EQ_INT(got.status, TPRPC_OK);
+        CHECK_EQ_INT(written.status, TPRPC_OK);
+        CHECK(filled(into, cases[k].size, TOY_CAST(unsigned, i)));
+        if (!CHECK_EQ_INT(toy_used() - used, cases[k].fits)) fprintf(stderr, "case %d\n", TOY_CAST(int, k));
+        free(into);
+    }
+    world_close(&w);
+    toys_end();
+    free(memory);
+}
+TEST(toy_channel_with_limits) { run_limited("tcp", "tcp://127.0.0.1:0"); }
+TEST(toy_channel_with_limits_over_shm) { run_limited("shm", "shm://"); }
+
+/* ---- a better transport that never opens ---- */
+
+static int64_t mute_ahead_us;          /* atomic */
+static int64_t mute_clock(void *user) {
+    (void)user;                        /* slow, so that only a jump makes a time-out pass */
+    return 1000000000 + test_now_us() / 1000 + __sync_fetch_and_add(&mute_ahead_us, 0);
+}
+
+static tprpc_status mute_connect(void *instance, const char *address, uint32_t lane, tprpc_conn_owner *owner,
+                                 void **conn, tprpc_error *error) {
+    toy_net *net = TOY_CAST(toy_net *, instance);
+    toy_pair *pair = TOY_NEW(toy_pair);
+    toy_conn *mine = pair ? toy_conn_new(net, pair, 0, owner, address) : NULL;
+    (void)lane;
+    if (!mine) {
+        free(pair);
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "mute: no memory");
+    }
+    pair->refs = 1;
+    toy_lock();
+    mine->next = net->conns;
+    net->conns = mine;
+    toy_unlock();
+    *conn = mine;
+    return TPRPC_OK;
+}
+
+/* After 2 s, by the context's clock, the pipe stays where it is, opens, and says why. */
+TEST(toy_never_opens) {
+    static const char *const address = "tcp://127.0.0.1:0";
+    tprpc_transport_table table = toy_table;
+    tprpc_backend backend = toy_backend;
+    const tprpc_backend *list[1];
+    tprpc_context_desc desc;
+    tprpc_listener_desc listening;
+    tprpc_pipe_desc connecting;
+    tprpc_pipe_info info;
+    tprpc_error error;
+    world w;
+    uint32_t i;
+    int k, shown = 0;
+    table.connect = mute_connect;
+    backend.name = "mute";
+    backend.transport = &table;
+    list[0] = &backend;
+    toys_begin(100);
+    memset(&w, 0, sizeof w);
+    memset(&desc, 0, sizeof desc);
+    memset(&listening, 0, sizeof listening);
+    memset(&connecting, 0, sizeof connecting);
+    desc.backends = list;
+    desc.backend_count = 1;
+    desc.transports = "mute,tcp";
+    REQUIRE_EQ_INT(tprpc_context_create(&desc, &w.ctx[0], &error), TPRPC_OK);
+    desc.clock_us = mute_clock;
+    REQUIRE_EQ_INT(tprpc_context_create(&desc, &w.ctx[1], &error), TPRPC_OK);
+    listening.addresses = &address;
+    listening.address_count = 1;
+    REQUIRE_EQ_INT(tprpc_listen(w.ctx[0], &listening, &w.listener, &error), TPRPC_OK);
+    REQUIRE_EQ_INT(tprpc_accept(w.listener, on_accepted, &w), TPRPC_OK);
+    connecting.address = tprpc_listener_address(w.listener, NULL);
+    REQUIRE_EQ_INT(tprpc_connect(w.ctx[1], &connecting, &w.pipe[1], &error), TPRPC_OK);
+    for (k = 0; k < 3; k++) {
+        int64_t end = test_now_us() + 30000;
+        if (k == 2) end = deadline();  /* no wait in the polls: it would last a thousand times as long */
+        while (test_now_us() < end && !(k == 2 && w.accepted)) {
+            tprpc_poll(w.ctx[0], TPRPC_NOW, 0);
+            tprpc_poll(w.ctx[1], TPRPC_NOW, 0);
+        }
+        if (k < 2) CHECK_EQ_INT(w.accepted, 0);
+        if (k == 0) __sync_fetch_and_add(&mute_ahead_us, 1900000);     /* not yet */
+        if (k == 1) __sync_fetch_and_add(&mute_ahead_us, 200000);
+    }
+    REQUIRE_EQ_INT(w.accepted, 1);
+    REQUIRE_EQ_INT(tprpc_pipe_get_info(w.pipe[1], &info, sizeof info), TPRPC_OK);
+    CHECK_STR(info.transport, "tcp");
+    for (i = 0; i < info.path_count; i++) {
+        if (strcmp(info.paths[i].name, "mute") != 0) continue;
+        CHECK(!info.paths[i].chosen);
+        CHECK_CONTAINS(info.paths[i].why, "in time");
+        shown++;
+    }
+    CHECK_EQ_INT(shown, 1);
+    exchange_payloads(&w, 1);
+    world_close(&w);
+    toys_end();
+}
+
 /* ---- agents ---- */
 
 typedef struct called { outcome o; int handled; bool placed; void *data, *answer; tprpc_device where; } called;
@@ -598,6 +759,11 @@ TEST(wrong_tables_are_refused) {
     b = toyc_backend;
     b.channel = &channel;
     refuse(b, "size");
+    channel = toyc_table;
+    channel.max_descriptor = 4097;
+    b.channel = &channel;
+    refuse(b, "4096");
+    refuse(b, "max_descriptor");
     converter.size = 0;
     b = toyd_backend;
     b.converter = &converter;

@@ -284,13 +284,13 @@ static bool toy_public_address(void *instance, const char *address) {
     return false;
 }
 
-static toy_conn *toy_conn_new(toy_net *net, toy_pair *pair, int side, tprpc_conn_owner *owner, const char *name) {
+static toy_conn *toy_conn_new(toy_net *net, toy_pair *pair, int end, tprpc_conn_owner *owner, const char *name) {
     toy_conn *conn = TOY_CAST(toy_conn *, tprpc_alloc(net->context, sizeof(toy_conn), 64, 0x796f74));
     if (!conn) return NULL;
     memset(conn, 0, sizeof *conn);
     conn->net = net;
     conn->pair = pair;
-    conn->side = side;
+    conn->side = end;
     conn->owner = owner;
     snprintf(conn->name, sizeof conn->name, "%s", name);
     return conn;
@@ -1167,13 +1167,24 @@ static tprpc_status toyd_allocate(void *user, tprpc_context *ctx, tprpc_tensor *
     return TPRPC_OK;
 }
 
+typedef struct toy_release { toy_job job; void *data; } toy_release;
+
+static void toy_release_run(toy_job *job) {
+    toy_release *self = TOY_OF(toy_release, job);
+    toy_gpu_free(self->data);
+    free(self);
+}
+
+/* After what is queued on the stream: that may use the memory still. */
 static void toyd_release(void *user, tprpc_context *ctx, tprpc_device device, void *data, size_t size, void *stream) {
+    toy_release *release = TOY_NEW(toy_release);
     (void)user;
     (void)ctx;
-    (void)device;
     (void)size;
-    (void)stream;
-    toy_gpu_free(data);
+    if (!release) abort();
+    release->job.run = toy_release_run;
+    release->data = data;
+    toy_queue_put(toy_queue_of(device, stream), &release->job);
 }
 
 static const tprpc_converter_table toyd_table = {
