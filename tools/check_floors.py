@@ -35,6 +35,13 @@ FUNCTION_NAME = re.compile(r'\b(tpr(?:pc)?_\w+)\s*\(')
 COMMENT_OR_LITERAL = re.compile(r'//(?:\\\n|[^\n])*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.S)
 
 PUBLIC_INCLUDES = {'stddef.h', 'stdint.h', 'stdbool.h'}
+# What the system may refuse, in `os`: there a test's hook stands before it.
+SYSTEM_CALL = re.compile(r'(?<![\w.>])(read|write|readv|writev|pread|pwrite|send|sendmsg|recv|recvmsg|socket|bind|listen|'
+                         r'accept4?|connect|getsockopt|setsockopt|getsockname|getpeername|open|fcntl|fstat|fstatfs|'
+                         r'ftruncate|mmap|madvise|memfd_create|eventfd|epoll_create1|epoll_ctl|epoll_wait|poll|ioctl|'
+                         r'getaddrinfo|getifaddrs|getrandom|pthread_create|syscall)\s*\(')
+# Cannot fail but by a mistake of ours, and leave nothing to be done about it.
+UNHOOKED = {'tpr_os_futex_wake', 'tpr_os_poller_remove', 'tpr_os_tcp_close'}
 # What may name platforms. A public part needs one, for what the compiler calls an export.
 PLATFORM_SECTIONS = {'os', 'atomic'}
 PUBLIC_PLATFORM = '_WIN32'
@@ -216,6 +223,17 @@ def check_platforms(header):
                 yield i, f'{match.group()} in {header.name(i)}'
 
 
+def check_hooks(header):
+    """In `os` a function that makes a system call asks a test's hook first."""
+    for start, end, name in header.functions():
+        if header.name(start) != 'os' or name in UNHOOKED:
+            continue
+        body = header.code[start:end + 1]
+        made = [match.group(1) for line in body for match in SYSTEM_CALL.finditer(line)]
+        if made and not any('TPR_OS_HOOKED(' in line for line in body):
+            yield start, f'{name} calls {made[0]} without TPR_OS_HOOKED'
+
+
 def check_function_length(header):
     """A function fits on a screen."""
     for start, end, name in header.functions():
@@ -369,6 +387,11 @@ extern "C" {
 #define TPR_OS_LINUX 1
 #endif
 static int tpr_os_read(void) { return TPR_OS_LINUX; }
+static int tpr_os_open(int fd) {
+    if (TPR_OS_HOOKED("fcntl", 0)) return -1;
+    return fcntl(fd, 0);
+}
+static void tpr_os_futex_wake(int *word) { syscall(1, word); }
 
 // >>base --------------------------------------------------------------------------
 // Memory.
@@ -419,6 +442,8 @@ TPRPC_API int32_t tprpc_add(int32_t a, int32_t b) {
 BAD = [     # (check, what is replaced, by what, the line at fault or what stands in it)
     ('ascii', 'Frames.', 'Fr\u00e4mes.', 'Fr\u00e4mes'),
     ('columns', '// Frames.', '// Frames.' + 111 * 'x', '// Frames'),
+    ('hooks', '    if (TPR_OS_HOOKED("fcntl", 0)) return -1;\n', '', 'static int tpr_os_open'),
+    ('hooks', 'return TPR_OS_LINUX;', 'return (int)read(0, 0, 0);', 'static int tpr_os_read'),
     ('function_length', '    ;\n', '    ;\n    ;\n', 'static int tpr_wire_long'),
     ('includes', '// Its contract', '#include <stdio.h>\n// Its contract', '#include <stdio.h>'),
     ('includes', 'typedef struct tpr_base_list {', '#include <stdint.h>\ntypedef struct tpr_base_list {',
