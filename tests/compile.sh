@@ -123,51 +123,252 @@ unity() {
     compile "$compiler" "$standard" -I. $flags "$source" -o x $libraries && ./x
 }
 
-# Two copies of the library, each inside a shared library of its own, in one program.  vendored FLAG FLAG: of each copy
-vendored() {
+# A plugin with a copy of the library: it listens or connects on a context of its own, and one message goes each way.
+plugin() {
     cat >plugin.c <<'END'
 #define TPRPC_IMPLEMENTATION
 #include "tprpc.h"
+#include <stdlib.h>
+#include <string.h>
 #define EXPORT __attribute__((visibility("default")))
-EXPORT int plugin_create(tprpc_context **context);
-EXPORT int plugin_destroy(tprpc_context *context);
-EXPORT int plugin_create(tprpc_context **context) {
-    tprpc_context_desc desc = {0};
-    tprpc_error error = {0};
-    return tprpc_context_create(&desc, context, &error) != TPRPC_OK;
+typedef struct plugin {
+    tprpc_context *ctx;
+    tprpc_listener *listener;
+    tprpc_pipe *pipe;
+    int sent, got;
+    char transport[16];
+} plugin;
+EXPORT plugin *plugin_create(void);
+EXPORT const char *plugin_listen(plugin *p, const char *address);
+EXPORT int plugin_connect(plugin *p, const char *address);
+EXPORT void plugin_close(plugin *p);
+EXPORT int plugin_send(plugin *p, const char *text);
+EXPORT int plugin_poll(plugin *p);
+EXPORT const char *plugin_transport(plugin *p);
+EXPORT int plugin_destroy(plugin *p);
+static void on_read(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    (void)error;
+    if (status == TPRPC_OK && message->metadata_size == 5 && !memcmp(message->metadata, "hello", 5))
+        ((plugin *)user)->got++;
 }
-EXPORT int plugin_destroy(tprpc_context *context) {
-    tprpc_poll(context, TPRPC_NOW, 0);
-    return tprpc_context_destroy(context) != TPRPC_OK;
+static void on_written(tprpc_status status, const tprpc_error *error, void *user) {
+    (void)error;
+    if (status == TPRPC_OK) ((plugin *)user)->sent++;
+}
+static void on_accepted(tprpc_status status, tprpc_pipe *pipe, const tprpc_error *error, void *user) {
+    (void)error;
+    if (status != TPRPC_OK) return;
+    ((plugin *)user)->pipe = pipe;
+    tprpc_pipe_read(pipe, NULL, on_read, user);
+}
+EXPORT plugin *plugin_create(void) {
+    plugin *p = (plugin *)calloc(1, sizeof *p);
+    tprpc_context_desc desc = {0};
+    if (p && tprpc_context_create(&desc, &p->ctx, NULL) != TPRPC_OK) return NULL;
+    return p;
+}
+EXPORT const char *plugin_listen(plugin *p, const char *address) {
+    tprpc_listener_desc desc = {0};
+    desc.addresses = &address;
+    desc.address_count = 1;
+    if (tprpc_listen(p->ctx, &desc, &p->listener, NULL) != TPRPC_OK) return NULL;
+    if (tprpc_accept(p->listener, on_accepted, p) != TPRPC_OK) return NULL;
+    return tprpc_listener_address(p->listener, NULL);
+}
+EXPORT int plugin_connect(plugin *p, const char *address) {
+    tprpc_pipe_desc desc = {0};
+    desc.address = address;
+    return tprpc_connect(p->ctx, &desc, &p->pipe, NULL) != TPRPC_OK ||
+           tprpc_pipe_read(p->pipe, NULL, on_read, p) != TPRPC_OK;
+}
+EXPORT void plugin_close(plugin *p) {
+    tprpc_pipe_close(p->pipe);
+    if (p->listener) tprpc_listener_close(p->listener);
+    p->pipe = NULL;
+    p->listener = NULL;
+    p->sent = p->got = 0;
+}
+EXPORT int plugin_send(plugin *p, const char *text) {
+    tprpc_message message = {0};
+    message.metadata = text;
+    message.metadata_size = strlen(text);
+    return !p->pipe || tprpc_pipe_write(p->pipe, &message, on_written, p) != TPRPC_OK;
+}
+EXPORT int plugin_poll(plugin *p) {                  /* 1: it has a pipe; 2: a message has come */
+    tprpc_poll(p->ctx, 1000, 0);
+    return (p->pipe != NULL) + 2 * (p->got > 0);
+}
+EXPORT const char *plugin_transport(plugin *p) {
+    tprpc_pipe_info info;
+    if (tprpc_pipe_get_info(p->pipe, &info, sizeof info) != TPRPC_OK) return "none";
+    memcpy(p->transport, info.transport, sizeof p->transport);
+    return p->transport;
+}
+EXPORT int plugin_destroy(plugin *p) {
+    int status = tprpc_context_destroy(p->ctx) != TPRPC_OK;
+    free(p);
+    return status;
 }
 END
+}
+
+# Two copies of the library, each inside a shared library of its own, in one program: over each transport they connect to
+# each other and exchange messages, and when one goes, the other goes on.  vendored FLAG FLAG: of each copy
+vendored() {
+    plugin
     cat >main.c <<'END'
 #include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>
-struct tprpc_context;
-static int (*create[2])(struct tprpc_context **context), (*destroy[2])(struct tprpc_context *context);
-static int load(int i, const char *path) {
-    void *library = dlopen(path, RTLD_NOW | RTLD_GLOBAL), *symbol;
+#include <time.h>
+struct plugin;
+typedef struct copy {
+    struct plugin *(*create)(void);
+    const char *(*listen)(struct plugin *, const char *);
+    int (*connect)(struct plugin *, const char *);
+    void (*close)(struct plugin *);
+    int (*send)(struct plugin *, const char *);
+    int (*poll)(struct plugin *);
+    const char *(*transport)(struct plugin *);
+    int (*destroy)(struct plugin *);
+    struct plugin *p;
+} copy;
+static void get(void *library, const char *name, void *out) {
+    void *symbol = dlsym(library, name);
+    memcpy(out, &symbol, sizeof symbol);
+}
+static int load(copy *c, const char *path) {
+    void *library = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
     if (!library) return fprintf(stderr, "%s\n", dlerror()), 0;
-    symbol = dlsym(library, "plugin_create");
-    memcpy(&create[i], &symbol, sizeof symbol);
-    symbol = dlsym(library, "plugin_destroy");
-    memcpy(&destroy[i], &symbol, sizeof symbol);
-    return create[i] && destroy[i];
+    get(library, "plugin_create", &c->create);
+    get(library, "plugin_listen", &c->listen);
+    get(library, "plugin_connect", &c->connect);
+    get(library, "plugin_close", &c->close);
+    get(library, "plugin_send", &c->send);
+    get(library, "plugin_poll", &c->poll);
+    get(library, "plugin_transport", &c->transport);
+    get(library, "plugin_destroy", &c->destroy);
+    return c->create && c->listen && c->connect && c->close && c->send && c->poll && c->transport && c->destroy;
+}
+/* Polls both until each has all that `want` says. */
+static int until(copy *a, copy *b, int want) {
+    time_t end = time(NULL) + 20;
+    while (time(NULL) < end)
+        if (((a->poll(a->p) & want) == want) & ((b->poll(b->p) & want) == want)) return 1;
+    return 0;
+}
+static int talk(copy *a, copy *b, const char *address, const char *transport) {
+    const char *at = a->listen(a->p, address);
+    if (!at || b->connect(b->p, at)) return printf("%s: not connected\n", address), 0;
+    if (!until(a, b, 1) || b->send(b->p, "hello") || a->send(a->p, "hello") || !until(a, b, 3))
+        return printf("%s: no message\n", address), 0;
+    if (strcmp(a->transport(a->p), transport) != 0 || strcmp(b->transport(b->p), transport) != 0)
+        return printf("%s: over %s, not %s\n", address, a->transport(a->p), transport), 0;
+    b->close(b->p);
+    a->close(a->p);
+    return 1;
 }
 int main(void) {
-    struct tprpc_context *a = NULL, *b = NULL;
-    if (!load(0, "./a.so") || !load(1, "./b.so")) return 2;
-    if (create[0] == create[1]) return 3;
-    if (create[0](&a) || create[1](&b) || !a || !b || a == b) return 4;
-    if (destroy[0](a) || destroy[1](b)) return 5;
-    return 0;
+    static copy a, b, c;
+    if (!load(&a, "./a.so") || !load(&b, "./b.so")) return 2;
+    if (a.create == b.create) return 3;
+    c = b;
+    a.p = a.create();
+    b.p = b.create();
+    if (!a.p || !b.p) return 4;
+    if (!talk(&a, &b, "tcp://127.0.0.1:0", "shm") || !talk(&b, &a, "shm://", "shm")) return 5;
+    if (!a.listen(a.p, "tcp://127.0.0.1:0") || a.destroy(a.p)) return 6;
+    c.p = c.create();
+    if (!c.p || !talk(&c, &b, "shm://", "shm") || !talk(&b, &c, "tcp://127.0.0.1:0", "shm")) return 7;
+    return b.destroy(b.p) || c.destroy(c.p) ? 8 : 0;
 }
 END
     compile gcc c99 "$1" -fPIC -shared plugin.c -o a.so $libraries &&
         compile gcc c99 "$2" -fPIC -shared plugin.c -o b.so $libraries &&
         compile gcc c99 main.c -o main -ldl && run ./main
+}
+
+# left_out_runs FLAGS ADDRESS...: linked without a part, two contexts of one program talk over what is left, under each
+# address; with no address, a local store is all there is.
+left_out_runs() {
+    flags=$1
+    shift
+    plugin
+    cat >main.c <<'END'
+#include "plugin.c"
+#include <stdio.h>
+#include <time.h>
+static void on_stored(tprpc_status status, const void *value, size_t size, const tprpc_error *error, void *user) {
+    (void)value; (void)size; (void)error;
+    *(int *)user = status == TPRPC_OK;
+}
+static int stores(void) {
+    tprpc_context_desc context = {0};
+    tprpc_store_desc desc = {0};
+    tprpc_context *ctx = NULL;
+    tprpc_store *store = NULL;
+    tprpc_status status = tprpc_context_create(&context, &ctx, NULL);
+    int stored = 0;
+    if (status != TPRPC_OK) return status == TPRPC_ERROR_UNSUPPORTED;    /* no transport: it says so */
+    desc.url = "local://";
+    if (tprpc_store_open(ctx, &desc, &store, NULL) != TPRPC_OK) return 0;
+    if (tprpc_store_set(store, "k", "v", 1, on_stored, &stored) != TPRPC_OK) return 0;
+    for (int i = 0; i < 1000 && !stored; i++) tprpc_poll(ctx, 1000, 0);
+    tprpc_store_close(store);
+    return stored && tprpc_context_destroy(ctx) == TPRPC_OK;
+}
+int main(int argc, char **argv) {
+    if (!stores()) return 2;
+    for (int i = 1; i < argc; i++) {
+        plugin *a = plugin_create(), *b = plugin_create();
+        const char *at = a ? plugin_listen(a, argv[i]) : NULL;
+        time_t end = time(NULL) + 20;
+        if (!b || !at || plugin_connect(b, at) || plugin_send(b, "hello")) return 3;
+        while (plugin_poll(a) != 3 && time(NULL) < end) plugin_poll(b);
+        if (a->got != 1 || plugin_send(a, "hello")) return 4;
+        while (plugin_poll(b) != 3 && time(NULL) < end) plugin_poll(a);
+        if (b->got != 1) return 5;
+        printf("%s: %s\n", argv[i], plugin_transport(a));
+        plugin_close(b);
+        plugin_close(a);
+        if (plugin_destroy(a) || plugin_destroy(b)) return 6;
+    }
+    return 0;
+}
+END
+    compile gcc c99 -O1 $flags main.c -o main $libraries && run ./main "$@"
+}
+
+# The texts of log messages are in the object, or not.  log_level LEVEL: those above it are compiled out. `levels` holds
+# a line "LEVEL TEXT" per message of the header.
+log_level() {
+    python3 - "$header" >levels <<'END'
+import re, sys
+names = ["PANIC", "ERROR", "WARNING", "INFO", "DEBUG"]
+text = re.sub(r'"\s*\n\s*"', '', open(sys.argv[1]).read())
+pattern = r'TPR_LOG\((?:[^;"]*?)TPRPC_LOG_(\w+),\s*"\w+",\s*(?:""|[^,"]+),\s*"((?:[^"\\]|\\.)*)"'
+for level, format in re.findall(pattern, text):
+    if len(format) >= 18 and text.count(format) == 1:      # a short one may stand elsewhere, too
+        print(names.index(level), format)
+END
+    [ "$(wc -l <levels)" -ge 3 ] || { echo 'found no messages in the header'; cat levels; return 1; }
+    compiles gcc c99 "-O1 -DTPRPC_LOG_LEVEL=$1" "$implement" "$include" || return 1
+    strings -n 4 x.o >texts
+    while read -r level text; do
+        if [ "$level" -le "$1" ]; then grep -qF -- "$text" texts || { echo "missing: $text"; return 1; }
+        elif grep -qF -- "$text" texts; then echo "still there: $text"; return 1
+        fi
+    done <levels
+}
+
+# The README's C++ lines: what it shows compiles.
+readme_cpp() {
+    python3 - "$root/README.md" >x.cpp <<'END'
+import re, sys
+print("\n".join(re.findall(r"^```(?:cpp|c\+\+)\n(.*?)^```", open(sys.argv[1]).read(), re.S | re.M)))
+END
+    [ -s x.cpp ] && grep -q tprpc x.cpp || { echo 'no C++ in the README'; return 1; }
+    compile gcc c++11 -c x.cpp -o x.o
 }
 
 # A system header came first without _GNU_SOURCE: one error that says so, and nothing else.
@@ -367,6 +568,15 @@ check "symbols without getenv" leaves_none -DTPRPC_NO_GETENV '(__)?(secure_)?get
 check "two copies, hidden" vendored -fvisibility=hidden -fvisibility=hidden
 check "two copies, static" vendored -DTPRPC_STATIC -DTPRPC_STATIC
 check "two copies, one of each" vendored -DTPRPC_STATIC -fvisibility=hidden
+check "runs without TCP" left_out_runs -DTPRPC_NO_TCP shm://
+check "runs without SHM" left_out_runs -DTPRPC_NO_SHM tcp://127.0.0.1:0
+check "runs without XTH" left_out_runs -DTPRPC_NO_XTH tcp://127.0.0.1:0 shm://
+check "runs without THREADS" left_out_runs -DTPRPC_NO_THREADS tcp://127.0.0.1:0 shm://
+check "runs without TCP, SHM" left_out_runs '-DTPRPC_NO_TCP -DTPRPC_NO_SHM'
+check "runs without: all but TCP" left_out_runs "$(echo "$all" | sed 's/-DTPRPC_NO_TCP//')" tcp://127.0.0.1:0
+check "log level 0" log_level 0
+check "log level 4" log_level 4
+check "README in C++" readme_cpp
 for what in nothing version context_desc agent_desc; do check "header and library differ: $what" mismatch $what; done
 
 if has aarch64-linux-gnu-gcc; then
