@@ -299,7 +299,8 @@ static void perf_print_json(const perf_options *o, const perf_result *r) {
     perf_json_number("mean_us", r->mean_us, ", ");
     perf_json_number("bandwidth_gbps", r->bandwidth_gbps, ", ");
     perf_json_number("rate_mps", r->rate_mps, ", ");
-    perf_json_number("cpu_s", r->cpu_s, ", ");
+    perf_json_number("cpu_s", r->cpu_s, o->test == PERF_PIPES ? ", " : "}\n");
+    if (o->test != PERF_PIPES) return;
     perf_json_number("count", r->count, ", ");
     perf_json_number("bytes_per_pipe", r->bytes_per_pipe, ", ");
     perf_json_number("fds_per_pipe", r->fds_per_pipe, ", ");
@@ -1124,13 +1125,13 @@ static void perf_agent_serve(const perf_options *o, void *init_method) {
 }
 
 static void perf_one_call(perf_agent *a, tprpc_method_id method, int64_t *stamp) {
-    tprpc_error error = {.status = TPRPC_OK};
     tprpc_future future = {NULL, 0};
     tprpc_call_options options = {.place = perf_agent_place, .user = a};
     tprpc_status status = tprpc_call_id(a->agent, method, &a->message, a->place ? &options : NULL, &future);
     if (status != TPRPC_OK) perf_die_status("call", status);
     *stamp = perf_now_ns();          // while the call is on its way
     if (tprpc_future_wait(future, TPRPC_FOREVER) != TPRPC_OK) {
+        tprpc_error error = {.status = TPRPC_OK};
         tprpc_future_error(future, &error);
         perf_die("call", &error);
     }
