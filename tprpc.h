@@ -380,7 +380,8 @@ typedef struct tprpc_limits {        // 0: the default, which the manual's table
     uint64_t inflight_bytes;         // copied outgoing bytes of one pipe, queued (default: 256 MiB)
     uint32_t tensors;                // tensors and payloads of one message (default: 4,096)
     uint32_t pipes;                  // pipes of a context (default: 16,384)
-    uint32_t pending_calls;          // of an agent, either side (default: 4,194,304)
+    uint32_t pending_calls;          // of an agent, either side, on each loop; as many may wait for a release beside
+                                     // (default: 4,194,304)
     uint32_t handshakes;             // incoming connections not yet pipes (default: 1,024)
     uint32_t nesting;                // waits inside callbacks, one in the other (default: 16)
 } tprpc_limits;
@@ -10281,7 +10282,7 @@ struct tprpc_store_op {
     tpr_base_list   node;                  // in the store's ops or queue; its lock's
     tpr_base_list   link, served;          // in a list of its kind; in that of the connection that asked
     tprpc_store_request request;
-    int64_t         begun_us;
+    int64_t         begun_us, wait_ms;     // wait_ms: of a get whose deadline counts from begun_us; 0: others
     uint64_t        id;                    // on the wire; 0: was not sent
     uint32_t        finished;              // atomic, set under the store's lock
     tprpc_status    cause;                 // why it was cancelled; TPRPC_OK: it was not
@@ -11651,7 +11652,9 @@ static tprpc_store_op *tpr_store_op_new(tprpc_store *store, tprpc_context *ctx, 
 // Sets when an operation is given up: a get by its request, others after the time to reach the server and as much again
 // for its answer.
 static void tpr_store_op_time(tprpc_store *store, tprpc_store_op *op) {
-    int64_t now = tprpc_now_us(op->context), wanted = op->request.deadline_us, deadline;
+    int64_t now = tprpc_now_us(op->context), deadline;
+    if (op->wait_ms) op->request.deadline_us = tpr_context_deadline(now, op->wait_ms);
+    int64_t wanted = op->request.deadline_us;
     bool get = op->request.kind == TPRPC_STORE_GET;
     op->begun_us = now;
     op->nowait = get && wanted != TPRPC_FOREVER && wanted <= now;
@@ -11721,8 +11724,9 @@ static void tpr_store_callback(tprpc_store_op *op, void *user) {
 }
 
 // Begins an operation whose outcome a user's `done` (NULL allowed) is shown on the callback thread.
-static tprpc_status tpr_store_ask(tprpc_store *store, tprpc_store_request *request, tprpc_store_done done,
-                                     void *user) {
+// wait_ms: a get waits so long, instead of to the request's deadline; 0 for others.
+static tprpc_status tpr_store_ask(tprpc_store *store, tprpc_store_request *request, int64_t wait_ms,
+                                  tprpc_store_done done, void *user) {
     TPRPC_ASSERT(store && request->key);
     if (!store || !tpr_context_usable(store->context)) return TPRPC_ERROR_INVALID;
     request->size = (uint32_t)sizeof *request;
@@ -11730,6 +11734,7 @@ static tprpc_status tpr_store_ask(tprpc_store *store, tprpc_store_request *reque
     if (status != TPRPC_OK) return status;
     tprpc_store_op *op = tpr_store_op_new(store, store->context, store->home->index, request);
     if (!op) return TPRPC_ERROR_MEMORY;
+    op->wait_ms = wait_ms;
     op->done = done ? tpr_store_callback : NULL;
     op->callback = done;
     op->user = user;
@@ -11807,7 +11812,7 @@ TPRPC_API tprpc_status tprpc_store_set(tprpc_store *store, const char *key, cons
     request.key = key;
     request.value = value;
     request.value_size = size;
-    return tpr_store_ask(store, &request, done, user);
+    return tpr_store_ask(store, &request, 0, done, user);
 }
 
 TPRPC_API tprpc_status tprpc_store_get(tprpc_store *store, const char *key, int64_t timeout_ms, tprpc_store_done done,
@@ -11815,11 +11820,8 @@ TPRPC_API tprpc_status tprpc_store_get(tprpc_store *store, const char *key, int6
     tprpc_store_request request = TPR_ZERO;
     request.kind = TPRPC_STORE_GET;
     request.key = key;
-    request.deadline_us = TPRPC_NOW;
-    if (timeout_ms == TPRPC_FOREVER) request.deadline_us = TPRPC_FOREVER;
-    else if (timeout_ms > 0 && store)
-        request.deadline_us = tpr_context_deadline(tprpc_now_us(store->context), timeout_ms);
-    return tpr_store_ask(store, &request, done, user);
+    request.deadline_us = timeout_ms == TPRPC_FOREVER ? TPRPC_FOREVER : TPRPC_NOW;
+    return tpr_store_ask(store, &request, timeout_ms > 0 ? timeout_ms : 0, done, user);
 }
 
 TPRPC_API tprpc_status tprpc_store_add(tprpc_store *store, const char *key, int64_t delta, tprpc_store_done done,
@@ -11828,7 +11830,7 @@ TPRPC_API tprpc_status tprpc_store_add(tprpc_store *store, const char *key, int6
     request.kind = TPRPC_STORE_ADD;
     request.key = key;
     request.delta = delta;
-    return tpr_store_ask(store, &request, done, user);
+    return tpr_store_ask(store, &request, 0, done, user);
 }
 
 TPRPC_API tprpc_status tprpc_store_compare_set(tprpc_store *store, const char *key, const void *expected,
@@ -11841,14 +11843,14 @@ TPRPC_API tprpc_status tprpc_store_compare_set(tprpc_store *store, const char *k
     request.value_size = size;
     request.expected = expected;
     request.expected_size = expected_size;
-    return tpr_store_ask(store, &request, done, user);
+    return tpr_store_ask(store, &request, 0, done, user);
 }
 
 TPRPC_API tprpc_status tprpc_store_delete(tprpc_store *store, const char *key, tprpc_store_done done, void *user) {
     tprpc_store_request request = TPR_ZERO;
     request.kind = TPRPC_STORE_DELETE;
     request.key = key;
-    return tpr_store_ask(store, &request, done, user);
+    return tpr_store_ask(store, &request, 0, done, user);
 }
 
 TPRPC_API tprpc_status tprpc_store_wait(tprpc_store *store, const tprpc_store_request *request, int64_t timeout_ms,
@@ -12027,7 +12029,8 @@ typedef struct tpr_agent_loop {        // what an agent has on one loop
     tpr_base_list servers, running;    // running: tpr_agent_frame
     tpr_agent_request *held, **held_tail;   // started, in order, before the agent itself had: by next_job
     bool drained;                      // someone waits until no call is active
-    uint64_t active, started, failed, timed_out, cancelled, late, received, received_failed, async_now, sends;
+    uint64_t active, started, failed, timed_out, cancelled, late;   // calls
+    uint64_t unanswered, received, received_failed, async_now, sends;   // requests; callbacks under way
     uint64_t bytes_sent, bytes_received, tensor_sent, tensor_received, fast;   // of pipes that are gone
 } tpr_agent_loop;
 
@@ -12838,10 +12841,14 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *m
                                          const tprpc_call_options *options, tpr_agent_call **out, tprpc_error *error) {
     tprpc_agent *agent = worker->agent;
     tpr_agent_loop *on = tpr_agent_on(agent, worker->loop);
+    uint32_t limit = agent->ctx->limits.pending_calls;
+    if (TPR_UNLIKELY(on->active >= limit))
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "%u calls are pending (limits.pending_calls)",
+                               (unsigned)limit);
     tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_base_slab_take(&on->calls);
     if (!call && on->calls.used >= on->calls.limit)
-        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "%u calls are pending (limits.pending_calls)",
-                               (unsigned)on->calls.used);
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "%u calls are pending (limits.pending_calls), or have "
+                               "ended and were not released", (unsigned)on->calls.used);
     if (!call) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a call");
     call->streams = NULL;
     call->stream_count = options->stream_count;
@@ -12992,6 +12999,7 @@ static void tpr_agent_request_unref(tpr_agent_request *request) {
 static void tpr_agent_request_over(tpr_agent_request *request) {
     if (request->answered) return;
     request->answered = true;
+    tpr_agent_on(request->server->agent, request->server->loop)->unanswered--;
     if (request->kept) tpr_agent_on(request->server->agent, request->server->loop)->async_now--;
     tpr_base_list_remove(&request->node);
     tpr_base_list_remove(&request->lane_node);
@@ -13248,7 +13256,8 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     bool one_way = (prefix->flags & TPR_WIRE_CALL_ONE_WAY) != 0;   // of those some may be on their way when all leave
     bool left = !one_way && tpr_agent_state_of(agent) == TPR_AGENT_LEFT;
     tpr_agent_method *method = left ? NULL : tpr_agent_method_take(agent, prefix->method);
-    tpr_agent_request *request = method ? (tpr_agent_request *)(void *)tpr_base_slab_take(&on->requests) : NULL;
+    tpr_agent_request *request = method && on->unanswered < agent->ctx->limits.pending_calls
+                                     ? (tpr_agent_request *)(void *)tpr_base_slab_take(&on->requests) : NULL;
     on->received++;
     if (!request) {
         on->received_failed++;
@@ -13262,6 +13271,7 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
         tpr_agent_server_unref(server);
         return;
     }
+    on->unanswered++;
     request->server = server;          // field by field, as in a call
     request->method = method;
     request->call = prefix->id;
@@ -13923,7 +13933,7 @@ static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agent_desc *d
         on->calls.memory = on->requests.memory = memory;
         on->calls.object_size = (uint32_t)((sizeof(tpr_agent_call) + 63) & ~(size_t)63);
         on->requests.object_size = (uint32_t)((sizeof(tpr_agent_request) + 63) & ~(size_t)63);
-        on->calls.limit = on->requests.limit = limit;
+        on->calls.limit = on->requests.limit = limit <= UINT32_MAX / 2 ? 2 * limit : UINT32_MAX;
         tpr_base_list_init(&on->servers);
         tpr_base_list_init(&on->running);
         on->held_tail = &on->held;
@@ -14377,7 +14387,7 @@ TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *ou
         }
         tpr_loop_leave(loop);
         out->client_active_calls += sum.active;
-        out->server_active_calls += sum.requests.used;
+        out->server_active_calls += sum.unanswered;
         out->server_active_async_calls += sum.async_now;
         out->calls += sum.started;
         out->calls_failed += sum.failed;

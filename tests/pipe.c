@@ -25,20 +25,17 @@ static size_t size_100k(int i) { return 100000 + (size_t)i; }
 static size_t size_1m(int i) { return (1u << 20) + 1 - (size_t)i % 3; }
 static size_t size_64m(int i) { (void)i; return 64u << 20; }
 static size_t size_odd(int i) {
-    static const size_t sizes[] = {1, 3, 0, 63, 64, 65, 1023, 1024, 4095, 4097, 8191, 8192, 8193, 0, 32767, 32769,
-        65537,
-                                   262143, 262144, 262145, 7};
+    static const size_t sizes[] = {1,    3,    0,    63, 64,    65,    1023,  1024,   4095,   4097,  8191,
+                                   8192, 8193, 0,    32767, 32769, 65537, 262143, 262144, 262145, 7};
     return sizes[(size_t)i % COUNT(sizes)];
 }
 
 static const shape shapes[] = {
     {"empty", 0, 0, 0, size_none}, {"metadata", 5, 0, 0, size_none}, {"metadata 64 KiB", 65536, 0, 0, size_none},
-    {"one byte", 0, 1, 0, size_one}, {"nulls", 3, 2, 2, size_none}, {"odd", 17, 10, 11, size_odd}, {"odd tensors", 0,
-        0, 21, size_odd},
-    {"odd payloads", 1, 21, 0, size_odd}, {"1 MiB", 9, 1, 2, size_1m}, {"1,000 small", 64, 0, 1000, size_small},
-    {"limit of items", 2, 96, 4000, size_tiny}, {"on the edge of inline", 0, 3, 6, size_8k}, {"20 large", 5, 10, 10,
-        size_100k},
-    {"64 MiB", 8, 0, 1, size_64m},
+    {"one byte", 0, 1, 0, size_one}, {"nulls", 3, 2, 2, size_none}, {"odd", 17, 10, 11, size_odd},
+    {"odd tensors", 0, 0, 21, size_odd}, {"odd payloads", 1, 21, 0, size_odd}, {"1 MiB", 9, 1, 2, size_1m},
+    {"1,000 small", 64, 0, 1000, size_small}, {"limit of items", 2, 96, 4000, size_tiny},
+    {"on the edge of inline", 0, 3, 6, size_8k}, {"20 large", 5, 10, 10, size_100k}, {"64 MiB", 8, 0, 1, size_64m},
 };
 
 typedef struct parcel { tprpc_message m; tprpc_tensor *tensors; tprpc_payload *payloads; outcome o; } parcel;

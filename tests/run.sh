@@ -5,9 +5,12 @@
 # this script, over all of them, and that line is the last and the only one that stands alone: theirs get their name
 # before. One failure more for a program that ends without such a line or fails beside it, and for each
 # "SKIP name: reason" that tests/README.md does not allow by a line "- SKIP name: condition".
+#
+# As many run side by side as there are processors, or TEST_JOBS; those after an argument "--" one by one when the others
+# have ended, for they need the machine to themselves. They are shown in the order of the arguments.
 set -u
 readme=$(dirname "$0")/README.md
-passed=0 failed=0 skipped=0 red='' running=
+running=
 
 # The first field of a closing line that starts with a number and ends with the word, 0 where there is none.
 field() { printf '%s\n' "$1" | sed -n "s/^.*\(^\|, \)\([0-9][0-9]*\) $2.*\$/\2/p" | grep . || echo 0; }
@@ -27,9 +30,30 @@ prefix() {
     if [ "$bits" -gt 28 ] && setarch -R true 2>/dev/null; then echo "setarch -R"; fi
 }
 
-# Shows a program's output as it comes. Sets `closing` to its last line where that is a closing line, `skips` to the
-# number of tests it skipped and `unlisted` to that of those which README does not allow.
-follow() {
+# Runs the programs, up to the one named $1, that no other worker has taken: the n-th is its who made the folder n. There
+# lie what the program said, in `said`, and, when it has ended, its exit status, in `status`.
+work() {
+    trap '[ -z "$running" ] || kill "$running"; exit 130' TERM
+    n=0 end=$1
+    shift
+    for program; do
+        n=$((n + 1))
+        [ "$program" != "$end" ] || return
+        [ "$program" != -- ] || continue
+        mkdir "$dir/$n" 2>/dev/null || continue
+        # shellcheck disable=SC2046,SC2086
+        $(prefix "$program") $program >"$dir/$n/said" 2>&1 </dev/null &
+        running=$!
+        wait "$running"
+        echo $? >"$dir/$n/ended"
+        running=
+        mv "$dir/$n/ended" "$dir/$n/status"
+    done
+}
+
+# Shows what a program said. Sets `closing` to its last line where that is a closing line, `skips` to the number of
+# tests it skipped and `unlisted` to that of those which README does not allow.
+show() {
     closing='' skips=0 unlisted=0
     while IFS= read -r line || [ -n "$line" ]; do
         closing=
@@ -49,22 +73,31 @@ follow() {
     done
 }
 
-pipe=$(mktemp -u "${TMPDIR:-/tmp}/tprpc-run.XXXXXX")
-mkfifo -m 600 "$pipe" || exit 2
-trap 'rm -f "$pipe"' EXIT
-trap '[ -z "$running" ] || kill "$running"; exit 130' INT TERM HUP
-
 set -f          # programs are split into words, and nothing more
-for program; do
-    echo "== $program"
-    # shellcheck disable=SC2046,SC2086
-    $(prefix "$program") $program >"$pipe" 2>&1 </dev/null &
-    running=$!
-    follow "$program" <"$pipe"
-    wait "$running"
-    status=$?
-    running=
+dir=$(mktemp -d "${TMPDIR:-/tmp}/tprpc-run.XXXXXX") || exit 2
+workers=
+trap 'rm -rf "$dir"' EXIT
+# shellcheck disable=SC2086
+trap 'kill $workers; wait; exit 130' INT TERM HUP
+jobs=${TEST_JOBS:-$(nproc 2>/dev/null || echo 1)}
+while [ "$jobs" -gt 0 ]; do
+    work -- "$@" &
+    workers="$workers $!"
+    jobs=$((jobs - 1))
+done
 
+n=0 passed=0 failed=0 skipped=0 red=''
+for program; do
+    n=$((n + 1))
+    if [ "$program" = -- ]; then
+        work '' "$@" &
+        workers="$workers $!"
+        continue
+    fi
+    while [ ! -f "$dir/$n/status" ]; do sleep 0.1; done
+    echo "== $program"
+    show "$program" <"$dir/$n/said"
+    status=$(cat "$dir/$n/status")
     bad=0
     if [ -n "$closing" ]; then
         bad=$(field "$closing" failed)
