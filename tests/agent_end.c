@@ -745,6 +745,7 @@ IN_KINDS(wait_any_over_two_loops, 0x10) {
         CHECK_EQ_INT(tprpc_future_wait_any(futures, 1, TPRPC_NOW, &which), TPRPC_PENDING);
         for (int i = 0; i < 2; i++) tprpc_future_release(futures[i]);
     }
+    CHECK(both_until(&shared->seen, 2));
     two_close();
 }
 
