@@ -1217,6 +1217,7 @@ TPRPC_API tprpc_status tprpc_to_dlpack(const tprpc_tensor *tensor, DLTensor *out
 #endif
 
 #define TPR_UNUSED __attribute__((unused))
+#define TPR_COLD __attribute__((cold, noinline))   // off the beaten track: made small, and what leads there is unlikely
 #define TPR_LIKELY(x)   __builtin_expect(!!(x), 1)
 #define TPR_UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define TPR_CONTAINER(ptr, type, member) ((type *)(void *)((char *)(ptr) - offsetof(type, member)))
@@ -1359,7 +1360,7 @@ TPR_UNUSED static int tpr_os_futex_wait(uint32_t *word, uint32_t value, int64_t 
     return (int)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, timeout_us < 0 ? NULL : &ts, NULL, 0);
 }
 
-TPR_UNUSED static void tpr_os_futex_wake(uint32_t *word, int count) {
+TPR_COLD TPR_UNUSED static void tpr_os_futex_wake(uint32_t *word, int count) {
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
@@ -1368,13 +1369,16 @@ static inline bool tpr_os_trylock(tpr_os_lock *lock) {
     return TPR_ATOMIC_CAS(&lock->state, &expected, 1u);
 }
 
-static inline void tpr_os_lock_take(tpr_os_lock *lock) {
-    if (TPR_LIKELY(tpr_os_trylock(lock))) return;
+TPR_COLD TPR_UNUSED static void tpr_os_lock_await(tpr_os_lock *lock) {
     for (int i = 0; i < 100; i++) {
         if (TPR_ATOMIC_PEEK(&lock->state) == 0 && tpr_os_trylock(lock)) return;
         tpr_atomic_pause();
     }
     while (TPR_ATOMIC_SWAP(&lock->state, 2u) != 0) tpr_os_futex_wait(&lock->state, 2, -1);
+}
+
+static inline void tpr_os_lock_take(tpr_os_lock *lock) {
+    if (TPR_UNLIKELY(!tpr_os_trylock(lock))) tpr_os_lock_await(lock);
 }
 
 static inline void tpr_os_lock_give(tpr_os_lock *lock) {
@@ -1457,7 +1461,7 @@ TPR_UNUSED static void tpr_os_fork_page_free(uint32_t *page) {
 
 // ---- files
 
-TPR_UNUSED static void tpr_os_close(int fd) {
+TPR_COLD TPR_UNUSED static void tpr_os_close(int fd) {
     if (fd >= 0) close(fd);
 }
 
@@ -1614,7 +1618,7 @@ TPR_UNUSED static int tpr_os_bell(void) {
     return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 }
 
-TPR_UNUSED static void tpr_os_bell_ring(int fd) {
+TPR_COLD TPR_UNUSED static void tpr_os_bell_ring(int fd) {
     uint64_t one = 1;
     for (int i = 0; i < TPR_OS_RETRIES; i++)   // who sleeps must not miss it; full means that it rings already
         if (!TPR_OS_HOOKED("bell_write", TPR_OS_NO_SIZE) && (write(fd, &one, sizeof one) > 0 || errno == EAGAIN))
@@ -2179,7 +2183,7 @@ static tprpc_status tpr_base_status_of(int code) {
 }
 
 // Fills `error` for a system call that failed with errno.
-static tprpc_status tpr_base_os_error(tprpc_error *error, int code, const char *what, const char *of) {
+TPR_COLD static tprpc_status tpr_base_os_error(tprpc_error *error, int code, const char *what, const char *of) {
     return tprpc_error_set(error, tpr_base_status_of(code), code, "%s %s: %s", what, of, strerror(code));
 }
 
@@ -2204,7 +2208,7 @@ static void tpr_base_default_free(void *ptr, size_t size, uint32_t tag, void *us
     free(ptr);
 }
 
-static void *tpr_base_alloc(tpr_base_memory *memory, size_t size, size_t align, uint32_t tag) {
+TPR_COLD static void *tpr_base_alloc(tpr_base_memory *memory, size_t size, size_t align, uint32_t tag) {
     uint64_t before = TPR_ATOMIC_ADD(&memory->used, (uint64_t)size);
     if (before + size <= memory->limit && before + size >= before && !TPR_OS_HOOKED("alloc", TPR_OS_NO_SIZE)) {
         void *p = memory->hooks.alloc(size ? size : 1, align, tag, memory->hooks.user);
@@ -2214,14 +2218,14 @@ static void *tpr_base_alloc(tpr_base_memory *memory, size_t size, size_t align, 
     return NULL;
 }
 
-static void tpr_base_free(tpr_base_memory *memory, void *ptr, size_t size, uint32_t tag) {
+TPR_COLD static void tpr_base_free(tpr_base_memory *memory, void *ptr, size_t size, uint32_t tag) {
     if (!ptr) return;
     memory->hooks.free(ptr, size ? size : 1, tag, memory->hooks.user);
     TPR_ATOMIC_SUB(&memory->used, (uint64_t)size);
 }
 
 // Zeroed memory for a struct.
-static void *tpr_base_new(tpr_base_memory *memory, size_t size, uint32_t tag) {
+TPR_COLD static void *tpr_base_new(tpr_base_memory *memory, size_t size, uint32_t tag) {
     void *p = tpr_base_alloc(memory, size, 64, tag);
     if (p) memset(p, 0, size);
     return p;
@@ -2334,7 +2338,7 @@ static void tpr_base_log_put(tpr_base_logger *logger, int32_t level, const char 
                                                           __VA_ARGS__); } while (0)
 
 // Hands lines to the user's log. No lock of ours may be held.
-static void tpr_base_log_flush(tpr_base_logger *logger) {
+TPR_COLD static void tpr_base_log_flush(tpr_base_logger *logger) {
     if (TPR_LIKELY(TPR_ATOMIC_LOAD(&logger->head) == TPR_ATOMIC_PEEK(&logger->tail)) || !logger->log) return;
     for (;;) {
         tpr_base_log_line line;
@@ -2610,6 +2614,7 @@ TPRPC_API size_t tprpc_dtype_size(int32_t dtype) {
     return dtype >= 0 && (size_t)dtype < TPR_COUNT(sizes) ? sizes[dtype] : 0;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_error_set(tprpc_error *error, tprpc_status status, int32_t os_code, const char *text,
                                        ...) {
     va_list args;
@@ -3553,11 +3558,14 @@ static inline int64_t tpr_loop_clock(tpr_loop *loop) {
     return loop->now_us;
 }
 
-static inline void tpr_loop_enter(tpr_loop *loop) {
-    if (TPR_LIKELY(tpr_os_trylock(&loop->lock))) return;
+TPR_COLD static void tpr_loop_contend(tpr_loop *loop) {
     TPR_ATOMIC_ADD(&loop->contenders, 1u);
-    tpr_os_lock_take(&loop->lock);
+    tpr_os_lock_await(&loop->lock);
     TPR_ATOMIC_SUB(&loop->contenders, 1u);
+}
+
+static inline void tpr_loop_enter(tpr_loop *loop) {
+    if (TPR_UNLIKELY(!tpr_os_trylock(&loop->lock))) tpr_loop_contend(loop);
 }
 
 static inline void tpr_loop_leave(tpr_loop *loop) {
@@ -3606,7 +3614,7 @@ static bool tpr_loop_queue_ready(const tpr_loop_queue *queue) {
     return false;
 }
 
-static void tpr_loop_wake_followers(tpr_loop *loop) {
+TPR_COLD static void tpr_loop_wake_followers(tpr_loop *loop) {
     for (tpr_base_list *i = loop->followers.next; i != &loop->followers; i = i->next) {
         tpr_loop_follower *follower = TPR_CONTAINER(i, tpr_loop_follower, node);
         TPR_ATOMIC_STORE(&follower->signal, 1u);
@@ -3779,7 +3787,7 @@ static bool tpr_loop_quiet(tpr_loop *loop, bool mine, int64_t *until_us) {
 }
 
 // Sleeps in the poller until there is work or until_us (INT64_MAX: no limit).
-static void tpr_loop_sleep(tpr_loop *loop, int64_t until_us, bool mine, bool waits) {
+TPR_COLD static void tpr_loop_sleep(tpr_loop *loop, int64_t until_us, bool mine, bool waits) {
     tpr_os_event events[TPR_LOOP_SOURCES];
     TPR_ATOMIC_STORE_FULL(&loop->asleep, 1u);
     loop->sleeping = true;
@@ -3800,7 +3808,7 @@ static void tpr_loop_sleep(tpr_loop *loop, int64_t until_us, bool mine, bool wai
 }
 
 // Waits for whoever drives or sleeps to make progress.
-static void tpr_loop_follow(tpr_loop *loop, int64_t until_us) {
+TPR_COLD static void tpr_loop_follow(tpr_loop *loop, int64_t until_us) {
     tpr_loop_follower self;
     int64_t left = until_us == INT64_MAX ? -1 : until_us - tpr_loop_clock(loop);
     if (until_us != INT64_MAX && left <= 0) return;
@@ -4159,6 +4167,7 @@ TPRPC_API intptr_t tprpc_context_handle(tprpc_context *ctx) {
     return tpr_context_usable(ctx) ? ctx->loops[0].poller : -1;
 }
 
+TPR_COLD
 TPRPC_API bool tprpc_context_arm(tprpc_context *ctx, int64_t *deadline_us) {
     int64_t until = INT64_MAX;
     TPRPC_ASSERT(ctx);
@@ -4203,6 +4212,7 @@ TPRPC_API void tprpc_free(tprpc_context *ctx, void *ptr, size_t size, uint32_t t
     tpr_base_free(&ctx->env.memory, ptr, size, tag);
 }
 
+TPR_COLD
 TPRPC_API void tprpc_log_text(tprpc_context *ctx, int32_t level, const char *section, const char *text) {
     TPR_LOG(&ctx->env.logger, level, section, "", "%s", text);
 }
@@ -4318,7 +4328,7 @@ static void tpr_tcp_cool(tpr_tcp_conn *conn) {
 }
 
 // The connection is over. Its owner hears of it from progress, which a sleeper is woken for.
-static void tpr_tcp_break(tpr_tcp_conn *conn, int cause) {
+TPR_COLD static void tpr_tcp_break(tpr_tcp_conn *conn, int cause) {
     tpr_tcp *tcp = conn->socket.tcp;
     if (conn->cause) return;
     conn->cause = cause;
@@ -5220,7 +5230,7 @@ static void tpr_shm_cool(tpr_shm_conn *conn) {
 }
 
 // The connection is over; LOST is said by the next progress, after what is in the ring. `why` lives for ever.
-static void tpr_shm_fail(tpr_shm_conn *conn, tprpc_status status, int os_code, const char *why) {
+TPR_COLD static void tpr_shm_fail(tpr_shm_conn *conn, tprpc_status status, int os_code, const char *why) {
     if (conn->status != TPRPC_OK) return;
     conn->status = status;
     conn->os_code = os_code;
@@ -7097,6 +7107,7 @@ static bool tpr_backends_loop_empty(void *arg) {
 
 // ---- public
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_context_create_for(const tprpc_context_desc *desc, size_t desc_size, int32_t version,
                                                 tprpc_context **out, tprpc_error *error) {
     static const tprpc_context_desc defaults = TPR_ZERO;
@@ -7139,6 +7150,7 @@ TPRPC_API tprpc_status tprpc_context_create_for(const tprpc_context_desc *desc, 
     return status;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_context_destroy(tprpc_context *ctx) {
     if (!ctx) return TPRPC_OK;
     if (!tpr_context_usable(ctx) || TPR_ATOMIC_LOAD(&ctx->agents) || tpr_context_in_callback(ctx))
@@ -7441,7 +7453,7 @@ static void tpr_pipe_peer(tprpc_pipe *pipe, char *out, size_t size) {
 
 // ---- life
 
-static void tpr_pipe_free(tprpc_pipe *pipe) {
+TPR_COLD static void tpr_pipe_free(tprpc_pipe *pipe) {
     tprpc_context *ctx = pipe->ctx;
     while (!tpr_base_list_empty(&pipe->arrived)) {
         tpr_pipe_in *in = TPR_CONTAINER(pipe->arrived.next, tpr_pipe_in, node);
@@ -10011,6 +10023,7 @@ static tprpc_status tpr_pipe_begin_read(tprpc_pipe *pipe, tpr_pipe_op *op, const
 
 // ---- public
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_listen(tprpc_context *ctx, const tprpc_listener_desc *desc, tprpc_listener **out,
                                     tprpc_error *error) {
     TPRPC_ASSERT(ctx && desc && out);
@@ -10021,6 +10034,7 @@ TPRPC_API tprpc_status tprpc_listen(tprpc_context *ctx, const tprpc_listener_des
     return tpr_pipe_listen_for(ctx, desc, tpr_context_next_loop(ctx), NULL, NULL, out, error);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_accept(tprpc_listener *listener, tprpc_accepted done, void *user) {
     TPRPC_ASSERT(listener && done);
     if (!listener || !done || !tpr_context_usable(listener->ctx)) return TPRPC_ERROR_INVALID;
@@ -10039,6 +10053,7 @@ TPRPC_API tprpc_status tprpc_accept(tprpc_listener *listener, tprpc_accepted don
     return op ? TPRPC_OK : TPRPC_ERROR_MEMORY;
 }
 
+TPR_COLD
 TPRPC_API const char *tprpc_listener_address(tprpc_listener *listener, const char *transport) {
     TPRPC_ASSERT(listener);
     for (uint32_t i = 0; i < listener->count; i++) {
@@ -10049,6 +10064,7 @@ TPRPC_API const char *tprpc_listener_address(tprpc_listener *listener, const cha
     return NULL;
 }
 
+TPR_COLD
 TPRPC_API void tprpc_listener_close(tprpc_listener *listener) {
     if (!listener || !tpr_context_usable(listener->ctx)) return;
     tpr_loop *loop = listener->loop;
@@ -10057,6 +10073,7 @@ TPRPC_API void tprpc_listener_close(tprpc_listener *listener) {
     tpr_loop_leave(loop);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_connect(tprpc_context *ctx, const tprpc_pipe_desc *desc, tprpc_pipe **out,
                                      tprpc_error *error) {
     tprpc_error mine = TPR_ZERO;
@@ -10155,6 +10172,7 @@ TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *al
     return status;
 }
 
+TPR_COLD
 TPRPC_API void tprpc_pipe_close(tprpc_pipe *pipe) {
     if (!pipe || !tpr_context_usable(pipe->ctx)) return;
     tpr_loop *loop = pipe->loop;
@@ -10163,6 +10181,7 @@ TPRPC_API void tprpc_pipe_close(tprpc_pipe *pipe) {
     tpr_loop_leave(loop);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_pipe_get_info(tprpc_pipe *pipe, tprpc_pipe_info *out, size_t size) {
     TPRPC_ASSERT(pipe && out);
     if (!pipe || !out || size != sizeof *out || !tpr_context_usable(pipe->ctx)) return TPRPC_ERROR_INVALID;
@@ -10308,6 +10327,7 @@ static tpr_base_bytes tpr_store_bytes(const void *data, size_t size) {
 
 // Fills *error (NULL allowed), "store NAME: " before the text, and returns status.
 __attribute__((format(printf, 4, 5)))
+TPR_COLD
 static tprpc_status tpr_store_error(const tprpc_store *store, tprpc_error *error, tprpc_status status,
                                     const char *format, ...) {
     char text[TPR_COUNT(error->text)];
@@ -11762,6 +11782,7 @@ static void tpr_store_waiter_done(tprpc_store_op *op, void *user) {
 
 // ---- public
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
                                         tprpc_error *error) {
     char url[300];
@@ -11797,6 +11818,7 @@ TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_de
     return TPRPC_OK;
 }
 
+TPR_COLD
 TPRPC_API void tprpc_store_close(tprpc_store *store) {
     if (!store || !tpr_context_usable(store->context)) return;
     tpr_loop *home = store->home;
@@ -11805,6 +11827,7 @@ TPRPC_API void tprpc_store_close(tprpc_store *store) {
     tpr_loop_leave(home);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_store_set(tprpc_store *store, const char *key, const void *value, size_t size,
                                        tprpc_store_done done, void *user) {
     tprpc_store_request request = TPR_ZERO;
@@ -11815,6 +11838,7 @@ TPRPC_API tprpc_status tprpc_store_set(tprpc_store *store, const char *key, cons
     return tpr_store_ask(store, &request, 0, done, user);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_store_get(tprpc_store *store, const char *key, int64_t timeout_ms, tprpc_store_done done,
                                        void *user) {
     tprpc_store_request request = TPR_ZERO;
@@ -11824,6 +11848,7 @@ TPRPC_API tprpc_status tprpc_store_get(tprpc_store *store, const char *key, int6
     return tpr_store_ask(store, &request, timeout_ms > 0 ? timeout_ms : 0, done, user);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_store_add(tprpc_store *store, const char *key, int64_t delta, tprpc_store_done done,
                                        void *user) {
     tprpc_store_request request = TPR_ZERO;
@@ -11833,6 +11858,7 @@ TPRPC_API tprpc_status tprpc_store_add(tprpc_store *store, const char *key, int6
     return tpr_store_ask(store, &request, 0, done, user);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_store_compare_set(tprpc_store *store, const char *key, const void *expected,
                                                size_t expected_size, const void *value, size_t size,
                                                tprpc_store_done done, void *user) {
@@ -11846,6 +11872,7 @@ TPRPC_API tprpc_status tprpc_store_compare_set(tprpc_store *store, const char *k
     return tpr_store_ask(store, &request, 0, done, user);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_store_delete(tprpc_store *store, const char *key, tprpc_store_done done, void *user) {
     tprpc_store_request request = TPR_ZERO;
     request.kind = TPRPC_STORE_DELETE;
@@ -11853,6 +11880,7 @@ TPRPC_API tprpc_status tprpc_store_delete(tprpc_store *store, const char *key, t
     return tpr_store_ask(store, &request, 0, done, user);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_store_wait(tprpc_store *store, const tprpc_store_request *request, int64_t timeout_ms,
                                         void *out, size_t *out_size, tprpc_error *error) {
     tpr_store_waiter w = TPR_ZERO;
@@ -11890,6 +11918,7 @@ TPRPC_API tprpc_status tprpc_store_wait(tprpc_store *store, const tprpc_store_re
     return status;
 }
 
+TPR_COLD
 TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const void *value, size_t size,
                                   const tprpc_error *error) {
     TPRPC_ASSERT(op && (value || !size));
@@ -12283,6 +12312,7 @@ static void tpr_agent_say(tprpc_agent *agent, tprpc_pipe *pipe, uint8_t kind, ui
     tpr_pipe_unref(pipe);
 }
 
+TPR_COLD
 static void tpr_agent_say_error(tprpc_agent *agent, tprpc_pipe *pipe, uint64_t id, tprpc_status status,
                                 int32_t user_code, const char *text) {
     uint8_t body[300];
@@ -13461,7 +13491,7 @@ static void tpr_agent_started(tprpc_agent *agent) {
     tpr_agent_held_go_all(agent);
 }
 
-static void tpr_agent_start_failed(tprpc_agent *agent, tprpc_status status, const char *text) {
+TPR_COLD static void tpr_agent_start_failed(tprpc_agent *agent, tprpc_status status, const char *text) {
     if (agent->start_error.status == TPRPC_OK)
         tprpc_error_set(&agent->start_error, status, 0, "%s cannot join: %.200s", agent->name, text);
 }
@@ -14136,6 +14166,7 @@ static tprpc_status tpr_agent_add_maps(tprpc_agent *agent, const char *worker, c
 
 // ---- public
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size_t desc_size, int32_t version,
                                               tprpc_agent **out, tprpc_error *error) {
     tprpc_context *ctx = NULL;
@@ -14174,6 +14205,7 @@ TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size
     return status;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent) {
     if (!agent) return TPRPC_OK;
     tprpc_context *ctx = agent->ctx;
@@ -14209,6 +14241,7 @@ TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent) {
     return TPRPC_OK;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_register(tprpc_agent *agent, const tprpc_method_desc *desc, tprpc_error *error) {
     TPRPC_ASSERT(agent && desc);
     if (!agent || !desc || !desc->handler || !tpr_context_usable(agent->ctx))
@@ -14242,6 +14275,7 @@ TPRPC_API tprpc_status tprpc_agent_register(tprpc_agent *agent, const tprpc_meth
     return status;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_unregister(tprpc_agent *agent, const char *name, tprpc_error *error) {
     TPRPC_ASSERT(agent && name);
     if (!agent || !name || !tpr_context_usable(agent->ctx))
@@ -14266,6 +14300,7 @@ TPRPC_API tprpc_status tprpc_agent_unregister(tprpc_agent *agent, const char *na
     return inside ? TPRPC_PENDING : TPRPC_OK;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_start(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error) {
     TPRPC_ASSERT(agent);
     if (!agent || !tpr_context_usable(agent->ctx))
@@ -14277,6 +14312,7 @@ TPRPC_API tprpc_status tprpc_agent_start(tprpc_agent *agent, tprpc_done on_ready
     return status;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error) {
     TPRPC_ASSERT(agent);
     if (!agent || !tpr_context_usable(agent->ctx))
@@ -14307,6 +14343,7 @@ TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeou
     return status;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error) {
     TPRPC_ASSERT(agent);
     if (!agent || !tpr_context_usable(agent->ctx) || tpr_context_in_callback(agent->ctx))
@@ -14342,6 +14379,7 @@ TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms,
     return status;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char *worker, const tprpc_device *from,
                                                   const tprpc_device *to, size_t count, tprpc_error *error) {
     TPRPC_ASSERT(agent && (!count || (from && to)));
@@ -14367,6 +14405,7 @@ TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char
     return status;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *out, size_t size) {
     TPRPC_ASSERT(agent && out);
     if (!agent || !out || size != sizeof *out || !tpr_context_usable(agent->ctx)) return TPRPC_ERROR_INVALID;
@@ -14407,6 +14446,7 @@ TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *ou
     return TPRPC_OK;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_get_peer_info(tprpc_agent *agent, const char *name, tprpc_pipe_info *out,
                                                  size_t size) {
     TPRPC_ASSERT(agent && name && out);
@@ -14439,6 +14479,7 @@ TPRPC_API tprpc_status tprpc_call(tprpc_agent *agent, const char *worker, const 
     return tpr_agent_refused(status, &error, message, options);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_resolve(tprpc_agent *agent, const char *worker, const char *method, tprpc_method_id *out,
                                      tprpc_error *error) {
     tpr_agent_worker *to = NULL;
@@ -14601,6 +14642,7 @@ TPRPC_API tprpc_status tprpc_reply(tprpc_request request, const tprpc_message *m
     return tpr_agent_answer(request, message ? message : &empty, 0, NULL);
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_fail(tprpc_request request, int32_t user_code, const char *why) {
     return tpr_agent_answer(request, NULL, user_code, why);
 }
@@ -14686,6 +14728,7 @@ static void tpr_report_info(tpr_report *report, const tprpc_pipe_info *info) {
 
 // ---- public
 
+TPR_COLD
 TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_t size) {
     tpr_report report = {out, size, 0};
     TPRPC_ASSERT(info && (out || !size));
@@ -14694,6 +14737,7 @@ TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_
     return report.used;
 }
 
+TPR_COLD
 TPRPC_API size_t tprpc_agent_report(tprpc_agent *agent, char *out, size_t size) {
     tpr_report report = {out, size, 0};
     tprpc_stats stats;
