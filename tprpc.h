@@ -3933,6 +3933,7 @@ static bool tpr_loop_poll(tpr_loop *loop, int64_t deadline_us, int64_t stop_us) 
 
 // ---- birth and death
 
+TPR_COLD
 static tprpc_status tpr_loop_init(tpr_loop *loop, tpr_loop_env *env, tprpc_context *context, uint32_t index,
                                   tprpc_error *error) {
     memset(loop, 0, sizeof *loop);
@@ -4488,7 +4489,7 @@ static size_t tpr_tcp_peer(void *conn, char *out, size_t capacity) {
     return n < 0 ? 0 : (size_t)n;
 }
 
-static tprpc_status tpr_tcp_check_peer(void *conn, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_tcp_check_peer(void *conn, tprpc_error *error) {
     const tpr_tcp_conn *self = (const tpr_tcp_conn *)conn;
     tpr_os_address here, there;
     uint32_t user = 0, mine = tpr_os_user();
@@ -4700,7 +4701,7 @@ static size_t tpr_tcp_send(void *at, const tprpc_span *spans, size_t count, cons
 // The slow look for peers that are gone while bytes are under way, which keep-alive does not see. A peer is alive while
 // its kernel acknowledges anything, window probes included. The time counts from the first of an unbroken row of looks
 // that found something unanswered: before, there was nothing to answer, and a probe may have been on its way only now.
-static void tpr_tcp_check(tprpc_work *work) {
+TPR_COLD static void tpr_tcp_check(tprpc_work *work) {
     tpr_tcp *tcp = TPR_CONTAINER(work, tpr_tcp, check);
     int64_t now = tpr_loop_clock(tcp->loop);
     bool again = false;
@@ -4725,6 +4726,7 @@ static void tpr_tcp_check(tprpc_work *work) {
 
 static tpr_tcp_conn *tpr_tcp_conn_new(tpr_tcp *tcp) { return (tpr_tcp_conn *)(void *)tpr_tcp_socket_new(tcp, false); }
 
+TPR_COLD
 static tprpc_status tpr_tcp_connect(void *instance, const char *address, uint32_t lane, tprpc_conn_owner *owner,
                                     void **conn, tprpc_error *error) {
     tpr_tcp *tcp = (tpr_tcp *)instance;
@@ -4758,7 +4760,7 @@ static tprpc_status tpr_tcp_connect(void *instance, const char *address, uint32_
     return TPRPC_OK;
 }
 
-static void tpr_tcp_opened(tpr_tcp_conn *conn) {
+TPR_COLD static void tpr_tcp_opened(tpr_tcp_conn *conn) {
     tpr_os_address here, there;
     int fd = conn->socket.fd, code = tpr_os_socket_error(fd);
     if (!code && (tpr_os_local_address(fd, &here) != 0 || tpr_os_peer_address(fd, &there) != 0)) code = errno;
@@ -4796,7 +4798,7 @@ static void tpr_tcp_pause(tpr_tcp_listener *listener, int code) {
         tpr_loop_timer(loop, &listener->retry, tpr_loop_clock(loop) + TPR_TCP_RETRY_US);
 }
 
-static bool tpr_tcp_accept(tpr_tcp_listener *listener) {
+TPR_COLD static bool tpr_tcp_accept(tpr_tcp_listener *listener) {
     tpr_tcp *tcp = listener->socket.tcp;
     tpr_os_address from;
     for (int i = 0; i < TPR_TCP_ACCEPTS && !listener->socket.closed; i++) {
@@ -4821,6 +4823,7 @@ static bool tpr_tcp_accept(tpr_tcp_listener *listener) {
     return true;
 }
 
+TPR_COLD
 static tprpc_status tpr_tcp_listen(void *instance, const char *address, tprpc_listen_owner *owner, void **listener,
                                    tprpc_error *error) {
     tpr_tcp *tcp = (tpr_tcp *)instance;
@@ -4920,7 +4923,7 @@ static bool tpr_tcp_look(tpr_tcp *tcp, uint64_t stop) {
     return did;
 }
 
-static void tpr_tcp_lost(tpr_tcp_conn *conn) {
+TPR_COLD static void tpr_tcp_lost(tpr_tcp_conn *conn) {
     tprpc_error error;
     tprpc_status status = tpr_base_status_of(conn->cause);
     if (status != TPRPC_ERROR_MEMORY && status != TPRPC_ERROR_LIMIT) status = TPRPC_ERROR_PEER;
@@ -4937,7 +4940,7 @@ static void tpr_tcp_lost(tpr_tcp_conn *conn) {
 }
 
 // Tells the owners of broken connections, after what had come before and is still in the socket.
-static void tpr_tcp_tell(tpr_tcp *tcp) {
+TPR_COLD static void tpr_tcp_tell(tpr_tcp *tcp) {
     while (!tpr_base_list_empty(&tcp->broken)) {
         tpr_tcp_conn *conn = TPR_CONTAINER(tcp->broken.next, tpr_tcp_conn, socket.node);
         tcp->quota = 2 * TPR_TCP_CHUNK;
@@ -5868,7 +5871,7 @@ static void tpr_shm_conn_ready(tpr_shm_conn *conn, uint32_t events) {
 }
 
 // Looks at the sockets and processes.
-static bool tpr_shm_look(tpr_shm_instance *instance) {
+TPR_COLD static bool tpr_shm_look(tpr_shm_instance *instance) {
     tpr_os_event events[TPR_SHM_EVENTS];
     int n = tpr_os_poller_wait(instance->poller, events, TPR_SHM_EVENTS, 0);
     for (int i = 0; i < n; i++) {
@@ -8365,7 +8368,7 @@ static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const
 }
 
 // Undoes a begun write that nothing hangs from.
-static void tpr_pipe_write_undo(tpr_pipe_write *write) {
+TPR_COLD static void tpr_pipe_write_undo(tpr_pipe_write *write) {
     tprpc_pipe *pipe = write->pipe;
     tpr_base_list_remove(&write->node);
     tpr_pipe_write_let_go(write);
@@ -9010,7 +9013,7 @@ static void tpr_pipe_op_finish(tpr_pipe_op *op, tpr_base_list *list) {
     }
 }
 
-static void tpr_pipe_op_fail(tpr_pipe_op *op, tpr_base_list *list) {
+TPR_COLD static void tpr_pipe_op_fail(tpr_pipe_op *op, tpr_base_list *list) {
     op->status = op->pipe->status;
     op->error = op->pipe->error;
     tpr_pipe_op_finish(op, list);
@@ -9080,13 +9083,13 @@ static void tpr_pipe_match(tprpc_pipe *pipe) {
 
 // ---- the end
 
-static void tpr_pipe_disconnect(tpr_pipe_conn *conn, tprpc_status cause) {
+TPR_COLD static void tpr_pipe_disconnect(tpr_pipe_conn *conn, tprpc_status cause) {
     void *old = conn->conn;
     conn->conn = NULL;
     if (old) tpr_pipe_table(conn)->disconnect(old, cause);
 }
 
-static void tpr_pipe_say_bye(tprpc_pipe *pipe, tprpc_status status) {
+TPR_COLD static void tpr_pipe_say_bye(tprpc_pipe *pipe, tprpc_status status) {
     uint8_t body[256];
     tpr_wire_writer w = tpr_wire_writer_of(body, sizeof body);
     if (!pipe->now.conn || pipe->state == TPR_PIPE_CONNECTING || pipe->current || pipe->chunk_size) return;
@@ -9094,7 +9097,7 @@ static void tpr_pipe_say_bye(tprpc_pipe *pipe, tprpc_status status) {
     if (!w.failed) tpr_pipe_control(pipe, TPR_WIRE_BYE, 0, body, (size_t)(w.at - body), NULL, 0);
 }
 
-static void tpr_pipe_drop_out(tprpc_pipe *pipe) {
+TPR_COLD static void tpr_pipe_drop_out(tprpc_pipe *pipe) {
     if (pipe->current) tpr_pipe_frame_done(pipe, pipe->current, pipe->status, &pipe->error);
     pipe->current = NULL;
     while (pipe->urgent.head)
@@ -9113,7 +9116,7 @@ static void tpr_pipe_drop_out(tprpc_pipe *pipe) {
 }
 
 // Asks every transfer to end; each does so now or later.
-static void tpr_pipe_abort_all(tprpc_pipe *pipe) {
+TPR_COLD static void tpr_pipe_abort_all(tprpc_pipe *pipe) {
     tpr_base_list aborting;
     tpr_base_list_init(&aborting);
     while (!tpr_base_list_empty(&pipe->transfers)) {
@@ -9130,7 +9133,7 @@ static void tpr_pipe_abort_all(tprpc_pipe *pipe) {
 }
 
 // Ends the pipe, once: everything of it ends with this status.
-static void tpr_pipe_end(tprpc_pipe *pipe, tprpc_status status, int32_t os_code, const char *why, ...) {
+TPR_COLD static void tpr_pipe_end(tprpc_pipe *pipe, tprpc_status status, int32_t os_code, const char *why, ...) {
     va_list args;
     if (pipe->state == TPR_PIPE_ENDED) return;
     pipe->refs++;
@@ -9176,6 +9179,7 @@ static void tpr_pipe_end(tprpc_pipe *pipe, tprpc_status status, int32_t os_code,
 
 static void tpr_pipe_conn_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error);
 
+TPR_COLD
 static tprpc_pipe *tpr_pipe_new(tprpc_context *ctx, tpr_loop *loop, bool connector, bool ordered, tprpc_error *error) {
     if (TPR_ATOMIC_ADD(&ctx->pipes, 1u) >= ctx->limits.pipes) {
         TPR_ATOMIC_SUB(&ctx->pipes, 1u);
@@ -9218,7 +9222,7 @@ static tprpc_pipe *tpr_pipe_new(tprpc_context *ctx, tpr_loop *loop, bool connect
     return pipe;
 }
 
-static void tpr_pipe_send_hello(tprpc_pipe *pipe) {
+TPR_COLD static void tpr_pipe_send_hello(tprpc_pipe *pipe) {
     tprpc_context *ctx = pipe->ctx;
     uint8_t body[TPR_WIRE_FIRST];
     tpr_wire_writer w = tpr_wire_writer_of(body, sizeof body);
@@ -9259,7 +9263,7 @@ static void tpr_pipe_send_hello(tprpc_pipe *pipe) {
     else tpr_pipe_control(pipe, TPR_WIRE_HELLO, 0, body, (size_t)(w.at - body), NULL, 0);
 }
 
-static const tpr_wire_offer *tpr_pipe_offer(const tprpc_pipe *pipe, const tpr_context_backend *entry) {
+TPR_COLD static const tpr_wire_offer *tpr_pipe_offer(const tprpc_pipe *pipe, const tpr_context_backend *entry) {
     for (uint32_t i = 0; i < pipe->hello->offer_count; i++) {
         const tpr_wire_offer *offer = &pipe->hello->offers[i];
         if (offer->channel == (entry->backend->channel != NULL) && strcmp(offer->name, entry->backend->name) == 0)
@@ -9318,7 +9322,7 @@ static void tpr_pipe_send_agree(tprpc_pipe *pipe, const tpr_wire_agree *agree) {
     else tpr_pipe_control(pipe, TPR_WIRE_AGREE, 0, body, (size_t)(w.at - body), NULL, 0);
 }
 
-static void tpr_pipe_agree(tprpc_pipe *pipe) {
+TPR_COLD static void tpr_pipe_agree(tprpc_pipe *pipe) {
     tpr_wire_agree *agree = (tpr_wire_agree *)tpr_context_alloc(pipe->ctx, sizeof *agree);
     pipe->state = TPR_PIPE_AGREEING;
     if (!agree) {
@@ -9338,7 +9342,7 @@ static void tpr_pipe_agree(tprpc_pipe *pipe) {
 }
 
 // The pipe is open: what was parked goes out, and whoever waits is told.
-static void tpr_pipe_open(tprpc_pipe *pipe) {
+TPR_COLD static void tpr_pipe_open(tprpc_pipe *pipe) {
     pipe->state = TPR_PIPE_OPEN;
     tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
     tpr_context_free(pipe->ctx, pipe->hello, sizeof *pipe->hello);
@@ -9349,7 +9353,7 @@ static void tpr_pipe_open(tprpc_pipe *pipe) {
 }
 
 // Judges answers, takes verdicts, and answers challenges, as far as the peer's step has them.
-static void tpr_pipe_prove(tprpc_pipe *pipe, const tpr_wire_agree *theirs, tpr_wire_agree *ours) {
+TPR_COLD static void tpr_pipe_prove(tprpc_pipe *pipe, const tpr_wire_agree *theirs, tpr_wire_agree *ours) {
     for (uint32_t i = 0; i < pipe->channel_count; i++) {
         tpr_pipe_channel *channel = pipe->channels[i];
         const tpr_wire_proof *proof = &theirs->proofs[i];
@@ -9373,7 +9377,7 @@ static void tpr_pipe_prove(tprpc_pipe *pipe, const tpr_wire_agree *theirs, tpr_w
 }
 
 // The acceptor's answer to the first step: the channels in the connector's order.
-static void tpr_pipe_accept_channels(tprpc_pipe *pipe, const tpr_wire_agree *theirs, tpr_wire_agree *ours) {
+TPR_COLD static void tpr_pipe_accept_channels(tprpc_pipe *pipe, const tpr_wire_agree *theirs, tpr_wire_agree *ours) {
     for (uint32_t i = 0; i < theirs->count && pipe->state != TPR_PIPE_ENDED; i++) {
         const tpr_context_backend *found = NULL;
         for (uint32_t b = 0; b < pipe->ctx->backend_count; b++) {
@@ -9386,7 +9390,7 @@ static void tpr_pipe_accept_channels(tprpc_pipe *pipe, const tpr_wire_agree *the
     }
 }
 
-static void tpr_pipe_on_agree(tprpc_pipe *pipe, const uint8_t *body, size_t size) {
+TPR_COLD static void tpr_pipe_on_agree(tprpc_pipe *pipe, const uint8_t *body, size_t size) {
     tpr_wire_agree *both = (tpr_wire_agree *)tpr_context_alloc(pipe->ctx, 2 * sizeof *both);
     if (!both) {
         tpr_pipe_end(pipe, TPRPC_ERROR_MEMORY, 0, "no memory to agree on channels");
@@ -9428,7 +9432,7 @@ static const tpr_context_backend *tpr_pipe_better(tprpc_pipe *pipe, uint32_t *in
 
 static void tpr_pipe_move(tprpc_pipe *pipe);
 
-static void tpr_pipe_move_failed(tprpc_pipe *pipe, const char *why) {
+TPR_COLD static void tpr_pipe_move_failed(tprpc_pipe *pipe, const char *why) {
     snprintf(pipe->move_why, sizeof pipe->move_why, "%.109s", why);
     TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_INFO, "pipe", "", "the pipe stays: %s", why);
     tpr_pipe_disconnect(&pipe->next, TPRPC_ERROR_CANCELLED);
@@ -9437,7 +9441,7 @@ static void tpr_pipe_move_failed(tprpc_pipe *pipe, const char *why) {
 }
 
 // Tries the next better transport, or goes on with the one in use.
-static void tpr_pipe_move(tprpc_pipe *pipe) {
+TPR_COLD static void tpr_pipe_move(tprpc_pipe *pipe) {
     uint32_t index = 0;
     tprpc_error error = TPR_ZERO;
     const tpr_context_backend *entry = tpr_pipe_better(pipe, &index);
@@ -9458,7 +9462,7 @@ static void tpr_pipe_move(tprpc_pipe *pipe) {
     tpr_pipe_move_failed(pipe, error.text);
 }
 
-static void tpr_pipe_on_hello(tprpc_pipe *pipe, const uint8_t *body, size_t size) {
+TPR_COLD static void tpr_pipe_on_hello(tprpc_pipe *pipe, const uint8_t *body, size_t size) {
     tprpc_error error = TPR_ZERO;
     char peer[96];
     tpr_pipe_peer(pipe, peer, sizeof peer);
@@ -9563,14 +9567,14 @@ static void tpr_pipe_conn_event(tprpc_conn_owner *owner, uint32_t events, const 
 }
 
 // Makes a connection the pipe's, in place of the one it has.
-static void tpr_pipe_take_conn(tprpc_pipe *pipe, const tpr_context_backend *entry, void *conn) {
+TPR_COLD static void tpr_pipe_take_conn(tprpc_pipe *pipe, const tpr_context_backend *entry, void *conn) {
     tpr_pipe_disconnect(&pipe->now, TPRPC_OK);
     pipe->now.entry = entry;
     pipe->now.conn = conn;
     entry->backend->transport->own(conn, &pipe->now.owner);
 }
 
-static void tpr_pipe_timed_out(tprpc_work *work) {
+TPR_COLD static void tpr_pipe_timed_out(tprpc_work *work) {
     tprpc_pipe *pipe = TPR_CONTAINER(work, tprpc_pipe, timer);
     char peer[96];
     pipe->refs++;
@@ -9586,7 +9590,7 @@ static void tpr_pipe_timed_out(tprpc_work *work) {
 
 // ---- listeners
 
-static void tpr_pipe_greeting_end(tpr_pipe_greeting *greeting, tprpc_status cause) {
+TPR_COLD static void tpr_pipe_greeting_end(tpr_pipe_greeting *greeting, tprpc_status cause) {
     tprpc_listener *listener = greeting->listener;
     tpr_timer_cancel(&listener->loop->wheel, &greeting->timer);
     tpr_base_list_remove(&greeting->node);
@@ -9603,7 +9607,7 @@ static void tpr_pipe_listener_unref(tprpc_listener *listener) {
 }
 
 // A pipe that came in was refused or is lost before it was handed over.
-static void tpr_pipe_listener_lost(tprpc_pipe *pipe) {
+TPR_COLD static void tpr_pipe_listener_lost(tprpc_pipe *pipe) {
     tprpc_listener *listener = pipe->listener;
     if (pipe->handed) return;          // it waits to be accepted, and may hold messages
     pipe->listener = NULL;
@@ -9628,7 +9632,7 @@ static void tpr_pipe_listener_match(tprpc_listener *listener) {
     }
 }
 
-static void tpr_pipe_listener_open(tprpc_pipe *pipe) {
+TPR_COLD static void tpr_pipe_listener_open(tprpc_pipe *pipe) {
     tprpc_listener *listener = pipe->listener;
     tpr_base_list_remove(&pipe->listener_node);
     if (listener->user_for) {
@@ -9645,7 +9649,7 @@ static void tpr_pipe_listener_open(tprpc_pipe *pipe) {
 }
 
 // The first frame said hello: from here on it is a pipe, though nobody's yet.
-static void tpr_pipe_greeting_hello(tpr_pipe_greeting *greeting, size_t size) {
+TPR_COLD static void tpr_pipe_greeting_hello(tpr_pipe_greeting *greeting, size_t size) {
     tprpc_listener *listener = greeting->listener;
     tprpc_error error = TPR_ZERO;
     tprpc_pipe *pipe = tpr_pipe_new(listener->ctx, listener->loop, false, listener->ordered, &error);
@@ -9673,7 +9677,7 @@ static void tpr_pipe_greeting_hello(tpr_pipe_greeting *greeting, size_t size) {
 }
 
 // The first frame said that this connection carries a pipe from here on.
-static void tpr_pipe_greeting_move(tpr_pipe_greeting *greeting, size_t size) {
+TPR_COLD static void tpr_pipe_greeting_move(tpr_pipe_greeting *greeting, size_t size) {
     tprpc_listener *listener = greeting->listener;
     const tprpc_transport_table *table = greeting->entry->backend->transport;
     tpr_wire_move move;
@@ -9704,7 +9708,7 @@ static void tpr_pipe_greeting_move(tpr_pipe_greeting *greeting, size_t size) {
     tpr_pipe_greeting_end(greeting, TPRPC_ERROR_LIMIT);
 }
 
-static void tpr_pipe_greeting_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
+TPR_COLD static void tpr_pipe_greeting_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
     tpr_pipe_greeting *greeting = (tpr_pipe_greeting *)(void *)owner;
     const tprpc_transport_table *table = greeting->entry->backend->transport;
     uint32_t want = TPR_WIRE_HEADER;
@@ -9737,11 +9741,11 @@ static void tpr_pipe_greeting_event(tprpc_conn_owner *owner, uint32_t events, co
     if (events & TPRPC_EVENT_LOST) tpr_pipe_greeting_end(greeting, TPRPC_ERROR_PEER);
 }
 
-static void tpr_pipe_greeting_timed_out(tprpc_work *work) {
+TPR_COLD static void tpr_pipe_greeting_timed_out(tprpc_work *work) {
     tpr_pipe_greeting_end(TPR_CONTAINER(work, tpr_pipe_greeting, timer), TPRPC_ERROR_TIMEOUT);
 }
 
-static void tpr_pipe_accepted_conn(tprpc_listen_owner *owner, void *conn) {
+TPR_COLD static void tpr_pipe_accepted_conn(tprpc_listen_owner *owner, void *conn) {
     tpr_pipe_listen *address = (tpr_pipe_listen *)(void *)owner;
     tprpc_listener *listener = address->listener;
     const tprpc_transport_table *table = address->entry->backend->transport;
@@ -9832,6 +9836,7 @@ static const tpr_context_backend *tpr_pipe_address(tprpc_context *ctx, tpr_loop 
     return entry;
 }
 
+TPR_COLD
 static tprpc_status tpr_pipe_listen_on(tprpc_listener *listener, const tpr_context_backend *entry, const char *rest,
                                        bool given, tprpc_error *error) {
     tpr_pipe_listen *address = &listener->addresses[listener->count];
@@ -9877,6 +9882,7 @@ static void tpr_pipe_listen_beside(tprpc_listener *listener) {
 }
 
 // A listener for the public functions, or for an agent (user_for takes each pipe as it opens).
+TPR_COLD
 static tprpc_status tpr_pipe_listen_for(tprpc_context *ctx, const tprpc_listener_desc *desc, tpr_loop *loop,
                                         tpr_pipe_user *(*user_for)(void *, tprpc_pipe *), void *arg,
                                         tprpc_listener **out, tprpc_error *error) {
@@ -9922,7 +9928,7 @@ static tprpc_status tpr_pipe_listen_for(tprpc_context *ctx, const tprpc_listener
 }
 
 // Begins to connect a new pipe to an address, under the lock. On an error the pipe is as before.
-static tprpc_status tpr_pipe_reach(tprpc_pipe *pipe, const tprpc_pipe_desc *desc, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_pipe_reach(tprpc_pipe *pipe, const tprpc_pipe_desc *desc, tprpc_error *error) {
     tpr_loop *loop = pipe->loop;
     const char *rest = NULL;
     const tpr_context_backend *entry = tpr_pipe_address(pipe->ctx, loop, desc->address, desc->insecure, &rest, error);
@@ -13633,6 +13639,7 @@ static bool tpr_agent_url_host(const char *url, char *host, size_t size) {
 }
 
 // The address to bind and publish, as text: the one named, what routes to the store, or loopback. Blocks for names.
+TPR_COLD
 static tprpc_status tpr_agent_find_host(tprpc_agent *agent, const char *store_url, char *out, size_t size,
                                         tprpc_error *error) {
     tpr_os_address address, store;
@@ -13936,7 +13943,7 @@ static tprpc_status tpr_agent_check_desc(const tprpc_agent_desc *desc, tprpc_err
     return TPRPC_OK;
 }
 
-static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agent_desc *desc, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agent_desc *desc, tprpc_error *error) {
     tprpc_context *ctx = agent->ctx;
     tpr_base_memory *memory = &ctx->env.memory;
     uint32_t limit = ctx->limits.pending_calls;
