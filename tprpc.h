@@ -208,8 +208,10 @@
 // it under us; whatever a peer writes, on a socket or in shared memory, is checked before it is used.
 //
 // Addresses other than loopback are refused unless `insecure` is set, which means what it says: no encryption, and who
-// reaches the port may call. A `secret` is UNSUPPORTED until TLS is built in; it is never ignored. The address an agent
-// publishes is the interface that routes to its store, or `address`.
+// reaches the port may call. A `secret` is UNSUPPORTED until TLS is built in; it is never ignored. An agent publishes
+// `address`, or else the interface that routes to its store. A store that has no host (file://, local://, a user's)
+// says nothing of that: then it is loopback, and the group is on one host. With `insecure` on file:// or a user's
+// store, start demands `address`.
 //
 //
 // FORK
@@ -710,7 +712,9 @@ typedef struct tprpc_agent_desc {
     tprpc_store   *store;            // instead of init_method; outlives the agent (default: NULL)
     bool           serve_store;      // a dynamic group's tcp://: this worker serves it; otherwise rank 0 does
                                      // (default: false)
-    const char    *address;          // interface or address to publish (default: what routes to the store)
+    const char    *address;          // interface or address to publish, at most 255 bytes (default: what routes to
+                                     // the store; loopback where the store has no host, which is INVALID with
+                                     // `insecure`, but for local://)
     bool           insecure;         // allow an address other than loopback without a secret (default: false)
     const char    *secret;           // the group's shared secret (default: NULL)
     int32_t        worker_threads;   // for blocking handlers (default: 0, inline)
@@ -13602,7 +13606,8 @@ static bool tpr_agent_url_host(const char *url, char *host, size_t size) {
     return true;
 }
 
-// The address to bind and publish, as text: the one named, what routes to the store, or loopback. Blocks for names.
+// The address to bind and publish, as text: the one named, what routes to the store, or loopback where the store has
+// no host; but an insecure group may be on several, and loopback would be a wrong answer there. Blocks for names.
 static tprpc_status tpr_agent_find_host(tprpc_agent *agent, const char *store_url, char *out, size_t size,
                                         tprpc_error *error) {
     tpr_os_address address, store;
@@ -13621,6 +13626,11 @@ static tprpc_status tpr_agent_find_host(tprpc_agent *agent, const char *store_ur
         why = tpr_os_resolve(host, 1, &store);
         if (why) return tprpc_error_set(error, TPRPC_ERROR_UNREACHABLE, 0, "the store's host %.80s: %s", host, why);
         if (tpr_os_route(&store, &address) != 0) return tpr_base_os_error(error, errno, "finding a route to", host);
+    } else if (agent->insecure &&
+               (tpr_base_starts_with(store_url, "file://") || (agent->store && agent->store->table))) {
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "worker %s is `insecure`, and its store %.80s has no host that tells which interface "
+                               "to publish: give `address`, an interface or address", agent->name, store_url);
     } else {
         why = tpr_os_resolve("127.0.0.1", 0, &address);
         if (why) return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "127.0.0.1: %s", why);
