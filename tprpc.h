@@ -426,7 +426,9 @@ static inline tprpc_status tprpc_context_create(const tprpc_context_desc *desc, 
 // Destroys the context and all it owns: pipes, listeners and stores are closed, what was pending ends with CLOSED,
 // its callbacks run on this thread before this returns, and none runs after. Agents must have been destroyed before.
 // NULL is fine. No other thread may be using the context. INVALID, and nothing done, inside a callback, while an
-// agent of it lives, and in a forked child.
+// agent of it lives, and in a forked child. TIMEOUT when a user's store or backend has not ended what it was given 30 s
+// after it was asked to: the threads have stopped and nothing is freed, for the late end would come to freed memory.
+// Then let it end, and destroy again; nothing else may be done with the context.
 TPRPC_API tprpc_status tprpc_context_destroy(tprpc_context *ctx);
 
 // Moves bytes and runs callbacks.

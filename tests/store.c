@@ -552,6 +552,48 @@ TEST(a_store_of_the_users) {
     CHECK_EQ_INT(t.closed, 1);
 }
 
+/* One whose operations end when they like: `cancel` is ignored. */
+static void deaf_cancel(void *user, tprpc_store_op *op) { (void)user, (void)op; }
+
+/* The destruction's half minute passes at once: while in a hurry, each look at the clock is that much later. */
+static int in_hurry;
+static int64_t hurried_us;
+static int64_t hurried_clock(void *user) {
+    (void)user;
+    return test_now_us() + __atomic_add_fetch(&hurried_us, __atomic_load_n(&in_hurry, __ATOMIC_RELAXED) ? 30000000 : 0,
+                                              __ATOMIC_RELAXED);
+}
+
+TEST(destroyed_again_when_a_store_has_ended) {
+    static const tprpc_store_table table = {sizeof table, toy_submit, deaf_cancel, toy_close};
+    for (int threads = 0; threads < 3; threads++) {
+        tprpc_context_desc context = {.threads = threads, .clock_us = hurried_clock};
+        tprpc_context *ctx = NULL;
+        toy t = {0};
+        tprpc_store_desc desc = {.table = &table, .user = &t};
+        tprpc_store *store = NULL;
+        outcome o = {0};
+        const int fds = test_count_fds();
+        REQUIRE(tprpc_context_create(&context, &ctx, NULL) == TPRPC_OK);
+        REQUIRE(tprpc_store_open(ctx, &desc, &store, NULL) == TPRPC_OK);
+        CHECK_EQ_INT(tprpc_store_get(store, "hang", TPRPC_FOREVER, on_outcome, &o), TPRPC_OK);
+        while (!__atomic_load_n(&t.kept, __ATOMIC_ACQUIRE)) tprpc_poll(ctx, 1000, 0);
+        for (int i = 0; i < 3; i++) {
+            __atomic_store_n(&in_hurry, 1, __ATOMIC_RELAXED);
+            CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_ERROR_TIMEOUT);
+            __atomic_store_n(&in_hurry, 0, __ATOMIC_RELAXED);
+            CHECK_EQ_INT(o.count, 0);
+            CHECK_EQ_INT(t.closed, 0);
+        }
+        tprpc_store_finish(t.kept, TPRPC_OK, "late", 4, NULL);
+        t.kept = NULL;
+        CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+        CHECK_EQ_INT(o.count, 1);
+        CHECK_EQ_INT(t.closed, 1);
+        CHECK_EQ_INT(test_count_fds(), fds);
+    }
+}
+
 /* ---- files ----------------------------------------------------------------------------------------------- */
 
 typedef struct job { const char *url; int count; int who; } job;
