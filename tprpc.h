@@ -568,7 +568,7 @@ TPRPC_API tprpc_status tprpc_pipe_read_descriptor(tprpc_pipe *pipe, tprpc_descri
 //   allocation   `tensors` and `payloads` of the same counts and sizes, `data` set to where the bytes go (device,
 //                stream and index as the memory is). NULL: the library allocates; then `done` shows the memory, valid
 //                until it returns. With NULL and no message described, it reads the next one whole.
-// Errors: INVALID (nothing described, or counts or sizes that differ), MEMORY, and what the pipe failed with. Any
+// Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and what the pipe failed with. Any
 // thread.
 TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *allocation, tprpc_read done, void *user);
 
@@ -2623,8 +2623,9 @@ TPRPC_API tprpc_status tprpc_error_set(tprpc_error *error, tprpc_status status, 
     error->status = status;
     error->os_code = os_code;
     error->user_code = 0;
+    error->text[0] = 0;
     va_start(args, text);
-    vsnprintf(error->text, sizeof error->text, text, args);
+    if (text) vsnprintf(error->text, sizeof error->text, text, args);
     va_end(args);
     return status;
 }
@@ -4122,6 +4123,10 @@ static void tpr_context_stop_threads(tprpc_context *ctx) {
     for (uint32_t i = 0; i < ctx->loop_count; i++) ctx->loops[i].callback_thread = tpr_os_thread_id();
 }
 
+static inline bool tpr_context_can_defer(const tprpc_context *ctx, const tprpc_work *work) {
+    return ctx && work && work->run && work->loop < ctx->loop_count;
+}
+
 // ---- public
 
 TPRPC_API bool tprpc_poll(tprpc_context *ctx, int64_t wait_us, int64_t budget_us) {
@@ -4187,29 +4192,38 @@ TPRPC_API bool tprpc_context_arm(tprpc_context *ctx, int64_t *deadline_us) {
 }
 
 TPRPC_API void tprpc_defer(tprpc_context *ctx, tprpc_work *work) {
-    TPRPC_ASSERT(ctx && work && work->run && work->loop < ctx->loop_count);
+    TPRPC_ASSERT(tpr_context_can_defer(ctx, work));
+    if (!tpr_context_can_defer(ctx, work)) return;
     tpr_loop_defer_from(&ctx->loops[work->loop], work, false);
 }
 
 TPRPC_API void tprpc_defer_at(tprpc_context *ctx, tprpc_work *work, int64_t due_us) {
-    TPRPC_ASSERT(ctx && work && work->run && work->loop < ctx->loop_count);
+    TPRPC_ASSERT(tpr_context_can_defer(ctx, work));
+    if (!tpr_context_can_defer(ctx, work)) return;
     work->due_us = due_us;
     tpr_loop_defer_from(&ctx->loops[work->loop], work, true);
 }
 
 TPRPC_API int64_t tprpc_now_us(tprpc_context *ctx) {
+    TPRPC_ASSERT(ctx);
+    if (!ctx) return 0;
     return ctx->env.clock_us ? ctx->env.clock_us(ctx->env.user) : tpr_os_now_us();
 }
 
 TPRPC_API void *tprpc_alloc(tprpc_context *ctx, size_t size, size_t align, uint32_t tag) {
-    return tpr_base_alloc(&ctx->env.memory, size, align, tag);
+    bool fits = align > 0 && align <= 4096 && !(align & (align - 1));
+    TPRPC_ASSERT(ctx && fits);
+    return ctx && fits ? tpr_base_alloc(&ctx->env.memory, size, align, tag) : NULL;
 }
 
 TPRPC_API void tprpc_free(tprpc_context *ctx, void *ptr, size_t size, uint32_t tag) {
-    tpr_base_free(&ctx->env.memory, ptr, size, tag);
+    TPRPC_ASSERT(ctx);
+    if (ctx) tpr_base_free(&ctx->env.memory, ptr, size, tag);
 }
 
 TPRPC_API void tprpc_log_text(tprpc_context *ctx, int32_t level, const char *section, const char *text) {
+    TPRPC_ASSERT(ctx && level >= TPRPC_LOG_PANIC && section && text);
+    if (!ctx || level < TPRPC_LOG_PANIC || !section || !text) return;
     TPR_LOG(&ctx->env.logger, level, section, "", "%s", text);
 }
 
@@ -6266,7 +6280,8 @@ struct tprpc_link {                  // what a pipe offers to the end of a chann
 
 TPRPC_API tprpc_status tprpc_link_control(tprpc_link *link, const void *bytes, size_t size, const intptr_t *handles,
                                           size_t handle_count) {
-    TPRPC_ASSERT(link && (bytes || !size));
+    TPRPC_ASSERT(link && (bytes || !size) && (handles || !handle_count));
+    if (!link || (!bytes && size) || (!handles && handle_count)) return TPRPC_ERROR_INVALID;
     if (size > 4096 || handle_count > TPR_OS_HANDLES) return TPRPC_ERROR_LIMIT;
     if (handle_count && !link->handles(link)) return TPRPC_ERROR_UNSUPPORTED;
     return link->control(link, bytes, size, handles, handle_count);
@@ -6275,19 +6290,23 @@ TPRPC_API tprpc_status tprpc_link_control(tprpc_link *link, const void *bytes, s
 TPRPC_API tprpc_status tprpc_link_bulk(tprpc_link *link, uint64_t transfer, uint64_t offset, const void *data,
                                        size_t size, tprpc_work *taken) {
     TPRPC_ASSERT(link && taken && taken->run && (data || !size));
+    if (!link || !taken || !taken->run || (!data && size)) return TPRPC_ERROR_INVALID;
     return link->bulk(link, transfer, offset, data, size, taken);
 }
 
 TPRPC_API void tprpc_transfer_done(tprpc_transfer *transfer, tprpc_status status, const tprpc_error *error) {
     tpr_channel_transfer *self = (tpr_channel_transfer *)(void *)transfer;
-    void (*done)(tpr_channel_transfer *, tprpc_status, const tprpc_error *) = self->done;
-    TPRPC_ASSERT(done);   // ended twice
+    void (*done)(tpr_channel_transfer *, tprpc_status, const tprpc_error *) = self ? self->done : NULL;
+    TPRPC_ASSERT(done);   // none, or ended twice
     if (!done) return;
     self->done = NULL;
     done(self, status, error);
 }
 
-TPRPC_API bool tprpc_link_handles(tprpc_link *link) { return link->handles(link); }
+TPRPC_API bool tprpc_link_handles(tprpc_link *link) {
+    TPRPC_ASSERT(link);
+    return link && link->handles(link);
+}
 
 // >>basic -------------------------------------------------------------------------------------------------------------
 // The channel that always works: host memory through the pipe's own connection, in chunks. The receiver says when it
@@ -7080,7 +7099,7 @@ static tprpc_status tpr_backends_all_in(tprpc_context *ctx, const tprpc_context_
     tprpc_status status = TPRPC_OK;
     bool transport = false;
     for (size_t i = 0; i < desc->backend_count && status == TPRPC_OK; i++)
-        status = tpr_backends_add(ctx, desc->backends[i], error);
+        status = tpr_backends_add(ctx, desc->backends ? desc->backends[i] : NULL, error);
     for (size_t i = 0; i < TPR_COUNT(tpr_backends_all) && status == TPRPC_OK; i++)
         status = tpr_backends_add(ctx, tpr_backends_all[i], error);
     if (status == TPRPC_OK) status = tpr_backends_apply(ctx, desc->transports, false, error);
@@ -9994,11 +10013,17 @@ static tprpc_status tpr_pipe_begin_read(tprpc_pipe *pipe, tpr_pipe_op *op, const
     if (!in && allocation) return TPRPC_ERROR_INVALID;
     if (in && allocation) {
         bool same = allocation->tensor_count == in->message.tensor_count &&
-                    allocation->payload_count == in->message.payload_count;
-        for (size_t i = 0; same && i < allocation->tensor_count; i++)
-            same = allocation->tensors[i].size == in->tensors[i].size;
-        for (size_t i = 0; same && i < allocation->payload_count; i++)
-            same = allocation->payloads[i].size == in->payloads[i].size;
+                    allocation->payload_count == in->message.payload_count &&
+                    (allocation->tensors || !allocation->tensor_count) &&
+                    (allocation->payloads || !allocation->payload_count);
+        for (size_t i = 0; same && i < allocation->tensor_count; i++) {
+            const tprpc_tensor *t = &allocation->tensors[i];
+            same = t->size == in->tensors[i].size && (t->data || !t->size);
+        }
+        for (size_t i = 0; same && i < allocation->payload_count; i++) {
+            const tprpc_payload *p = &allocation->payloads[i];
+            same = p->size == in->payloads[i].size && (p->data || !p->size);
+        }
         if (!same) return TPRPC_ERROR_INVALID;
     }
     if (!in && pipe->state == TPR_PIPE_ENDED && !tpr_pipe_arrived(pipe, false)) return pipe->status;
@@ -10047,7 +10072,7 @@ TPRPC_API tprpc_status tprpc_accept(tprpc_listener *listener, tprpc_accepted don
 
 TPRPC_API const char *tprpc_listener_address(tprpc_listener *listener, const char *transport) {
     TPRPC_ASSERT(listener);
-    for (uint32_t i = 0; i < listener->count; i++) {
+    for (uint32_t i = 0; listener && i < listener->count; i++) {
         const tpr_pipe_listen *address = &listener->addresses[i];
         if (address->given && (!transport || strcmp(address->entry->backend->name, transport) == 0))
             return address->address;
@@ -14536,6 +14561,7 @@ TPRPC_API tprpc_status tprpc_future_wait_all(const tprpc_future *futures, size_t
     tprpc_status first = TPRPC_OK;
     TPRPC_ASSERT(futures || !count);
     if (!count) return TPRPC_OK;
+    if (!futures) return TPRPC_ERROR_INVALID;
     tpr_loop *loop = tpr_agent_loop_of(futures[0].owner, futures[0].id);
     if (!loop) return TPRPC_ERROR_INVALID;
     int64_t deadline = timeout_ms == TPRPC_FOREVER ? INT64_MAX
@@ -14701,7 +14727,8 @@ static void tpr_report_info(tpr_report *report, const tprpc_pipe_info *info) {
 TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_t size) {
     tpr_report report = {out, size, 0};
     TPRPC_ASSERT(info && (out || !size));
-    if (size) out[0] = 0;
+    if (!out) report.size = 0;
+    else if (size) out[0] = 0;
     if (info) tpr_report_info(&report, info);
     return report.used;
 }
@@ -14710,7 +14737,8 @@ TPRPC_API size_t tprpc_agent_report(tprpc_agent *agent, char *out, size_t size) 
     tpr_report report = {out, size, 0};
     tprpc_stats stats;
     TPRPC_ASSERT(agent && (out || !size));
-    if (size) out[0] = 0;
+    if (!out) report.size = 0;
+    else if (size) out[0] = 0;
     if (tprpc_agent_get_stats(agent, &stats, sizeof stats) != TPRPC_OK) return 0;
     tpr_report_line(&report, "%s: %llu calls (%llu active, %llu failed, %llu timed out), %llu requests (%llu active), "
                     "%llu bytes of memory\n", agent->name, (unsigned long long)stats.calls,
