@@ -144,8 +144,8 @@
 // tprpc_context_desc.transports and .channels say which pipes may use, in order of preference ("shm,tcp"); a store on
 // tcp:// works all the same. Backends of your own are tables of functions, given in .backends: see the public part.
 //
-// Small messages travel inline, in frames; a call or reply of up to 64 bytes takes a shorter path yet. Bulk moves in
-// chunks between which small messages pass.
+// Small messages travel inline, in frames; one of up to 256 bytes of metadata, without tensors and payloads, takes a
+// shorter path yet, as calls and replies do. Bulk moves in chunks between which small messages pass.
 //
 //
 // STORES
