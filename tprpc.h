@@ -273,8 +273,12 @@
 //   a store's operation, and to reach its server      tprpc_store_desc.timeout_ms           60 s
 //   a silent TCP peer is dead after                   -                                     30 s
 //   names of workers and methods, in bytes            -                                     1 to 128
+//   where an agent finds its group, in bytes          init_method, address                  255 each
+//   threads of an agent for blocking handlers         tprpc_agent_desc.worker_threads       1,024
+//   what tprpc_fail says, in bytes                    -                                     199
 //   keys of a store, in bytes                         -                                     1 to 255
 //   values of a store, in bytes                       -                                     65,536
+//   gets of one store client that wait                -                                     4,096
 //   workers of a static group                         tprpc_agent_desc.world_size           1,048,576
 //   addresses of a listener                           tprpc_listener_desc.addresses         16
 //   a name after shm://, in bytes                     -                                     100
@@ -283,12 +287,16 @@
 //   name of a backend, in bytes                       -                                     1 to 15
 //   read of a peer before it is known                 -                                     4 KiB
 //   host buffers that travel within the message       -                                     8 KiB each, 32 KiB in all
+//   metadata of a message on the short path           -                                     256
 //   a channel's own bytes within a message            max_descriptor                        4 KiB
 //   a channel's control message, and its handles      tprpc_link_control                    4 KiB, 8
+//   handles of an shm connection that are under way   -                                     32
 //   frames sent and not consumed by the peer          -                                     1 MiB
 //   a chunk of bulk                                   -                                     256 KiB, at most 1 MiB
 //   a ring of shm, each way                           -                                     256 KiB
 //   an error's sentence, in bytes                     tprpc_error.text                      243
+//   backends that a pipe's info shows                 tprpc_pipe_info.paths                 16
+//   lines of the log until they are written           tprpc_context_desc.log                64, of 199 bytes each
 
 #ifndef TPRPC_H
 #define TPRPC_H
