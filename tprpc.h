@@ -598,7 +598,8 @@ typedef struct tprpc_pipe_info {
     uint64_t bytes_sent, bytes_received;           // on the wire of the transport, frames included
     uint64_t tensor_bytes_sent, tensor_bytes_received;   // of tensors and payloads, whatever moved them
     uint64_t messages_sent, messages_received;
-    uint32_t path_count;             // of `paths`, every backend known to this end
+    uint32_t path_count;             // of `paths`: the transports and channels known to this end, or the first 16; the
+                                     // chosen ones are named above in any case
     uint32_t reserved;
     tprpc_path paths[16];
 } tprpc_pipe_info;
