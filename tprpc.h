@@ -990,7 +990,8 @@ typedef struct tprpc_transport_table {
     bool         (*public_address)(void *instance, const char *address);
 
     // connect may block for a name's look-up alone. lane 0 carries control and small messages; further lanes bulk, so
-    // that a network can tell them apart. It ends in one OPEN or one LOST event, unless closed before.
+    // that a network can tell them apart. In this version there is lane 0 alone, which carries all. It ends in one
+    // OPEN or one LOST event, unless closed before.
     tprpc_status (*connect)(void *instance, const char *address, uint32_t lane, tprpc_conn_owner *owner, void **conn,
                             tprpc_error *error);
     void         (*own)(void *conn, tprpc_conn_owner *owner);
