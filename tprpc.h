@@ -370,11 +370,11 @@ TPRPC_API const char *tprpc_status_name(tprpc_status status);
 typedef struct tprpc_context tprpc_context;
 
 typedef struct tprpc_allocator {
-    void *(*alloc)(size_t size, size_t align, uint32_t tag, void *user);   // NULL: no memory. tag: four letters of the
-                                                                           // section that asks (default: malloc)
-    void  (*free)(void *ptr, size_t size, uint32_t tag, void *user);       // size and tag as given to alloc (default:
-                                                                           // free)
-    void  *user;                                                           // (default: NULL)
+    // NULL: no memory. tag: four letters of the section that asks (default: malloc)
+    void *(*alloc)(size_t size, size_t align, uint32_t tag, void *user);
+    // size and tag as given to alloc (default: free)
+    void  (*free)(void *ptr, size_t size, uint32_t tag, void *user);
+    void  *user;                     // (default: NULL)
 } tprpc_allocator;
 
 enum { TPRPC_LOG_PANIC = 0, TPRPC_LOG_ERROR = 1, TPRPC_LOG_WARNING = 2, TPRPC_LOG_INFO = 3, TPRPC_LOG_DEBUG = 4 };
@@ -397,8 +397,8 @@ typedef struct tprpc_limits {        // 0: the default, which the manual's table
 } tprpc_limits;
 
 typedef struct tprpc_context_desc {
-    const struct tprpc_backend *const *backends;   // the user's own and tprpc_cuda_backends(): outlive the context
-                                                   // (default: NULL)
+    // The user's own and tprpc_cuda_backends(): outlive the context (default: NULL)
+    const struct tprpc_backend *const *backends;
     size_t          backend_count;   // (default: 0)
     int32_t         threads;         // I/O threads the library starts (default: 0, polled)
     int64_t         spin_us;         // how long a wait spins before it sleeps; TPRPC_NOW: not at all (default: 50)
@@ -522,9 +522,8 @@ typedef void (*tprpc_described)(tprpc_status status, const tprpc_message *descri
 typedef void (*tprpc_read)(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user);
 
 typedef struct tprpc_listener_desc {
-    const char *const *addresses;    // "tcp://127.0.0.1:0", "tcp://[::1]:7000", "shm://", "shm://name"; port 0, no
-                                     // name:
-                                     // one is chosen (default: none, which is INVALID)
+    const char *const *addresses;    // "tcp://127.0.0.1:0", "tcp://[::1]:7000", "shm://", "shm://name"; with port 0 or
+                                     // no name one is chosen (default: none, which is INVALID)
     size_t address_count;            // (default: none, which is INVALID)
     bool ordered;                    // for accepted pipes: callbacks in order of issue (default: false)
     bool insecure;                   // allow an address other than loopback (default: false)
@@ -545,8 +544,8 @@ TPRPC_API tprpc_status tprpc_listen(tprpc_context *ctx, const tprpc_listener_des
                                     tprpc_error *error);
 
 // Asks for one incoming pipe; `done` runs once with it, or with an error (CLOSED when the listener is closed first).
-// The pipe belongs to the callee, who closes it. Connections wait, within limits.handshakes, until asked for. Any
-// thread.
+// The pipe belongs to the callee, who closes it. Connections wait, within limits.handshakes, until asked for.
+// Any thread.
 TPRPC_API tprpc_status tprpc_accept(tprpc_listener *listener, tprpc_accepted done, void *user);
 
 // The address a peer connects to, with the port or name that was chosen. transport: "tcp", "shm", or NULL for the
@@ -576,8 +575,8 @@ TPRPC_API tprpc_status tprpc_pipe_read_descriptor(tprpc_pipe *pipe, tprpc_descri
 //   allocation   `tensors` and `payloads` of the same counts and sizes, `data` set to where the bytes go (device,
 //                stream and index as the memory is). NULL: the library allocates; then `done` shows the memory, valid
 //                until it returns. With NULL and no message described, it reads the next one whole.
-// Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and what the pipe failed with. Any
-// thread.
+// Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and what the pipe failed with.
+// Any thread.
 TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *allocation, tprpc_read done, void *user);
 
 // Closes this end: what is pending ends with CLOSED, the peer's with PEER. Asynchronous, legal anywhere, also in the
@@ -649,19 +648,19 @@ typedef struct tprpc_store_desc {
 TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
                                         tprpc_error *error);
 
-// Closes it; what is pending ends with CLOSED. NULL is fine. The pointer is not valid after it. No agent may be using
-// it.
+// Closes it, which no agent may be using; what is pending ends with CLOSED. NULL is fine. The pointer is not valid
+// after it.
 TPRPC_API void tprpc_store_close(tprpc_store *store);
 
 // The five below each begin an operation and return; `done` (NULL allowed) runs on the callback thread with the
-// outcome. key: 1 to 255 bytes of UTF-8; value: at most 65,536 bytes, copied. Any thread. Errors: INVALID, LIMIT,
-// MEMORY, CLOSED.
+// outcome. key: 1 to 255 bytes of UTF-8; value: at most 65,536 bytes, copied. Any thread.
+// Errors: INVALID, LIMIT, MEMORY, CLOSED.
 
 // Stores `size` bytes of `value` under the key. Shows nothing.
 TPRPC_API tprpc_status tprpc_store_set(tprpc_store *store, const char *key, const void *value, size_t size,
                                        tprpc_store_done done, void *user);
-// Waits until the key exists, at most timeout_ms (0 and TPRPC_NOW: does not wait), and shows its value. TIMEOUT names
-// it.
+// Waits until the key exists, at most timeout_ms (0 and TPRPC_NOW: does not wait), and shows its value.
+// TIMEOUT names the key.
 TPRPC_API tprpc_status tprpc_store_get(tprpc_store *store, const char *key, int64_t timeout_ms, tprpc_store_done done,
                                        void *user);
 // Adds delta to the decimal number under the key (absent: 0) and shows the sum as an int64_t. INVALID when it is none.
@@ -690,9 +689,8 @@ TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const
 
 typedef struct tprpc_agent tprpc_agent;
 typedef struct tprpc_future  { void *owner; uint64_t id; } tprpc_future;    // values; id 0: none. Stale use is INVALID
-typedef struct tprpc_request { void *owner; uint64_t id; } tprpc_request;   // until tprpc_agent_destroy returns; no
-                                                                            // thread
-                                                                            // may use one after that
+typedef struct tprpc_request { void *owner; uint64_t id; } tprpc_request;   // likewise; no thread may use one after
+                                                                            // tprpc_agent_destroy has returned
 typedef struct tprpc_stream { tprpc_device device; void *stream; } tprpc_stream;
 typedef struct tprpc_method_id { uint32_t worker, method; } tprpc_method_id;   // resolved once; the wire carries ids
 
@@ -718,11 +716,10 @@ typedef struct tprpc_agent_desc {
     const char    *name;             // unique in the group, 1 to 128 bytes of UTF-8 (default: none, which is INVALID)
     const char    *init_method;      // "tcp://host:port", "file://path", "env://" (default: none; then store is set)
     int32_t        rank, world_size; // world_size 0: what init_method gives (env://: WORLD_SIZE); where it gives none,
-                                     // a
-                                     // dynamic group. rank is read only when world_size is not 0 (default: 0, 0)
+                                     // a dynamic group. rank is read only when world_size is not 0 (default: 0, 0)
     tprpc_store   *store;            // instead of init_method; outlives the agent (default: NULL)
-    bool           serve_store;      // a dynamic group's tcp://: this worker serves it; otherwise rank 0 does
-                                     // (default: false)
+    bool           serve_store;      // a dynamic group's tcp://: this worker serves it; a static group's is served by
+                                     // rank 0 (default: false)
     const char    *address;          // interface or address to publish, at most 255 bytes (default: what routes to
                                      // the store; loopback where the store has no host, which is INVALID with
                                      // `insecure`, but for local://)
@@ -877,8 +874,8 @@ TPRPC_API void        *tprpc_request_stream(tprpc_request request, tprpc_device 
 // ---- reports --------------------------------------------------------------------------------------------------------
 
 // Writes what a person reads: the agent's counts, and each peer with its transport, channel, bytes and why not
-// another, a line each; at most `size` bytes with the final 0. Returns the bytes of a whole report, without it. Any
-// thread.
+// another, a line each; at most `size` bytes with the final 0. Returns the bytes of a whole report, without it.
+// Any thread.
 TPRPC_API size_t tprpc_agent_report(tprpc_agent *agent, char *out, size_t size);
 // The same for one pipe's info.
 TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_t size);
@@ -939,8 +936,8 @@ typedef struct tprpc_span { void *data; size_t size; } tprpc_span;          // o
 enum { TPRPC_EVENT_OPEN = 1,         // a connection begun by connect is established
        TPRPC_EVENT_RECV = 2,         // bytes, or handles, have come; may be repeated until they are consumed
        TPRPC_EVENT_SEND = 4,         // there is room again after send took less than offered
-       TPRPC_EVENT_LOST = 8 };       // the connection is over; bytes received before may still be consumed; error says
-                                     // why
+       TPRPC_EVENT_LOST = 8 };       // the connection is over, error says why; bytes received before may still be
+                                     // consumed
 
 // Who owns a connection. The transport calls event from progress or deferred work, never from inside a function of the
 // same connection; the owner may call any function of the connection in it, close included.
@@ -953,12 +950,12 @@ typedef struct tprpc_listen_owner {
     void (*accepted)(struct tprpc_listen_owner *owner, void *conn);
 } tprpc_listen_owner;
 
-enum { TPRPC_TRANSPORT_HANDLES = 1,  // passes descriptors
-       TPRPC_TRANSPORT_SAME_HOST = 2,   // never leaves this host: the peer's user was checked by the transport
+enum { TPRPC_TRANSPORT_HANDLES = 1,      // passes descriptors
+       TPRPC_TRANSPORT_SAME_HOST = 2,    // never leaves this host: the peer's user was checked by the transport
        TPRPC_TRANSPORT_LOCAL_COPY = 4,   // the ends share memory: a byte moved is a byte copied by a CPU
-       TPRPC_TRANSPORT_HOST_PORT = 8,   // its addresses are "host:port"; an agent listens on the group's interface,
-                                        // port 0
-       TPRPC_TRANSPORT_REPEATS = 16 };  // every progress says RECV again until all bytes are consumed
+       TPRPC_TRANSPORT_HOST_PORT = 8,    // its addresses are "host:port"; an agent listens on port 0 of the group's
+                                         // interface
+       TPRPC_TRANSPORT_REPEATS = 16 };   // every progress says RECV again until all bytes are consumed
 
 typedef struct tprpc_transport_table {
     uint32_t size;                   // sizeof *this
@@ -1052,8 +1049,7 @@ typedef struct tprpc_channel_table {
     bool         (*progress)(void *instance);    // these three may be NULL when it never has work of its own
     bool         (*arm)(void *instance, int64_t *deadline_us);
     intptr_t     (*handle)(void *instance);
-    bool         (*moves)(void *instance, tprpc_device from, tprpc_device to);   // from a sender's to a receiver's
-                                                                                 // device
+    bool         (*moves)(void *instance, tprpc_device from, tprpc_device to);   // sender's device to receiver's
 
     // One end on one pipe. attach is called at both ends once the pipe is agreed; detach after the last transfer ended.
     tprpc_status (*attach)(void *instance, tprpc_link *link, void **end, tprpc_error *error);
