@@ -223,7 +223,8 @@
 // HOOKS
 //
 // In tprpc_context_desc: allocator (tag: which section asks), log (silent without), submit (the engine's jobs),
-// thread_begin and thread_end, clock_us. They must not call tprpc, but for what submit runs. Macros are compiled in:
+// thread_begin and thread_end, clock_us. They must not call tprpc, but for what submit runs. Log lines are kept until
+// no lock is held: of a burst the first 64 come, then one that tells how many were dropped. Macros are compiled in:
 //
 //   TPRPC_ASSERT(condition)               misuse (default: assert, nothing with NDEBUG)
 //   TPRPC_LOG_LEVEL                       levels above it are compiled out: 0 panic, 1 error, 2 warning, 3 info,
@@ -2345,6 +2346,18 @@ static void tpr_base_log_put(tpr_base_logger *logger, int32_t level, const char 
     do { if ((level) <= TPRPC_LOG_LEVEL) tpr_base_log_put((logger), (level), (section), (peer), __FILE__, __LINE__, \
                                                           __VA_ARGS__); } while (0)
 
+// The line that stands for those that found no room.
+static void tpr_base_log_lost(tpr_base_log_line *line, uint32_t count) {
+    static const char format[] = "%u lines were dropped: more than %d came before the log was written";
+    memset(line, 0, sizeof *line);
+    line->level = TPRPC_LOG_WARNING;
+    line->line = __LINE__;
+    line->id = (uint32_t)tpr_base_hash(format, strlen(format));
+    line->file = __FILE__;
+    memcpy(line->section, "log", sizeof "log");
+    snprintf(line->text, sizeof line->text, format, (unsigned)count, (int)TPR_BASE_LOG_LINES);
+}
+
 // Hands lines to the user's log. No lock of ours may be held.
 static void tpr_base_log_flush(tpr_base_logger *logger) {
     if (TPR_LIKELY(TPR_ATOMIC_LOAD(&logger->head) == TPR_ATOMIC_PEEK(&logger->tail)) || !logger->log) return;
@@ -2353,12 +2366,16 @@ static void tpr_base_log_flush(tpr_base_logger *logger) {
         tprpc_log entry;
         tpr_os_lock_take(&logger->lock);
         bool any = logger->head != logger->tail;
+        uint32_t dropped = any ? 0 : logger->dropped;
         if (any) {
             line = logger->lines[logger->tail % TPR_BASE_LOG_LINES];
             TPR_ATOMIC_POKE(&logger->tail, logger->tail + 1);
+        } else {
+            logger->dropped = 0;
         }
         tpr_os_lock_give(&logger->lock);
-        if (!any) return;
+        if (!any && (!dropped || TPRPC_LOG_LEVEL < TPRPC_LOG_WARNING)) return;
+        if (!any) tpr_base_log_lost(&line, dropped);
         entry.level = line.level;
         entry.id = line.id;
         entry.section = line.section;
