@@ -241,6 +241,7 @@
 //   TPRPC_IMPLEMENTATION    the implementation, in one file of the program
 //   TPRPC_STATIC            all functions are static: where the implementation is, is where it is used. In all files
 //   TPRPC_DLL               functions are exported from a shared library. In all files
+//   TPRPC_API               what stands before each public function, instead of what these two choose. In all files
 //   TPRPC_NO_TCP            without tcp, and without tcp:// and env:// stores
 //   TPRPC_NO_SHM            without shm
 //   TPRPC_NO_XTH            without xth
