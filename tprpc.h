@@ -152,7 +152,9 @@
 //
 //   tcp://host:port    rank 0 (or who sets serve) serves it, the others are its clients
 //   file://path        a file that all can write; changes are made under a file lock
-//   env://             tcp:// of MASTER_ADDR and MASTER_PORT, with RANK and WORLD_SIZE, as torchrun and others set them
+//   env://             tcp:// of MASTER_ADDR and MASTER_PORT, with RANK and WORLD_SIZE, as torchrun and others set
+//                      them. Where torchrun's own store is at MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE is True), rank
+//                      0 cannot serve there: give all workers another MASTER_PORT
 //   local://           in the memory of this process; hand its pointer to other contexts
 //
 // A store of your own is a table of three functions. Operations are asynchronous, with a done callback;
@@ -11551,6 +11553,17 @@ static tprpc_status tpr_store_env(int32_t *rank, int32_t *world_size, char *url,
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "env://: MASTER_ADDR is longer than a host's name");
 }
 
+// What to do when rank 0 cannot listen on MASTER_PORT because a launcher's own store does, whose protocol is another.
+static void tpr_store_env_taken(tprpc_error *error) {
+    const char *own = tpr_os_env("TORCHELASTIC_USE_AGENT_STORE");
+    tprpc_error before;
+    if (!error || error->os_code != EADDRINUSE || !own || strcmp(own, "True") != 0) return;
+    before = *error;
+    tprpc_error_set(error, before.status, before.os_code,
+                    "%.110s: torchrun serves a store of its own there; give all workers another MASTER_PORT, or a "
+                    "tcp:// with a free port instead of env://", before.text);
+}
+
 // ---- opening and closing
 
 static void tpr_store_free(tprpc_store *store) {
@@ -11842,6 +11855,7 @@ TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_de
     if (!store) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the store %.100s", name);
     status = tpr_store_open_kind(store, desc, desc->serve || rank == 0, error);
     if (status != TPRPC_OK) {
+        if (rank >= 0) tpr_store_env_taken(error);
         tpr_store_free(store);
         return status;
     }
@@ -13757,6 +13771,7 @@ static tprpc_status tpr_agent_prepare(tprpc_agent *agent, tprpc_error *error) {
     desc.insecure = agent->insecure;
     desc.timeout_ms = agent->start_timeout_ms;
     status = tprpc_store_open(agent->ctx, &desc, &agent->store, error);
+    if (status != TPRPC_OK && strcmp(agent->init_method, "env://") == 0) tpr_store_env_taken(error);
     agent->own_store = status == TPRPC_OK;
     return status;
 }

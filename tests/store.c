@@ -1156,6 +1156,43 @@ TEST(env_store_names_what_is_wrong) {
     CHECK_EQ_INT(try_open("env://", &error), TPRPC_OK);
 }
 
+/* torchrun may serve a store of its own at MASTER_PORT: rank 0, which cannot, says what to do, here and as an agent. */
+TEST(env_store_where_torchrun_serves) {
+    tprpc_error error;
+    char port[16];
+    struct sockaddr_in in;
+    socklen_t size = sizeof in;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    memset(&in, 0, sizeof in);
+    in.sin_family = AF_INET;
+    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    REQUIRE(bind(fd, (struct sockaddr *)&in, size) == 0 && listen(fd, 8) == 0);
+    REQUIRE(getsockname(fd, (struct sockaddr *)&in, &size) == 0);
+    snprintf(port, sizeof port, "%d", ntohs(in.sin_port));
+    setenv("MASTER_ADDR", "127.0.0.1", 1);
+    setenv("MASTER_PORT", port, 1);
+    setenv("WORLD_SIZE", "2", 1);
+    setenv("RANK", "0", 1);
+    for (int own = 0; own < 3; own++) {
+        tprpc_agent_desc desc = {.name = "ann", .init_method = "env://"};
+        tprpc_agent *agent = NULL;
+        if (own) setenv("TORCHELASTIC_USE_AGENT_STORE", own == 2 ? "True" : "False", 1);
+        else unsetenv("TORCHELASTIC_USE_AGENT_STORE");
+        for (int i = 0; i < 2; i++) {
+            memset(&error, 0, sizeof error);
+            if (i) REQUIRE(tprpc_agent_create(&desc, &agent, NULL) == TPRPC_OK);
+            CHECK_EQ_INT(i ? tprpc_agent_start(agent, NULL, NULL, &error) : try_open("env://", &error),
+                         TPRPC_ERROR_UNREACHABLE);
+            CHECK_CONTAINS(error.text, port);
+            CHECK_EQ_INT(error.os_code, EADDRINUSE);
+            CHECK_EQ_INT(strstr(error.text, "give all workers another MASTER_PORT") != NULL, own == 2);
+        }
+        CHECK_EQ_INT(tprpc_agent_destroy(agent), TPRPC_OK);
+    }
+    fprintf(stderr, "%s\n", error.text);
+    close(fd);
+}
+
 static void run_rank(void *arg) {
     setenv("RANK", (const char *)arg, 1);
     tprpc_context *ctx = new_context(0);
