@@ -144,15 +144,17 @@
 // tprpc_context_desc.transports and .channels say which pipes may use, in order of preference ("shm,tcp"); a store on
 // tcp:// works all the same. Backends of your own are tables of functions, given in .backends: see the public part.
 //
-// Small messages travel inline, in frames; a call or reply of up to 64 bytes takes a shorter path yet. Bulk moves in
-// chunks between which small messages pass.
+// Small messages travel inline, in frames; one of up to 256 bytes of metadata, without tensors and payloads, takes a
+// shorter path yet, as calls and replies do. Bulk moves in chunks between which small messages pass.
 //
 //
 // STORES
 //
 //   tcp://host:port    rank 0 (or who sets serve) serves it, the others are its clients
 //   file://path        a file that all can write; changes are made under a file lock
-//   env://             tcp:// of MASTER_ADDR and MASTER_PORT, with RANK and WORLD_SIZE, as torchrun and others set them
+//   env://             tcp:// of MASTER_ADDR and MASTER_PORT, with RANK and WORLD_SIZE, as torchrun and others set
+//                      them. Where torchrun's own store is at MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE is True), rank
+//                      0 cannot serve there: give all workers another MASTER_PORT
 //   local://           in the memory of this process; hand its pointer to other contexts
 //
 // A store of your own is a table of three functions. Operations are asynchronous, with a done callback;
@@ -208,8 +210,10 @@
 // it under us; whatever a peer writes, on a socket or in shared memory, is checked before it is used.
 //
 // Addresses other than loopback are refused unless `insecure` is set, which means what it says: no encryption, and who
-// reaches the port may call. A `secret` is UNSUPPORTED until TLS is built in; it is never ignored. The address an agent
-// publishes is the interface that routes to its store, or `address`.
+// reaches the port may call. A `secret` is UNSUPPORTED until TLS is built in; it is never ignored. An agent publishes
+// `address`, or else the interface that routes to its store. A store that has no host (file://, local://, a user's)
+// says nothing of that: then it is loopback, and the group is on one host. With `insecure` on file:// or a user's
+// store, start demands `address`.
 //
 //
 // FORK
@@ -221,7 +225,8 @@
 // HOOKS
 //
 // In tprpc_context_desc: allocator (tag: which section asks), log (silent without), submit (the engine's jobs),
-// thread_begin and thread_end, clock_us. They must not call tprpc, but for what submit runs. Macros are compiled in:
+// thread_begin and thread_end, clock_us. They must not call tprpc, but for what submit runs. Log lines are kept until
+// no lock is held: of a burst the first 64 come, then one that tells how many were dropped. Macros are compiled in:
 //
 //   TPRPC_ASSERT(condition)               misuse (default: assert, nothing with NDEBUG)
 //   TPRPC_LOG_LEVEL                       levels above it are compiled out: 0 panic, 1 error, 2 warning, 3 info,
@@ -238,6 +243,7 @@
 //   TPRPC_IMPLEMENTATION    the implementation, in one file of the program
 //   TPRPC_STATIC            all functions are static: where the implementation is, is where it is used. In all files
 //   TPRPC_DLL               functions are exported from a shared library. In all files
+//   TPRPC_API               what stands before each public function, instead of what these two choose. In all files
 //   TPRPC_NO_TCP            without tcp, and without tcp:// and env:// stores
 //   TPRPC_NO_SHM            without shm
 //   TPRPC_NO_XTH            without xth
@@ -271,8 +277,12 @@
 //   a store's operation, and to reach its server      tprpc_store_desc.timeout_ms           60 s
 //   a silent TCP peer is dead after                   -                                     30 s
 //   names of workers and methods, in bytes            -                                     1 to 128
+//   where an agent finds its group, in bytes          init_method, address                  255 each
+//   threads of an agent for blocking handlers         tprpc_agent_desc.worker_threads       1,024
+//   what tprpc_fail says, in bytes                    -                                     199
 //   keys of a store, in bytes                         -                                     1 to 255
 //   values of a store, in bytes                       -                                     65,536
+//   gets of one store client that wait                -                                     4,096
 //   workers of a static group                         tprpc_agent_desc.world_size           1,048,576
 //   addresses of a listener                           tprpc_listener_desc.addresses         16
 //   a name after shm://, in bytes                     -                                     100
@@ -281,12 +291,16 @@
 //   name of a backend, in bytes                       -                                     1 to 15
 //   read of a peer before it is known                 -                                     4 KiB
 //   host buffers that travel within the message       -                                     8 KiB each, 32 KiB in all
+//   metadata of a message on the short path           -                                     256
 //   a channel's own bytes within a message            max_descriptor                        4 KiB
 //   a channel's control message, and its handles      tprpc_link_control                    4 KiB, 8
+//   handles of an shm connection that are under way   -                                     32
 //   frames sent and not consumed by the peer          -                                     1 MiB
 //   a chunk of bulk                                   -                                     256 KiB, at most 1 MiB
 //   a ring of shm, each way                           -                                     256 KiB
 //   an error's sentence, in bytes                     tprpc_error.text                      243
+//   backends that a pipe's info shows                 tprpc_pipe_info.paths                 16
+//   lines of the log until they are written           tprpc_context_desc.log                64, of 199 bytes each
 
 #ifndef TPRPC_H
 #define TPRPC_H
@@ -360,11 +374,11 @@ TPRPC_API const char *tprpc_status_name(tprpc_status status);
 typedef struct tprpc_context tprpc_context;
 
 typedef struct tprpc_allocator {
-    void *(*alloc)(size_t size, size_t align, uint32_t tag, void *user);   // NULL: no memory. tag: four letters of the
-                                                                           // section that asks (default: malloc)
-    void  (*free)(void *ptr, size_t size, uint32_t tag, void *user);       // size and tag as given to alloc (default:
-                                                                           // free)
-    void  *user;                                                           // (default: NULL)
+    // NULL: no memory. tag: four letters of the section that asks (default: malloc)
+    void *(*alloc)(size_t size, size_t align, uint32_t tag, void *user);
+    // size and tag as given to alloc (default: free)
+    void  (*free)(void *ptr, size_t size, uint32_t tag, void *user);
+    void  *user;                     // (default: NULL)
 } tprpc_allocator;
 
 enum { TPRPC_LOG_PANIC = 0, TPRPC_LOG_ERROR = 1, TPRPC_LOG_WARNING = 2, TPRPC_LOG_INFO = 3, TPRPC_LOG_DEBUG = 4 };
@@ -387,8 +401,8 @@ typedef struct tprpc_limits {        // 0: the default, which the manual's table
 } tprpc_limits;
 
 typedef struct tprpc_context_desc {
-    const struct tprpc_backend *const *backends;   // the user's own and tprpc_cuda_backends(): outlive the context
-                                                   // (default: NULL)
+    // The user's own and tprpc_cuda_backends(): outlive the context (default: NULL)
+    const struct tprpc_backend *const *backends;
     size_t          backend_count;   // (default: 0)
     int32_t         threads;         // I/O threads the library starts (default: 0, polled)
     int64_t         spin_us;         // how long a wait spins before it sleeps; TPRPC_NOW: not at all (default: 50)
@@ -424,7 +438,9 @@ static inline tprpc_status tprpc_context_create(const tprpc_context_desc *desc, 
 // Destroys the context and all it owns: pipes, listeners and stores are closed, what was pending ends with CLOSED,
 // its callbacks run on this thread before this returns, and none runs after. Agents must have been destroyed before.
 // NULL is fine. No other thread may be using the context. INVALID, and nothing done, inside a callback, while an
-// agent of it lives, and in a forked child.
+// agent of it lives, and in a forked child. TIMEOUT when a user's store or backend has not ended what it was given 30 s
+// after it was asked to: the threads have stopped and nothing is freed, for the late end would come to freed memory.
+// Then let it end, and destroy again; nothing else may be done with the context.
 TPRPC_API tprpc_status tprpc_context_destroy(tprpc_context *ctx);
 
 // Moves bytes and runs callbacks.
@@ -510,9 +526,8 @@ typedef void (*tprpc_described)(tprpc_status status, const tprpc_message *descri
 typedef void (*tprpc_read)(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user);
 
 typedef struct tprpc_listener_desc {
-    const char *const *addresses;    // "tcp://127.0.0.1:0", "tcp://[::1]:7000", "shm://", "shm://name"; port 0, no
-                                     // name:
-                                     // one is chosen (default: none, which is INVALID)
+    const char *const *addresses;    // "tcp://127.0.0.1:0", "tcp://[::1]:7000", "shm://", "shm://name"; with port 0 or
+                                     // no name one is chosen (default: none, which is INVALID)
     size_t address_count;            // (default: none, which is INVALID)
     bool ordered;                    // for accepted pipes: callbacks in order of issue (default: false)
     bool insecure;                   // allow an address other than loopback (default: false)
@@ -533,8 +548,8 @@ TPRPC_API tprpc_status tprpc_listen(tprpc_context *ctx, const tprpc_listener_des
                                     tprpc_error *error);
 
 // Asks for one incoming pipe; `done` runs once with it, or with an error (CLOSED when the listener is closed first).
-// The pipe belongs to the callee, who closes it. Connections wait, within limits.handshakes, until asked for. Any
-// thread.
+// The pipe belongs to the callee, who closes it. Connections wait, within limits.handshakes, until asked for.
+// Any thread.
 TPRPC_API tprpc_status tprpc_accept(tprpc_listener *listener, tprpc_accepted done, void *user);
 
 // The address a peer connects to, with the port or name that was chosen. transport: "tcp", "shm", or NULL for the
@@ -564,8 +579,8 @@ TPRPC_API tprpc_status tprpc_pipe_read_descriptor(tprpc_pipe *pipe, tprpc_descri
 //   allocation   `tensors` and `payloads` of the same counts and sizes, `data` set to where the bytes go (device,
 //                stream and index as the memory is). NULL: the library allocates; then `done` shows the memory, valid
 //                until it returns. With NULL and no message described, it reads the next one whole.
-// Errors: INVALID (nothing described, or counts or sizes that differ), MEMORY, and what the pipe failed with. Any
-// thread.
+// Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and what the pipe failed with.
+// Any thread.
 TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *allocation, tprpc_read done, void *user);
 
 // Closes this end: what is pending ends with CLOSED, the peer's with PEER. Asynchronous, legal anywhere, also in the
@@ -586,7 +601,8 @@ typedef struct tprpc_pipe_info {
     uint64_t bytes_sent, bytes_received;           // on the wire of the transport, frames included
     uint64_t tensor_bytes_sent, tensor_bytes_received;   // of tensors and payloads, whatever moved them
     uint64_t messages_sent, messages_received;
-    uint32_t path_count;             // of `paths`, every backend known to this end
+    uint32_t path_count;             // of `paths`: the transports and channels known to this end, or the first 16; the
+                                     // chosen ones are named above in any case
     uint32_t reserved;
     tprpc_path paths[16];
 } tprpc_pipe_info;
@@ -636,19 +652,19 @@ typedef struct tprpc_store_desc {
 TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
                                         tprpc_error *error);
 
-// Closes it; what is pending ends with CLOSED. NULL is fine. The pointer is not valid after it. No agent may be using
-// it.
+// Closes it, which no agent may be using; what is pending ends with CLOSED. NULL is fine. The pointer is not valid
+// after it.
 TPRPC_API void tprpc_store_close(tprpc_store *store);
 
 // The five below each begin an operation and return; `done` (NULL allowed) runs on the callback thread with the
-// outcome. key: 1 to 255 bytes of UTF-8; value: at most 65,536 bytes, copied. Any thread. Errors: INVALID, LIMIT,
-// MEMORY, CLOSED.
+// outcome. key: 1 to 255 bytes of UTF-8; value: at most 65,536 bytes, copied. Any thread.
+// Errors: INVALID, LIMIT, MEMORY, CLOSED.
 
 // Stores `size` bytes of `value` under the key. Shows nothing.
 TPRPC_API tprpc_status tprpc_store_set(tprpc_store *store, const char *key, const void *value, size_t size,
                                        tprpc_store_done done, void *user);
-// Waits until the key exists, at most timeout_ms (0 and TPRPC_NOW: does not wait), and shows its value. TIMEOUT names
-// it.
+// Waits until the key exists, at most timeout_ms (0 and TPRPC_NOW: does not wait), and shows its value.
+// TIMEOUT names the key.
 TPRPC_API tprpc_status tprpc_store_get(tprpc_store *store, const char *key, int64_t timeout_ms, tprpc_store_done done,
                                        void *user);
 // Adds delta to the decimal number under the key (absent: 0) and shows the sum as an int64_t. INVALID when it is none.
@@ -677,9 +693,8 @@ TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const
 
 typedef struct tprpc_agent tprpc_agent;
 typedef struct tprpc_future  { void *owner; uint64_t id; } tprpc_future;    // values; id 0: none. Stale use is INVALID
-typedef struct tprpc_request { void *owner; uint64_t id; } tprpc_request;   // until tprpc_agent_destroy returns; no
-                                                                            // thread
-                                                                            // may use one after that
+typedef struct tprpc_request { void *owner; uint64_t id; } tprpc_request;   // likewise; no thread may use one after
+                                                                            // tprpc_agent_destroy has returned
 typedef struct tprpc_stream { tprpc_device device; void *stream; } tprpc_stream;
 typedef struct tprpc_method_id { uint32_t worker, method; } tprpc_method_id;   // resolved once; the wire carries ids
 
@@ -705,12 +720,13 @@ typedef struct tprpc_agent_desc {
     const char    *name;             // unique in the group, 1 to 128 bytes of UTF-8 (default: none, which is INVALID)
     const char    *init_method;      // "tcp://host:port", "file://path", "env://" (default: none; then store is set)
     int32_t        rank, world_size; // world_size 0: what init_method gives (env://: WORLD_SIZE); where it gives none,
-                                     // a
-                                     // dynamic group. rank is read only when world_size is not 0 (default: 0, 0)
+                                     // a dynamic group. rank is read only when world_size is not 0 (default: 0, 0)
     tprpc_store   *store;            // instead of init_method; outlives the agent (default: NULL)
-    bool           serve_store;      // a dynamic group's tcp://: this worker serves it; otherwise rank 0 does
-                                     // (default: false)
-    const char    *address;          // interface or address to publish (default: what routes to the store)
+    bool           serve_store;      // a dynamic group's tcp://: this worker serves it; a static group's is served by
+                                     // rank 0 (default: false)
+    const char    *address;          // interface or address to publish, at most 255 bytes (default: what routes to
+                                     // the store; loopback where the store has no host, which is INVALID with
+                                     // `insecure`, but for local://)
     bool           insecure;         // allow an address other than loopback without a secret (default: false)
     const char    *secret;           // the group's shared secret (default: NULL)
     int32_t        worker_threads;   // for blocking handlers (default: 0, inline)
@@ -862,8 +878,8 @@ TPRPC_API void        *tprpc_request_stream(tprpc_request request, tprpc_device 
 // ---- reports --------------------------------------------------------------------------------------------------------
 
 // Writes what a person reads: the agent's counts, and each peer with its transport, channel, bytes and why not
-// another, a line each; at most `size` bytes with the final 0. Returns the bytes of a whole report, without it. Any
-// thread.
+// another, a line each; at most `size` bytes with the final 0. Returns the bytes of a whole report, without it.
+// Any thread.
 TPRPC_API size_t tprpc_agent_report(tprpc_agent *agent, char *out, size_t size);
 // The same for one pipe's info.
 TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_t size);
@@ -924,8 +940,8 @@ typedef struct tprpc_span { void *data; size_t size; } tprpc_span;          // o
 enum { TPRPC_EVENT_OPEN = 1,         // a connection begun by connect is established
        TPRPC_EVENT_RECV = 2,         // bytes, or handles, have come; may be repeated until they are consumed
        TPRPC_EVENT_SEND = 4,         // there is room again after send took less than offered
-       TPRPC_EVENT_LOST = 8 };       // the connection is over; bytes received before may still be consumed; error says
-                                     // why
+       TPRPC_EVENT_LOST = 8 };       // the connection is over, error says why; bytes received before may still be
+                                     // consumed
 
 // Who owns a connection. The transport calls event from progress or deferred work, never from inside a function of the
 // same connection; the owner may call any function of the connection in it, close included.
@@ -938,12 +954,12 @@ typedef struct tprpc_listen_owner {
     void (*accepted)(struct tprpc_listen_owner *owner, void *conn);
 } tprpc_listen_owner;
 
-enum { TPRPC_TRANSPORT_HANDLES = 1,  // passes descriptors
-       TPRPC_TRANSPORT_SAME_HOST = 2,   // never leaves this host: the peer's user was checked by the transport
+enum { TPRPC_TRANSPORT_HANDLES = 1,      // passes descriptors
+       TPRPC_TRANSPORT_SAME_HOST = 2,    // never leaves this host: the peer's user was checked by the transport
        TPRPC_TRANSPORT_LOCAL_COPY = 4,   // the ends share memory: a byte moved is a byte copied by a CPU
-       TPRPC_TRANSPORT_HOST_PORT = 8,   // its addresses are "host:port"; an agent listens on the group's interface,
-                                        // port 0
-       TPRPC_TRANSPORT_REPEATS = 16 };  // every progress says RECV again until all bytes are consumed
+       TPRPC_TRANSPORT_HOST_PORT = 8,    // its addresses are "host:port"; an agent listens on port 0 of the group's
+                                         // interface
+       TPRPC_TRANSPORT_REPEATS = 16 };   // every progress says RECV again until all bytes are consumed
 
 typedef struct tprpc_transport_table {
     uint32_t size;                   // sizeof *this
@@ -975,7 +991,8 @@ typedef struct tprpc_transport_table {
     bool         (*public_address)(void *instance, const char *address);
 
     // connect may block for a name's look-up alone. lane 0 carries control and small messages; further lanes bulk, so
-    // that a network can tell them apart. It ends in one OPEN or one LOST event, unless closed before.
+    // that a network can tell them apart. In this version there is lane 0 alone, which carries all. It ends in one
+    // OPEN or one LOST event, unless closed before.
     tprpc_status (*connect)(void *instance, const char *address, uint32_t lane, tprpc_conn_owner *owner, void **conn,
                             tprpc_error *error);
     void         (*own)(void *conn, tprpc_conn_owner *owner);
@@ -1036,8 +1053,7 @@ typedef struct tprpc_channel_table {
     bool         (*progress)(void *instance);    // these three may be NULL when it never has work of its own
     bool         (*arm)(void *instance, int64_t *deadline_us);
     intptr_t     (*handle)(void *instance);
-    bool         (*moves)(void *instance, tprpc_device from, tprpc_device to);   // from a sender's to a receiver's
-                                                                                 // device
+    bool         (*moves)(void *instance, tprpc_device from, tprpc_device to);   // sender's device to receiver's
 
     // One end on one pipe. attach is called at both ends once the pipe is agreed; detach after the last transfer ended.
     tprpc_status (*attach)(void *instance, tprpc_link *link, void **end, tprpc_error *error);
@@ -2337,6 +2353,18 @@ static void tpr_base_log_put(tpr_base_logger *logger, int32_t level, const char 
     do { if ((level) <= TPRPC_LOG_LEVEL) tpr_base_log_put((logger), (level), (section), (peer), __FILE__, __LINE__, \
                                                           __VA_ARGS__); } while (0)
 
+// The line that stands for those that found no room.
+static void tpr_base_log_lost(tpr_base_log_line *line, uint32_t count) {
+    static const char format[] = "%u lines were dropped: more than %d came before the log was written";
+    memset(line, 0, sizeof *line);
+    line->level = TPRPC_LOG_WARNING;
+    line->line = __LINE__;
+    line->id = (uint32_t)tpr_base_hash(format, strlen(format));
+    line->file = __FILE__;
+    memcpy(line->section, "log", sizeof "log");
+    snprintf(line->text, sizeof line->text, format, (unsigned)count, (int)TPR_BASE_LOG_LINES);
+}
+
 // Hands lines to the user's log. No lock of ours may be held.
 TPR_COLD static void tpr_base_log_flush(tpr_base_logger *logger) {
     if (TPR_LIKELY(TPR_ATOMIC_LOAD(&logger->head) == TPR_ATOMIC_PEEK(&logger->tail)) || !logger->log) return;
@@ -2345,12 +2373,16 @@ TPR_COLD static void tpr_base_log_flush(tpr_base_logger *logger) {
         tprpc_log entry;
         tpr_os_lock_take(&logger->lock);
         bool any = logger->head != logger->tail;
+        uint32_t dropped = any ? 0 : logger->dropped;
         if (any) {
             line = logger->lines[logger->tail % TPR_BASE_LOG_LINES];
             TPR_ATOMIC_POKE(&logger->tail, logger->tail + 1);
+        } else {
+            logger->dropped = 0;
         }
         tpr_os_lock_give(&logger->lock);
-        if (!any) return;
+        if (!any && (!dropped || TPRPC_LOG_LEVEL < TPRPC_LOG_WARNING)) return;
+        if (!any) tpr_base_log_lost(&line, dropped);
         entry.level = line.level;
         entry.id = line.id;
         entry.section = line.section;
@@ -2622,8 +2654,9 @@ TPRPC_API tprpc_status tprpc_error_set(tprpc_error *error, tprpc_status status, 
     error->status = status;
     error->os_code = os_code;
     error->user_code = 0;
+    error->text[0] = 0;
     va_start(args, text);
-    vsnprintf(error->text, sizeof error->text, text, args);
+    if (text) vsnprintf(error->text, sizeof error->text, text, args);
     va_end(args);
     return status;
 }
@@ -4125,6 +4158,10 @@ static void tpr_context_stop_threads(tprpc_context *ctx) {
     for (uint32_t i = 0; i < ctx->loop_count; i++) ctx->loops[i].callback_thread = tpr_os_thread_id();
 }
 
+static inline bool tpr_context_can_defer(const tprpc_context *ctx, const tprpc_work *work) {
+    return ctx && work && work->run && work->loop < ctx->loop_count;
+}
+
 // ---- public
 
 TPRPC_API bool tprpc_poll(tprpc_context *ctx, int64_t wait_us, int64_t budget_us) {
@@ -4191,30 +4228,39 @@ TPRPC_API bool tprpc_context_arm(tprpc_context *ctx, int64_t *deadline_us) {
 }
 
 TPRPC_API void tprpc_defer(tprpc_context *ctx, tprpc_work *work) {
-    TPRPC_ASSERT(ctx && work && work->run && work->loop < ctx->loop_count);
+    TPRPC_ASSERT(tpr_context_can_defer(ctx, work));
+    if (!tpr_context_can_defer(ctx, work)) return;
     tpr_loop_defer_from(&ctx->loops[work->loop], work, false);
 }
 
 TPRPC_API void tprpc_defer_at(tprpc_context *ctx, tprpc_work *work, int64_t due_us) {
-    TPRPC_ASSERT(ctx && work && work->run && work->loop < ctx->loop_count);
+    TPRPC_ASSERT(tpr_context_can_defer(ctx, work));
+    if (!tpr_context_can_defer(ctx, work)) return;
     work->due_us = due_us;
     tpr_loop_defer_from(&ctx->loops[work->loop], work, true);
 }
 
 TPRPC_API int64_t tprpc_now_us(tprpc_context *ctx) {
+    TPRPC_ASSERT(ctx);
+    if (!ctx) return 0;
     return ctx->env.clock_us ? ctx->env.clock_us(ctx->env.user) : tpr_os_now_us();
 }
 
 TPRPC_API void *tprpc_alloc(tprpc_context *ctx, size_t size, size_t align, uint32_t tag) {
-    return tpr_base_alloc(&ctx->env.memory, size, align, tag);
+    bool fits = align > 0 && align <= 4096 && !(align & (align - 1));
+    TPRPC_ASSERT(ctx && fits);
+    return ctx && fits ? tpr_base_alloc(&ctx->env.memory, size, align, tag) : NULL;
 }
 
 TPRPC_API void tprpc_free(tprpc_context *ctx, void *ptr, size_t size, uint32_t tag) {
-    tpr_base_free(&ctx->env.memory, ptr, size, tag);
+    TPRPC_ASSERT(ctx);
+    if (ctx) tpr_base_free(&ctx->env.memory, ptr, size, tag);
 }
 
 TPR_COLD
 TPRPC_API void tprpc_log_text(tprpc_context *ctx, int32_t level, const char *section, const char *text) {
+    TPRPC_ASSERT(ctx && level >= TPRPC_LOG_PANIC && section && text);
+    if (!ctx || level < TPRPC_LOG_PANIC || !section || !text) return;
     TPR_LOG(&ctx->env.logger, level, section, "", "%s", text);
 }
 
@@ -6273,7 +6319,8 @@ struct tprpc_link {                  // what a pipe offers to the end of a chann
 
 TPRPC_API tprpc_status tprpc_link_control(tprpc_link *link, const void *bytes, size_t size, const intptr_t *handles,
                                           size_t handle_count) {
-    TPRPC_ASSERT(link && (bytes || !size));
+    TPRPC_ASSERT(link && (bytes || !size) && (handles || !handle_count));
+    if (!link || (!bytes && size) || (!handles && handle_count)) return TPRPC_ERROR_INVALID;
     if (size > 4096 || handle_count > TPR_OS_HANDLES) return TPRPC_ERROR_LIMIT;
     if (handle_count && !link->handles(link)) return TPRPC_ERROR_UNSUPPORTED;
     return link->control(link, bytes, size, handles, handle_count);
@@ -6282,19 +6329,23 @@ TPRPC_API tprpc_status tprpc_link_control(tprpc_link *link, const void *bytes, s
 TPRPC_API tprpc_status tprpc_link_bulk(tprpc_link *link, uint64_t transfer, uint64_t offset, const void *data,
                                        size_t size, tprpc_work *taken) {
     TPRPC_ASSERT(link && taken && taken->run && (data || !size));
+    if (!link || !taken || !taken->run || (!data && size)) return TPRPC_ERROR_INVALID;
     return link->bulk(link, transfer, offset, data, size, taken);
 }
 
 TPRPC_API void tprpc_transfer_done(tprpc_transfer *transfer, tprpc_status status, const tprpc_error *error) {
     tpr_channel_transfer *self = (tpr_channel_transfer *)(void *)transfer;
-    void (*done)(tpr_channel_transfer *, tprpc_status, const tprpc_error *) = self->done;
-    TPRPC_ASSERT(done);   // ended twice
+    void (*done)(tpr_channel_transfer *, tprpc_status, const tprpc_error *) = self ? self->done : NULL;
+    TPRPC_ASSERT(done);   // none, or ended twice
     if (!done) return;
     self->done = NULL;
     done(self, status, error);
 }
 
-TPRPC_API bool tprpc_link_handles(tprpc_link *link) { return link->handles(link); }
+TPRPC_API bool tprpc_link_handles(tprpc_link *link) {
+    TPRPC_ASSERT(link);
+    return link && link->handles(link);
+}
 
 // >>basic -------------------------------------------------------------------------------------------------------------
 // The channel that always works: host memory through the pipe's own connection, in chunks. The receiver says when it
@@ -7087,7 +7138,7 @@ static tprpc_status tpr_backends_all_in(tprpc_context *ctx, const tprpc_context_
     tprpc_status status = TPRPC_OK;
     bool transport = false;
     for (size_t i = 0; i < desc->backend_count && status == TPRPC_OK; i++)
-        status = tpr_backends_add(ctx, desc->backends[i], error);
+        status = tpr_backends_add(ctx, desc->backends ? desc->backends[i] : NULL, error);
     for (size_t i = 0; i < TPR_COUNT(tpr_backends_all) && status == TPRPC_OK; i++)
         status = tpr_backends_add(ctx, tpr_backends_all[i], error);
     if (status == TPRPC_OK) status = tpr_backends_apply(ctx, desc->transports, false, error);
@@ -10006,11 +10057,17 @@ static tprpc_status tpr_pipe_begin_read(tprpc_pipe *pipe, tpr_pipe_op *op, const
     if (!in && allocation) return TPRPC_ERROR_INVALID;
     if (in && allocation) {
         bool same = allocation->tensor_count == in->message.tensor_count &&
-                    allocation->payload_count == in->message.payload_count;
-        for (size_t i = 0; same && i < allocation->tensor_count; i++)
-            same = allocation->tensors[i].size == in->tensors[i].size;
-        for (size_t i = 0; same && i < allocation->payload_count; i++)
-            same = allocation->payloads[i].size == in->payloads[i].size;
+                    allocation->payload_count == in->message.payload_count &&
+                    (allocation->tensors || !allocation->tensor_count) &&
+                    (allocation->payloads || !allocation->payload_count);
+        for (size_t i = 0; same && i < allocation->tensor_count; i++) {
+            const tprpc_tensor *t = &allocation->tensors[i];
+            same = t->size == in->tensors[i].size && (t->data || !t->size);
+        }
+        for (size_t i = 0; same && i < allocation->payload_count; i++) {
+            const tprpc_payload *p = &allocation->payloads[i];
+            same = p->size == in->payloads[i].size && (p->data || !p->size);
+        }
         if (!same) return TPRPC_ERROR_INVALID;
     }
     if (!in && pipe->state == TPR_PIPE_ENDED && !tpr_pipe_arrived(pipe, false)) return pipe->status;
@@ -10062,7 +10119,7 @@ TPRPC_API tprpc_status tprpc_accept(tprpc_listener *listener, tprpc_accepted don
 TPR_COLD
 TPRPC_API const char *tprpc_listener_address(tprpc_listener *listener, const char *transport) {
     TPRPC_ASSERT(listener);
-    for (uint32_t i = 0; i < listener->count; i++) {
+    for (uint32_t i = 0; listener && i < listener->count; i++) {
         const tpr_pipe_listen *address = &listener->addresses[i];
         if (address->given && (!transport || strcmp(address->entry->backend->name, transport) == 0))
             return address->address;
@@ -11522,6 +11579,17 @@ static tprpc_status tpr_store_env(int32_t *rank, int32_t *world_size, char *url,
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "env://: MASTER_ADDR is longer than a host's name");
 }
 
+// What to do when rank 0 cannot listen on MASTER_PORT because a launcher's own store does, whose protocol is another.
+static void tpr_store_env_taken(tprpc_error *error) {
+    const char *own = tpr_os_env("TORCHELASTIC_USE_AGENT_STORE");
+    tprpc_error before;
+    if (!error || error->os_code != EADDRINUSE || !own || strcmp(own, "True") != 0) return;
+    before = *error;
+    tprpc_error_set(error, before.status, before.os_code,
+                    "%.110s: torchrun serves a store of its own there; give all workers another MASTER_PORT, or a "
+                    "tcp:// with a free port instead of env://", before.text);
+}
+
 // ---- opening and closing
 
 static void tpr_store_free(tprpc_store *store) {
@@ -11814,6 +11882,7 @@ TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_de
     if (!store) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the store %.100s", name);
     status = tpr_store_open_kind(store, desc, desc->serve || rank == 0, error);
     if (status != TPRPC_OK) {
+        if (rank >= 0) tpr_store_env_taken(error);
         tpr_store_free(store);
         return status;
     }
@@ -13638,7 +13707,8 @@ static bool tpr_agent_url_host(const char *url, char *host, size_t size) {
     return true;
 }
 
-// The address to bind and publish, as text: the one named, what routes to the store, or loopback. Blocks for names.
+// The address to bind and publish, as text: the one named, what routes to the store, or loopback where the store has
+// no host; but an insecure group may be on several, and loopback would be a wrong answer there. Blocks for names.
 TPR_COLD
 static tprpc_status tpr_agent_find_host(tprpc_agent *agent, const char *store_url, char *out, size_t size,
                                         tprpc_error *error) {
@@ -13658,6 +13728,11 @@ static tprpc_status tpr_agent_find_host(tprpc_agent *agent, const char *store_ur
         why = tpr_os_resolve(host, 1, &store);
         if (why) return tprpc_error_set(error, TPRPC_ERROR_UNREACHABLE, 0, "the store's host %.80s: %s", host, why);
         if (tpr_os_route(&store, &address) != 0) return tpr_base_os_error(error, errno, "finding a route to", host);
+    } else if (agent->insecure &&
+               (tpr_base_starts_with(store_url, "file://") || (agent->store && agent->store->table))) {
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "worker %s is `insecure`, and its store %.80s has no host that tells which interface "
+                               "to publish: give `address`, an interface or address", agent->name, store_url);
     } else {
         why = tpr_os_resolve("127.0.0.1", 0, &address);
         if (why) return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "127.0.0.1: %s", why);
@@ -13733,6 +13808,7 @@ static tprpc_status tpr_agent_prepare(tprpc_agent *agent, tprpc_error *error) {
     desc.insecure = agent->insecure;
     desc.timeout_ms = agent->start_timeout_ms;
     status = tprpc_store_open(agent->ctx, &desc, &agent->store, error);
+    if (status != TPRPC_OK && strcmp(agent->init_method, "env://") == 0) tpr_store_env_taken(error);
     agent->own_store = status == TPRPC_OK;
     return status;
 }
@@ -14572,6 +14648,7 @@ TPRPC_API tprpc_status tprpc_future_wait_all(const tprpc_future *futures, size_t
     tprpc_status first = TPRPC_OK;
     TPRPC_ASSERT(futures || !count);
     if (!count) return TPRPC_OK;
+    if (!futures) return TPRPC_ERROR_INVALID;
     tpr_loop *loop = tpr_agent_loop_of(futures[0].owner, futures[0].id);
     if (!loop) return TPRPC_ERROR_INVALID;
     int64_t deadline = timeout_ms == TPRPC_FOREVER ? INT64_MAX
@@ -14739,7 +14816,8 @@ TPR_COLD
 TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_t size) {
     tpr_report report = {out, size, 0};
     TPRPC_ASSERT(info && (out || !size));
-    if (size) out[0] = 0;
+    if (!out) report.size = 0;
+    else if (size) out[0] = 0;
     if (info) tpr_report_info(&report, info);
     return report.used;
 }
@@ -14749,7 +14827,8 @@ TPRPC_API size_t tprpc_agent_report(tprpc_agent *agent, char *out, size_t size) 
     tpr_report report = {out, size, 0};
     tprpc_stats stats;
     TPRPC_ASSERT(agent && (out || !size));
-    if (size) out[0] = 0;
+    if (!out) report.size = 0;
+    else if (size) out[0] = 0;
     if (tprpc_agent_get_stats(agent, &stats, sizeof stats) != TPRPC_OK) return 0;
     tpr_report_line(&report, "%s: %llu calls (%llu active, %llu failed, %llu timed out), %llu requests (%llu active), "
                     "%llu bytes of memory\n", agent->name, (unsigned long long)stats.calls,

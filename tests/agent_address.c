@@ -42,7 +42,7 @@ static tprpc_status start_at(const char *address, bool insecure, tprpc_error *er
     CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
     CHECK_EQ_INT(h.blocks, 0);
     CHECK_EQ_INT(test_count_fds(), fds);
-    if (status != TPRPC_OK) fprintf(stderr, "%s: %s\n", address, error->text);
+    if (status != TPRPC_OK) fprintf(stderr, "%s: %s\n", address ? address : "-", error->text);
     return status;
 }
 
@@ -68,6 +68,58 @@ TEST(addresses_that_are_none) {
     CHECK_CONTAINS(error.text, "192.0.2.1");
     CHECK_CONTAINS(error.text, "secret");
     CHECK_CONTAINS(error.text, "insecure");
+}
+
+/* ---- a store without a host does not say where this worker can be reached ---- */
+
+static void finish_stored(void *user, tprpc_store_op *op, const tprpc_store_request *request) {
+    (void)user;
+    tprpc_store_finish(op, TPRPC_OK, request->value, request->value_size, NULL);
+}
+
+static void nothing_to_cancel(void *user, tprpc_store_op *op) { (void)user, (void)op; }
+
+/* init_method NULL: a user's store, in which a key holds what was set last. Alone, so the group is ready at once. */
+static tprpc_status start_without_host(const char *init_method, const char *address, bool insecure,
+                                       tprpc_error *error) {
+    static const tprpc_store_table table = {sizeof table, finish_stored, nothing_to_cancel, NULL};
+    tprpc_context *ctx = NULL;
+    tprpc_agent *agent = NULL;
+    tprpc_agent_desc desc = {0};
+    tprpc_store_desc store = {0};
+    REQUIRE_EQ_INT(tprpc_context_create(NULL, &ctx, NULL), TPRPC_OK);
+    store.table = &table;
+    if (!init_method) REQUIRE_EQ_INT(tprpc_store_open(ctx, &store, &desc.store, NULL), TPRPC_OK);
+    desc.context = ctx;
+    desc.name = "ann";
+    desc.init_method = init_method;
+    desc.address = address;
+    desc.insecure = insecure;
+    memset(error, 0, sizeof *error);
+    REQUIRE_EQ_INT(tprpc_agent_create(&desc, &agent, NULL), TPRPC_OK);
+    tprpc_status status = tprpc_agent_start(agent, NULL, NULL, error);
+    if (status == TPRPC_OK) CHECK_EQ_INT(tprpc_agent_wait_ready(agent, WAIT_MS, error), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_agent_destroy(agent), TPRPC_OK);
+    tprpc_store_close(desc.store);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+    if (status != TPRPC_OK) fprintf(stderr, "%s\n", error->text);
+    return status;
+}
+
+TEST(an_insecure_group_without_a_host_names_its_address) {
+    char path[256], url[300];
+    tprpc_error error;
+    snprintf(url, sizeof url, "file://%s", test_temp_path(path, sizeof path));
+    for (int users = 0; users < 2; users++) {
+        const char *method = users ? NULL : url;
+        CHECK_EQ_INT(start_without_host(method, NULL, true, &error), TPRPC_ERROR_INVALID);
+        CHECK_CONTAINS(error.text, "`address`");
+        CHECK_CONTAINS(error.text, users ? "(the user's)" : url);
+        CHECK_EQ_INT(start_without_host(method, "lo", true, &error), TPRPC_OK);
+        unlink(path);
+        CHECK_EQ_INT(start_without_host(method, NULL, false, &error), TPRPC_OK);
+    }
+    CHECK_EQ_INT(start_at(NULL, true, &error), TPRPC_OK);   /* local:// is within one process, whatever is allowed */
 }
 
 /* ---- between network namespaces that two pairs of veth join ---- */

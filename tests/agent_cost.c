@@ -317,16 +317,18 @@ static void spin_long(side *s, tprpc_context_desc *context, tprpc_agent_desc *ag
 }
 
 static void client_spins(side *s) {
+    const bool shm = strcmp(s->mode->transports ? s->mode->transports : "shm", "shm") == 0;
     int quiet = 0, tries = 0;
     for (int i = 0; i < 1000; i++) CHECK_EQ_INT(call_and_wait(s, "bob", "echo", NULL, NULL, NULL), TPRPC_OK);
-    for (; tries < 200 && quiet < 20; tries++) {
+    for (; tries < 200 && (shm || quiet < 20); tries++) {
         struct rusage before, after;
         getrusage(RUSAGE_THREAD, &before);
         for (int i = 0; i < 10; i++) CHECK_EQ_INT(call_and_wait(s, "bob", "echo", NULL, NULL, NULL), TPRPC_OK);
         getrusage(RUSAGE_THREAD, &after);
         if (after.ru_nvcsw == before.ru_nvcsw) quiet++;
     }
-    CHECK_EQ_INT(quiet, 20);
+    fprintf(stderr, "%d of %d without a sleep\n", quiet, tries);
+    CHECK(quiet >= (shm ? tries / 2 + 1 : 20));
 }
 
 /* tcp: the kernel may make a thread wait in a system call of its own accord, so only some need be without. */

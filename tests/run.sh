@@ -1,10 +1,11 @@
 #!/bin/sh
 # Runs test programs and sums what they say:  tests/run.sh PROGRAM... ("PROGRAM ARGUMENT..." in quotes)
 #
-# Each program shows a line per test and closes with "N passed, N failed" or "N passed, N failed, N skipped". So does
-# this script, over all of them, and that line is the last and the only one that stands alone: theirs get their name
-# before. One failure more for a program that ends without such a line or fails beside it, and for each
-# "SKIP name: reason" that tests/README.md does not allow by a line "- SKIP name: condition".
+# Each program shows a line per test and closes with "N passed, N failed" or "N passed, N failed, N skipped". This script
+# closes with "N passed, N failed" over all of them, whatever was skipped; a line "N skipped" stands before where
+# something was. That line is the last and the only one of its kind that stands alone: theirs get their name before. One
+# failure more for a program that ends without such a line or fails beside it, and for each "SKIP name: reason" that
+# tests/README.md does not allow by a line "- SKIP name: condition".
 #
 # As many run side by side as there are processors, or TEST_JOBS; those after an argument "--" one by one when the others
 # have ended, for they need the machine to themselves. They are shown in the order of the arguments.
@@ -122,6 +123,6 @@ done
 
 echo
 [ -z "$red" ] || echo "failed:$red"
-if [ "$skipped" -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"
-else echo "$passed passed, $failed failed"; fi
+[ "$skipped" -eq 0 ] || echo "$skipped skipped"
+echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

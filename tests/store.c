@@ -552,6 +552,48 @@ TEST(a_store_of_the_users) {
     CHECK_EQ_INT(t.closed, 1);
 }
 
+/* One whose operations end when they like: `cancel` is ignored. */
+static void deaf_cancel(void *user, tprpc_store_op *op) { (void)user, (void)op; }
+
+/* The destruction's half minute passes at once: while in a hurry, each look at the clock is that much later. */
+static int in_hurry;
+static int64_t hurried_us;
+static int64_t hurried_clock(void *user) {
+    (void)user;
+    return test_now_us() + __atomic_add_fetch(&hurried_us, __atomic_load_n(&in_hurry, __ATOMIC_RELAXED) ? 30000000 : 0,
+                                              __ATOMIC_RELAXED);
+}
+
+TEST(destroyed_again_when_a_store_has_ended) {
+    static const tprpc_store_table table = {sizeof table, toy_submit, deaf_cancel, toy_close};
+    for (int threads = 0; threads < 3; threads++) {
+        tprpc_context_desc context = {.threads = threads, .clock_us = hurried_clock};
+        tprpc_context *ctx = NULL;
+        toy t = {0};
+        tprpc_store_desc desc = {.table = &table, .user = &t};
+        tprpc_store *store = NULL;
+        outcome o = {0};
+        const int fds = test_count_fds();
+        REQUIRE(tprpc_context_create(&context, &ctx, NULL) == TPRPC_OK);
+        REQUIRE(tprpc_store_open(ctx, &desc, &store, NULL) == TPRPC_OK);
+        CHECK_EQ_INT(tprpc_store_get(store, "hang", TPRPC_FOREVER, on_outcome, &o), TPRPC_OK);
+        while (!__atomic_load_n(&t.kept, __ATOMIC_ACQUIRE)) tprpc_poll(ctx, 1000, 0);
+        for (int i = 0; i < 3; i++) {
+            __atomic_store_n(&in_hurry, 1, __ATOMIC_RELAXED);
+            CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_ERROR_TIMEOUT);
+            __atomic_store_n(&in_hurry, 0, __ATOMIC_RELAXED);
+            CHECK_EQ_INT(o.count, 0);
+            CHECK_EQ_INT(t.closed, 0);
+        }
+        tprpc_store_finish(t.kept, TPRPC_OK, "late", 4, NULL);
+        t.kept = NULL;
+        CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+        CHECK_EQ_INT(o.count, 1);
+        CHECK_EQ_INT(t.closed, 1);
+        CHECK_EQ_INT(test_count_fds(), fds);
+    }
+}
+
 /* ---- files ----------------------------------------------------------------------------------------------- */
 
 typedef struct job { const char *url; int count; int who; } job;
@@ -1112,6 +1154,43 @@ TEST(env_store_names_what_is_wrong) {
     CHECK_CONTAINS(error.text, "RANK is \"2\"");
     setenv("RANK", "1", 1);
     CHECK_EQ_INT(try_open("env://", &error), TPRPC_OK);
+}
+
+/* torchrun may serve a store of its own at MASTER_PORT: rank 0, which cannot, says what to do, here and as an agent. */
+TEST(env_store_where_torchrun_serves) {
+    tprpc_error error;
+    char port[16];
+    struct sockaddr_in in;
+    socklen_t size = sizeof in;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    memset(&in, 0, sizeof in);
+    in.sin_family = AF_INET;
+    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    REQUIRE(bind(fd, (struct sockaddr *)&in, size) == 0 && listen(fd, 8) == 0);
+    REQUIRE(getsockname(fd, (struct sockaddr *)&in, &size) == 0);
+    snprintf(port, sizeof port, "%d", ntohs(in.sin_port));
+    setenv("MASTER_ADDR", "127.0.0.1", 1);
+    setenv("MASTER_PORT", port, 1);
+    setenv("WORLD_SIZE", "2", 1);
+    setenv("RANK", "0", 1);
+    for (int own = 0; own < 3; own++) {
+        tprpc_agent_desc desc = {.name = "ann", .init_method = "env://"};
+        tprpc_agent *agent = NULL;
+        if (own) setenv("TORCHELASTIC_USE_AGENT_STORE", own == 2 ? "True" : "False", 1);
+        else unsetenv("TORCHELASTIC_USE_AGENT_STORE");
+        for (int i = 0; i < 2; i++) {
+            memset(&error, 0, sizeof error);
+            if (i) REQUIRE(tprpc_agent_create(&desc, &agent, NULL) == TPRPC_OK);
+            CHECK_EQ_INT(i ? tprpc_agent_start(agent, NULL, NULL, &error) : try_open("env://", &error),
+                         TPRPC_ERROR_UNREACHABLE);
+            CHECK_CONTAINS(error.text, port);
+            CHECK_EQ_INT(error.os_code, EADDRINUSE);
+            CHECK_EQ_INT(strstr(error.text, "give all workers another MASTER_PORT") != NULL, own == 2);
+        }
+        CHECK_EQ_INT(tprpc_agent_destroy(agent), TPRPC_OK);
+    }
+    fprintf(stderr, "%s\n", error.text);
+    close(fd);
 }
 
 static void run_rank(void *arg) {
