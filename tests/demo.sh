@@ -40,6 +40,30 @@ runs_with() {       # any number of workers
     if wave -n "$1" --quiet && [ ! -s "$out" ]; then ok "$name"; else bad "$name" "exit status $?"; fi
 }
 
+# Starts from another picture, of another size: a frame of an earlier run. What must be counted is reckoned here.
+starts_from() {     # TRANSPORT
+    name=wave_image_$1 rows=$((300 * 3 * 2))
+    if ! wave --size 80 --steps 40 --quiet; then bad "$name" "exit status $? when the picture is made"
+    elif ! cp "$dir/frames/frame00001.png" "$dir/image.png"; then bad "$name" 'no picture to start from'
+    elif ! wave --transport "$1" --image "$dir/image.png"; then bad "$name" "exit status $?"
+    elif ! says '^4 workers, 80 x 60 cells, 300 steps'; then bad "$name" 'not the field of the picture'
+    elif ! says "= $((rows * 320)); counted: $((rows * 320)) sent, $((rows * 320)) received\$"; then
+        bad "$name" "not $rows rows of 320 bytes were counted"
+    elif ! says 'bit for bit'; then bad "$name" 'no comparison with a run of one process'
+    else ok "$name"; fi
+    rm -rf "$dir/frames" "$dir/image.png"
+}
+
+# What is no picture is named, and nothing is started.
+wrong_image() {
+    name=wave_wrong_image
+    echo 'no picture' >"$dir/image.png"
+    if wave --image "$dir/image.png"; then bad "$name" 'it ran'
+    elif ! says "$dir/image.png"; then bad "$name" 'the file is not named'
+    elif says 'worker'; then bad "$name" 'workers were started'
+    else ok "$name"; fi
+}
+
 sees_corruption() {
     name=wave_corrupt
     if wave --corrupt 100 --quiet; then bad "$name" 'a corrupted halo is not seen'
@@ -101,6 +125,9 @@ engine_loop() {
 
 runs_on shm
 runs_on tcp
+starts_from shm
+starts_from tcp
+wrong_image
 for n in 1 2 8; do runs_with $n; done
 sees_corruption
 for transport in shm tcp; do
