@@ -288,6 +288,7 @@
 //   a name after shm://, in bytes                     -                                     100
 //   loops of a context                                tprpc_context_desc.threads            64
 //   backends of a context, ours included              tprpc_context_desc.backends           31
+//   channels among them, ours included                -                                     16
 //   name of a backend, in bytes                       -                                     1 to 15
 //   read of a peer before it is known                 -                                     4 KiB
 //   host buffers that travel within the message       -                                     8 KiB each, 32 KiB in all
@@ -427,7 +428,8 @@ TPRPC_API int32_t tprpc_version(void);
 //   desc_size   sizeof(tprpc_context_desc) of the caller; version: TPRPC_VERSION of the caller.
 //   out         the context; the caller destroys it.
 // The calling thread becomes the callback thread of a polled context. Errors: INVALID (sizes, versions, unknown backend
-// names, listing the known ones), MEMORY, LIMIT (no descriptors), SYSTEM, UNSUPPORTED (no transport is viable).
+// names, listing the known ones), MEMORY, LIMIT (no descriptors, too many backends), SYSTEM, UNSUPPORTED (no transport
+// is viable).
 TPRPC_API tprpc_status tprpc_context_create_for(const tprpc_context_desc *desc, size_t desc_size, int32_t version,
                                                 tprpc_context **out, tprpc_error *error);
 static inline tprpc_status tprpc_context_create(const tprpc_context_desc *desc, tprpc_context **out,
@@ -6929,7 +6931,7 @@ static const tprpc_backend tpr_xth_backend = {
 // >>backends ----------------------------------------------------------------------------------------------------------
 // The registry, one line a backend, and the creation and destruction of contexts, which read it.
 //
-// Uses: atomic, os, base, timer, loop, context, transport, tcp, shm, channel, basic, xth.
+// Uses: atomic, os, base, wire, timer, loop, context, transport, tcp, shm, channel, basic, xth.
 // Invariant: no backend's name appears anywhere below.
 
 static const tprpc_backend *const tpr_backends_all[] = {
@@ -6974,11 +6976,16 @@ static tprpc_status tpr_backends_check(const tprpc_backend *backend, tprpc_error
 static tprpc_status tpr_backends_add(tprpc_context *ctx, const tprpc_backend *backend, tprpc_error *error) {
     tprpc_status status = tpr_backends_check(backend, error);
     if (status != TPRPC_OK) return status;
-    for (uint32_t i = 0; i < ctx->backend_count; i++)
+    uint32_t channels = backend->channel != NULL;
+    for (uint32_t i = 0; i < ctx->backend_count; i++) {
         if (strcmp(ctx->backends[i].backend->name, backend->name) == 0)
             return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "two backends are named %s", backend->name);
+        channels += ctx->backends[i].backend->channel != NULL;
+    }
     if (ctx->backend_count == TPR_CONTEXT_BACKENDS)
         return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "more than %d backends", (int)TPR_CONTEXT_BACKENDS);
+    if (channels > TPR_WIRE_CHANNELS)   // the ends of a pipe could not agree on all of them
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "more than %d channels", (int)TPR_WIRE_CHANNELS);
     ctx->backends[ctx->backend_count].backend = backend;
     ctx->backends[ctx->backend_count].priority = backend->priority;
     ctx->backend_count++;

@@ -1464,6 +1464,111 @@ static void c_moves_nothing(void *arg) {
     CHECK(0);
 }
 
+/* ---- as many as a context takes ---- */
+
+enum { OURS = TPR_COUNT(tpr_backends_all), THEIRS = TPR_CONTEXT_BACKENDS - OURS };
+
+static tprpc_backend crowd[TPR_CONTEXT_BACKENDS + 1];
+static char crowd_names[TPR_CONTEXT_BACKENDS + 1][16];
+static const tprpc_backend *crowd_list[TPR_CONTEXT_BACKENDS + 1];
+
+/* The toys again and again under other names: the converter, the channels, and for the rest transports. */
+static void crowd_fill(size_t count, size_t channels) {
+    size_t i;
+    for (i = 0; i < count; i++) {
+        crowd[i] = i == 0 ? toyd_backend : i <= channels ? toyc_backend : toy_backend;
+        snprintf(crowd_names[i], sizeof crowd_names[i], "crowd%d", (int)i);
+        crowd[i].name = crowd_names[i];
+        crowd_list[i] = &crowd[i];
+    }
+    world_backends = crowd_list;
+    world_backend_count = count;
+}
+
+static void crowd_is_refused(size_t count, size_t channels, const char *why) {
+    int fds = test_count_fds(), threads = test_count_threads();
+    tprpc_context_desc desc;
+    tprpc_context *ctx = NULL;
+    tprpc_error error = TPR_ZERO;
+    memset(&desc, 0, sizeof desc);
+    crowd_fill(count, channels);
+    desc.backends = crowd_list;
+    desc.backend_count = count;
+    desc.threads = 1;
+    CHECK_EQ_INT(tprpc_context_create(&desc, &ctx, &error), TPRPC_ERROR_LIMIT);
+    CHECK_EQ_INT(error.status, TPRPC_ERROR_LIMIT);
+    CHECK_CONTAINS(error.text, why);
+    CHECK(ctx == NULL);
+    CHECK_EQ_INT(test_count_fds(), fds);
+    CHECK_EQ_INT(test_count_threads(), threads);
+}
+
+static size_t crowd_channels(void) {   /* of the user's, beside the library's */
+    size_t i, left = TPR_WIRE_CHANNELS;
+    for (i = 0; i < OURS; i++) left -= tpr_backends_all[i]->channel != NULL;
+    return left;
+}
+
+TEST(too_many_backends) {
+    crowd_is_refused(THEIRS + 1, 1, "31 backends");
+    crowd_is_refused(TPR_CONTEXT_BACKENDS + 1, 1, "31 backends");
+    crowd_is_refused(1 + crowd_channels() + 1, crowd_channels() + 1, "16 channels");
+}
+
+/* A pipe moves to the last transport, and messages go by the last channel on every kind of way. */
+TEST(most_backends) {
+    static const bool kinds[3][2] = {{false, false}, {true, true}, {true, false}};
+    const size_t channels = crowd_channels();
+    const char *addresses[2] = {"tcp://127.0.0.1:0", NULL};
+    char address[32];
+    int threads, fds;
+    size_t k;
+    crowd_fill(THEIRS, channels);
+    crowd[THEIRS - 1].priority++;
+    crowd[channels].priority++;
+    snprintf(address, sizeof address, "%s://", crowd[THEIRS - 1].name);
+    addresses[1] = address;
+    for (threads = 0; threads < 2; threads++) {
+        tprpc_listener_desc listening;
+        tprpc_pipe_desc connecting;
+        tprpc_pipe_info info;
+        world w;
+        toys_begin(50);
+        fds = test_count_fds();
+        memset(&w, 0, sizeof w);
+        memset(&listening, 0, sizeof listening);
+        memset(&connecting, 0, sizeof connecting);
+        w.threads = threads;
+        for (k = 0; k < 2; k++) w.ctx[k] = context(NULL, NULL, threads);
+        CHECK_EQ_INT(w.ctx[0]->backend_count, 31);
+        listening.addresses = addresses;
+        listening.address_count = 2;
+        REQUIRE_EQ_INT(tprpc_listen(w.ctx[0], &listening, &w.listener, NULL), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_accept(w.listener, on_accepted, &w), TPRPC_OK);
+        connecting.address = tprpc_listener_address(w.listener, "tcp");
+        REQUIRE_EQ_INT(tprpc_connect(w.ctx[1], &connecting, &w.pipe[1], NULL), TPRPC_OK);
+        UNTIL(&w, w.accepted, 1);
+        for (k = 0; k < COUNT(kinds); k++) {
+            batch b;
+            batch_fill(&b, kinds[k][0], kinds[k][1], ITEMS, 0, 7);
+            batch_write(&w, &b, 1);
+            batch_read(&w, &b, 0);
+            batch_ends(&w, &b, TPRPC_OK, TPRPC_OK);
+            batch_check(&b, 7);
+            batch_free(&b);
+        }
+        for (k = 0; k < 2; k++) {
+            REQUIRE_EQ_INT(tprpc_pipe_get_info(w.pipe[k], &info, sizeof info), TPRPC_OK);
+            CHECK_STR(info.transport, crowd[THEIRS - 1].name);
+            CHECK(info.channel[0]);    /* one of ours, for host memory */
+            CHECK_EQ_INT(info.path_count, COUNT(info.paths));
+        }
+        world_close(&w);
+        CHECK_EQ_INT(test_count_fds(), fds);
+        toys_end();
+    }
+}
+
 /* ---- the registry ---- */
 
 typedef struct named { const char *name; void (*run)(void *arg); } named;
