@@ -1,6 +1,7 @@
 /* What every backend promises: walks the registry (tpr_backends_all) and the toys, and runs one suite over every
-   transport, through its table, and one over every channel, through pipes over every transport. A new backend is tested
-   by being registered. A backend that cannot be exercised here fails. */
+   transport, through its table, one over every channel, through pipes over every transport, and one over every
+   converter, through pipes and calls. A new backend is tested by being registered; a converter needs a kit (below) for
+   its kind of device beside. A backend that cannot be exercised here fails. */
 #include "harness.h"
 #define TPRPC_TEST_HOOKS
 #define TPRPC_STATIC
@@ -1464,6 +1465,543 @@ static void c_moves_nothing(void *arg) {
     CHECK(0);
 }
 
+/* ---- the suite of converters, through pipes and calls ---- */
+
+typedef struct kit {                   /* a kind of device, for the suite to exercise its converter */
+    const tprpc_backend *converter, *channel;
+    void *(*stream_new)(void);
+    void  (*stream_free)(void *stream);        /* once what is queued has run */
+    void *(*alloc)(int32_t index, size_t size);
+    void  (*free)(void *data);
+    void  (*put)(void *stream, void *to, const void *bytes, size_t size);   /* in the stream's order */
+    void  (*get)(void *stream, void *out, void *from, size_t size);         /* likewise; waits */
+} kit;
+
+static void *toy_stream_new(void) { return toy_queue_new(); }
+static void toy_stream_free(void *stream) { toy_queue_free((toy_queue *)stream); }
+static void toy_put_on(void *stream, void *to, const void *bytes, size_t size) {
+    toy_gpu_put((toy_queue *)stream, to, bytes, size);
+}
+static void toy_get_on(void *stream, void *out, void *from, size_t size) {
+    toy_gpu_get((toy_queue *)stream, out, from, size);
+}
+
+static const kit kits[] = {{&toyd_backend, &toyc_backend, toy_stream_new, toy_stream_free, toy_gpu_alloc, toy_gpu_free,
+                            toy_put_on, toy_get_on}};
+
+enum { PIECES = 64 };
+typedef struct piece { void *data, *stream; size_t size; tprpc_device device; int released; bool copied; } piece;
+
+static struct {                        /* the converter under test, as a user's that notes what it is told */
+    pthread_mutex_t lock;
+    const kit      *kit;
+    const tprpc_converter_table *table;
+    tprpc_converter_table mine;
+    tprpc_backend   backend;
+    const tprpc_backend *list[3];
+    piece           pieces[PIECES];    /* allocated or copied */
+    struct { void *keep; int sent; } keeps[PIECES];
+    void           *asked[PIECES];     /* the stream that each allocation was asked for on */
+    int             piece_count, keep_count, asked_count, prepares, copies;
+    int             fail_prepare, fail_copy, fail_allocate;    /* which one fails, from 1; 0: none */
+} spy = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, {0}, {0}, {NULL}, {{0}}, {{0}}, {NULL}, 0, 0, 0, 0, 0, 0, 0, 0};
+
+static void *spy_own(void) { return spy.kit->converter->user; }     /* the library knows &spy instead */
+
+static void *spy_default(tprpc_context *ctx, tprpc_device device) {
+    return spy.table->stream ? spy.table->stream(spy_own(), ctx, device) : NULL;
+}
+
+static tprpc_status spy_fails(int *counter, int which, tprpc_error *error) {
+    if (++*counter != which) return TPRPC_OK;
+    return tprpc_error_set(error, TPRPC_ERROR_DEVICE, 7, "spied: lost");
+}
+
+static void spy_note(void *data, const tprpc_tensor *tensor, bool copied) {
+    piece *p = &spy.pieces[spy.piece_count++];
+    REQUIRE(spy.piece_count < PIECES && data);
+    p->data = data;
+    p->stream = tensor->stream;
+    p->size = tensor->size;
+    p->device = tensor->device;
+    p->copied = copied;
+}
+
+static tprpc_status spy_prepare(void *user, tprpc_context *ctx, tprpc_tensor *tensor, void **keep, tprpc_error *error) {
+    tprpc_status status;
+    pthread_mutex_lock(&spy.lock);
+    CHECK(user == &spy && tensor->size > 0);
+    CHECK_EQ_INT(tensor->device.kind, spy.table->kind);
+    status = spy_fails(&spy.prepares, spy.fail_prepare, error);
+    if (status == TPRPC_OK) status = spy.table->prepare(spy_own(), ctx, tensor, keep, error);
+    if (status == TPRPC_OK) spy.keeps[spy.keep_count++].keep = *keep;
+    REQUIRE(spy.keep_count < PIECES);
+    pthread_mutex_unlock(&spy.lock);
+    return status;
+}
+
+static void spy_sent(void *user, tprpc_context *ctx, void *keep) {
+    int i = 0;
+    pthread_mutex_lock(&spy.lock);
+    while (i < spy.keep_count && (spy.keeps[i].keep != keep || spy.keeps[i].sent)) i++;
+    if (CHECK(user == &spy && i < spy.keep_count)) {   /* else twice, or what was never kept */
+        spy.keeps[i].sent++;
+        spy.table->sent(spy_own(), ctx, keep);
+    }
+    pthread_mutex_unlock(&spy.lock);
+}
+
+static tprpc_status spy_copy(void *user, tprpc_context *ctx, const tprpc_tensor *tensor, void **data,
+                             tprpc_error *error) {
+    tprpc_status status;
+    pthread_mutex_lock(&spy.lock);
+    CHECK(user == &spy && tensor->size > 0);
+    CHECK_EQ_INT(tensor->device.kind, spy.table->kind);
+    status = spy_fails(&spy.copies, spy.fail_copy, error);
+    if (status == TPRPC_OK) status = spy.table->copy(spy_own(), ctx, tensor, data, error);
+    if (status == TPRPC_OK) spy_note(*data, tensor, true);
+    pthread_mutex_unlock(&spy.lock);
+    return status;
+}
+
+static tprpc_status spy_allocate(void *user, tprpc_context *ctx, tprpc_tensor *tensor, tprpc_error *error) {
+    tprpc_status status;
+    pthread_mutex_lock(&spy.lock);
+    CHECK(user == &spy && tensor->size > 0);
+    CHECK_EQ_INT(tensor->device.kind, spy.table->kind);
+    REQUIRE(spy.asked_count < PIECES);
+    spy.asked[spy.asked_count] = tensor->stream;
+    status = spy_fails(&spy.asked_count, spy.fail_allocate, error);
+    if (status == TPRPC_OK) status = spy.table->allocate(spy_own(), ctx, tensor, error);
+    if (status == TPRPC_OK) spy_note(tensor->data, tensor, false);
+    pthread_mutex_unlock(&spy.lock);
+    return status;
+}
+
+/* Of what was given once; with its size, its device, and the stream that it was given on. */
+static void spy_release(void *user, tprpc_context *ctx, tprpc_device device, void *data, size_t size, void *stream) {
+    int i = 0;
+    pthread_mutex_lock(&spy.lock);
+    while (i < spy.piece_count && (spy.pieces[i].data != data || spy.pieces[i].released)) i++;
+    if (CHECK(user == &spy && i < spy.piece_count)) {
+        piece *p = &spy.pieces[i];
+        p->released++;
+        CHECK_EQ_INT(size, p->size);
+        CHECK(device.kind == p->device.kind && device.index == p->device.index);
+        /* a copy is made on the stream that the tensor has: none is the library's, by name after prepare */
+        CHECK(stream == p->stream || (p->copied && !p->stream && stream == spy_default(ctx, device)));
+        spy.table->release(spy_own(), ctx, device, data, size, stream);
+    }
+    pthread_mutex_unlock(&spy.lock);
+}
+
+static int spy_released(void) {
+    int i, count = 0;
+    pthread_mutex_lock(&spy.lock);
+    for (i = 0; i < spy.piece_count; i++) count += spy.pieces[i].released;
+    for (i = 0; i < spy.keep_count; i++) count += spy.keeps[i].sent;
+    pthread_mutex_unlock(&spy.lock);
+    return count;
+}
+
+static void *spy_stream(void *user, tprpc_context *ctx, tprpc_device device) {
+    CHECK(user == &spy);
+    return spy_default(ctx, device);
+}
+
+static int32_t spy_device_count(void *user) {
+    CHECK(user == &spy);
+    return spy.table->device_count(spy_own());
+}
+
+static void spy_begin(const kit *k) {
+    toys_begin(1000);
+    spy.kit = k;
+    spy.table = k->converter->converter;
+    spy.mine = *spy.table;
+    if (spy.mine.device_count) spy.mine.device_count = spy_device_count;
+    if (spy.mine.stream) spy.mine.stream = spy_stream;
+    if (spy.mine.prepare) spy.mine.prepare = spy_prepare;
+    if (spy.mine.sent) spy.mine.sent = spy_sent;
+    if (spy.mine.copy) spy.mine.copy = spy_copy;
+    spy.mine.allocate = spy_allocate;
+    spy.mine.release = spy_release;
+    spy.backend = *k->converter;
+    spy.backend.converter = &spy.mine;
+    spy.backend.name = "spied";
+    spy.backend.user = &spy;
+    spy.list[0] = &toy_backend;
+    spy.list[1] = k->channel;
+    spy.list[2] = &spy.backend;
+    world_backends = spy.list;
+    world_backend_count = COUNT(spy.list);
+    spy.piece_count = spy.keep_count = spy.asked_count = spy.prepares = spy.copies = 0;
+    spy.fail_prepare = spy.fail_copy = spy.fail_allocate = 0;
+    memset(spy.pieces, 0, sizeof spy.pieces);
+    memset(spy.keeps, 0, sizeof spy.keeps);
+}
+
+/* When no context is left: all that was given was given back. */
+static void spy_end(void) {
+    int i;
+    for (i = 0; i < spy.piece_count; i++) CHECK_EQ_INT(spy.pieces[i].released, 1);
+    for (i = 0; i < spy.keep_count; i++) CHECK_EQ_INT(spy.keeps[i].sent, spy.table->sent ? 1 : 0);
+    toys_end();
+}
+
+/* ---- what is sent: on the device, two with a stream of the user's and of the library's, one empty; one on the host */
+
+enum { CARGO = 4, CARGO_SIZE = 20000, CARGO_DEVICES = 2 };   /* the first ones have bytes on a device */
+
+typedef struct cargo {
+    tprpc_tensor tensors[CARGO];
+    void   *own, *streams[CARGO_DEVICES];
+    uint8_t host[CARGO_SIZE];
+    outcome written;
+    seen    got;
+} cargo;
+
+static tprpc_device kind_device(int32_t index) {
+    tprpc_device device;
+    device.kind = spy.table->kind;
+    device.index = index;
+    return device;
+}
+
+static int32_t last_device(void) { return spy.table->device_count ? spy.table->device_count(spy_own()) - 1 : 0; }
+
+static void cargo_put(const cargo *c, int i, unsigned seed) {
+    uint8_t bytes[CARGO_SIZE];
+    fill(bytes, sizeof bytes, seed);
+    spy.kit->put(c->streams[i], c->tensors[i].data, bytes, sizeof bytes);
+}
+
+static void cargo_look(const tprpc_message *message, void *arg) {
+    uint8_t bytes[CARGO_SIZE];
+    int i, k;
+    (void)arg;
+    REQUIRE_EQ_INT(message->tensor_count, CARGO);
+    for (i = 0; i < CARGO_DEVICES; i++) {
+        const tprpc_tensor *t = &message->tensors[i];
+        CHECK_EQ_INT(t->device.kind, spy.table->kind);
+        CHECK_EQ_INT(t->device.index, last_device());
+        REQUIRE_EQ_INT(t->size, CARGO_SIZE);
+        pthread_mutex_lock(&spy.lock);
+        for (k = 0; k < spy.piece_count && (spy.pieces[k].data != t->data || spy.pieces[k].released); k++) {}
+        CHECK(k < spy.piece_count && spy.pieces[k].stream == t->stream && !spy.pieces[k].copied);
+        pthread_mutex_unlock(&spy.lock);
+        spy.kit->get(t->stream ? t->stream : spy_default(NULL, t->device), bytes, t->data, CARGO_SIZE);
+        CHECK(filled(bytes, CARGO_SIZE, (unsigned)i));
+    }
+    CHECK_EQ_INT(message->tensors[2].size, 0);
+    CHECK_EQ_INT(message->tensors[3].device.kind, TPRPC_CPU);
+    CHECK(filled(message->tensors[3].data, CARGO_SIZE, 3));
+}
+
+/* ctx: whose stream a tensor without one is ready on; NULL: the caller names his own for it. */
+static cargo *cargo_new(tprpc_context *ctx) {
+    cargo *c = (cargo *)calloc(1, sizeof(cargo));
+    int i;
+    REQUIRE(c != NULL);
+    c->got.look = cargo_look;
+    c->own = spy.kit->stream_new();
+    c->streams[0] = c->own;
+    c->streams[1] = ctx ? spy_default(ctx, kind_device(last_device())) : c->own;
+    for (i = 0; i < CARGO_DEVICES; i++) {
+        c->tensors[i].device = kind_device(i ? last_device() : 0);
+        c->tensors[i].data = spy.kit->alloc(c->tensors[i].device.index, CARGO_SIZE);
+        c->tensors[i].size = CARGO_SIZE;
+        cargo_put(c, i, (unsigned)i);
+    }
+    c->tensors[0].stream = c->own;
+    c->tensors[0].target = kind_device(last_device());   /* the other one: where it comes from */
+    c->tensors[2].device = kind_device(0);
+    fill(c->host, sizeof c->host, 3);
+    c->tensors[3].data = c->host;
+    c->tensors[3].size = sizeof c->host;
+    return c;
+}
+
+static void cargo_free(cargo *c) {
+    uint8_t bytes[CARGO_SIZE];
+    int i;
+    for (i = 0; i < CARGO_DEVICES; i++) {   /* once what is queued has run */
+        spy.kit->get(c->streams[i], bytes, c->tensors[i].data, CARGO_SIZE);
+        spy.kit->free(c->tensors[i].data);
+    }
+    spy.kit->stream_free(c->own);
+    free(c);
+}
+
+static tprpc_message cargo_message(cargo *c, bool lent) {
+    tprpc_message message;
+    memset(&message, 0, sizeof message);
+    message.tensors = c->tensors;
+    message.tensor_count = CARGO;
+    if (lent) message.release = on_release;
+    message.release_user = &c->written;
+    return message;
+}
+
+static tprpc_status cargo_write(tprpc_pipe *pipe, cargo *c, bool lent) {
+    tprpc_message message = cargo_message(c, lent);
+    tprpc_status status = tprpc_pipe_write(pipe, &message, on_written, &c->written);
+    if (status == TPRPC_OK && !lent) {     /* the user's again; in the order of the streams */
+        cargo_put(c, 0, 99);
+        cargo_put(c, 1, 99);
+    }
+    return status;
+}
+
+static void cargo_ends(world *w, cargo *c, bool lent) {
+    UNTIL(w, c->got.o.runs, 1);
+    UNTIL(w, c->written.runs, 1);
+    if (lent) UNTIL(w, c->written.releases, 1);
+    CHECK_EQ_INT(c->got.o.status, TPRPC_OK);
+    CHECK_EQ_INT(c->written.status, TPRPC_OK);
+}
+
+static void converter_trip(const kit *k, bool lent, int threads) {
+    world w;
+    cargo *c;
+    int i;
+    spy_begin(k);
+    world_open(&w, "toy", NULL, "toy://", threads);
+    c = cargo_new(w.ctx[1]);
+    REQUIRE_EQ_INT(cargo_write(w.pipe[1], c, lent), TPRPC_OK);
+    if (!threads) for (i = 0; i < 20; i++) pump(&w);
+    CHECK_EQ_INT(spy.prepares, spy.table->prepare ? CARGO_DEVICES : 0);
+    CHECK_EQ_INT(spy.copies, lent ? 0 : CARGO_DEVICES);
+    CHECK_EQ_INT(spy_released(), 0);   /* nobody has read it: its memory is needed */
+    CHECK_EQ_INT(spy.asked_count, 0);
+    REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
+    cargo_ends(&w, c, lent);
+    CHECK_EQ_INT(spy.asked_count, CARGO_DEVICES);
+    for (i = 0; i < spy.asked_count; i++) CHECK(spy.asked[i] == NULL);
+    world_close(&w);
+    cargo_free(c);
+    spy_end();
+}
+
+static void v_lent(void *arg) { converter_trip((const kit *)arg, true, 0); }
+static void v_copied(void *arg) { converter_trip((const kit *)arg, false, 0); }
+static void v_threads(void *arg) {
+    converter_trip((const kit *)arg, true, 2);
+    converter_trip((const kit *)arg, false, 2);
+}
+
+/* What was put aside until the pipe is open is kept all the while, and given back when that comes to nothing. */
+static void v_parked(void *arg) {
+    int variant;
+    for (variant = 0; variant < 4; variant++) {
+        const bool lent = variant & 1, closes = variant & 2;
+        tprpc_pipe_desc connecting;
+        tprpc_pipe *first;
+        world w;
+        cargo *c;
+        spy_begin((const kit *)arg);
+        world_open(&w, "toy", NULL, "toy://", 0);
+        first = w.pipe[0];
+        c = cargo_new(w.ctx[1]);
+        memset(&connecting, 0, sizeof connecting);
+        connecting.address = tprpc_listener_address(w.listener, NULL);
+        tprpc_pipe_close(w.pipe[1]);
+        if (!closes) REQUIRE_EQ_INT(tprpc_accept(w.listener, on_accepted, &w), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_connect(w.ctx[1], &connecting, &w.pipe[1], NULL), TPRPC_OK);
+        REQUIRE_EQ_INT(cargo_write(w.pipe[1], c, lent), TPRPC_OK);
+        CHECK_EQ_INT(spy.prepares, spy.table->prepare ? CARGO_DEVICES : 0);
+        CHECK_EQ_INT(spy_released(), 0);
+        if (closes) {
+            tprpc_pipe_close(w.pipe[1]);
+            w.pipe[1] = NULL;
+            UNTIL(&w, c->written.runs, 1);
+            CHECK_EQ_INT(c->written.status, TPRPC_ERROR_CLOSED);
+        } else {
+            UNTIL(&w, w.accepted, 2);
+            tprpc_pipe_close(first);
+            REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
+            cargo_ends(&w, c, lent);
+        }
+        world_close(&w);
+        cargo_free(c);
+        spy_end();
+    }
+}
+
+/* The converter fails at one of the tensors: what it had given for others comes back, and the pipe lives on. */
+static void v_fails_sending(void *arg) {
+    int lent, which, copies;
+    for (copies = 0; copies < 2; copies++) {
+        for (lent = 0; lent < 2 - copies; lent++) {
+            for (which = 1; which <= CARGO_DEVICES; which++) {
+                world w;
+                cargo *c;
+                spy_begin((const kit *)arg);
+                world_open(&w, "toy", NULL, "toy://", 0);
+                c = cargo_new(w.ctx[1]);
+                *(copies ? &spy.fail_copy : &spy.fail_prepare) = which;
+                CHECK_EQ_INT(cargo_write(w.pipe[1], c, lent), TPRPC_ERROR_DEVICE);
+                CHECK_EQ_INT(copies ? spy.copies : spy.prepares, which);
+                CHECK_EQ_INT(spy_released(), spy.piece_count + spy.keep_count);   /* at once */
+                CHECK_EQ_INT(c->written.releases, lent);
+                CHECK_EQ_INT(c->written.runs, 0);
+                memset(&c->written, 0, sizeof c->written);
+                REQUIRE_EQ_INT(cargo_write(w.pipe[1], c, lent), TPRPC_OK);
+                REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
+                cargo_ends(&w, c, lent);
+                world_close(&w);
+                cargo_free(c);
+                spy_end();
+            }
+        }
+    }
+}
+
+static void v_fails_receiving(void *arg) {
+    int which;
+    for (which = 1; which <= CARGO_DEVICES; which++) {
+        world w;
+        cargo *c;
+        spy_begin((const kit *)arg);
+        world_open(&w, "toy", NULL, "toy://", 0);
+        c = cargo_new(w.ctx[1]);
+        spy.fail_allocate = which;
+        REQUIRE_EQ_INT(cargo_write(w.pipe[1], c, true), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
+        UNTIL(&w, c->got.o.runs, 1);
+        UNTIL(&w, c->written.runs, 1);
+        UNTIL(&w, c->written.releases, 1);
+        CHECK_EQ_INT(c->got.o.status, TPRPC_ERROR_DEVICE);
+        CHECK_CONTAINS(c->got.o.text, "spied: lost");
+        CHECK_EQ_INT(c->written.status, TPRPC_ERROR_PEER);
+        CHECK_EQ_INT(spy.asked_count, which);
+        CHECK_EQ_INT(spy_released(), spy.piece_count + spy.keep_count);
+        memset(&c->written, 0, sizeof c->written);
+        memset(&c->got.o, 0, sizeof c->got.o);
+        REQUIRE_EQ_INT(cargo_write(w.pipe[1], c, true), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
+        cargo_ends(&w, c, true);
+        world_close(&w);
+        cargo_free(c);
+        spy_end();
+    }
+}
+
+/* Either end goes while copies are late. */
+static void v_closed(void *arg) {
+    int variant;
+    for (variant = 0; variant < 16; variant++) {
+        const int closer = variant & 1, moment = variant >> 2;
+        const bool lent = variant & 2;
+        int64_t until;
+        world w;
+        cargo *c;
+        spy_begin((const kit *)arg);
+        world_open(&w, "toy", NULL, "toy://", 0);
+        c = cargo_new(w.ctx[1]);
+        REQUIRE_EQ_INT(cargo_write(w.pipe[1], c, lent), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
+        for (until = test_now_us() + moment * 1500; test_now_us() < until;) pump(&w);
+        tprpc_pipe_close(w.pipe[closer]);
+        w.pipe[closer] = NULL;
+        UNTIL(&w, c->got.o.runs, 1);
+        UNTIL(&w, c->written.runs, 1);
+        world_close(&w);
+        if (lent) CHECK_EQ_INT(c->written.releases, 1);
+        cargo_free(c);
+        spy_end();
+    }
+}
+
+/* ---- calls: the streams that the caller names */
+
+static void cargo_back(tprpc_request request, const tprpc_message *message, void *user) {
+    cargo_look(message, NULL);
+    (*(int *)user)++;
+    CHECK_EQ_INT(tprpc_reply(request, message), TPRPC_OK);
+}
+
+static void cargo_answered(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
+    cargo *c = (cargo *)user;
+    int i;
+    if (reply) cargo_look(reply, NULL);
+    for (i = 0; reply && i < CARGO_DEVICES; i++) CHECK(reply->tensors[i].stream == c->own);
+    ended(&c->got.o, status, error);
+}
+
+static void v_calls(void *arg) {
+    tprpc_agent *agents[2] = {NULL, NULL};
+    tprpc_store *store;
+    tprpc_method_desc method;
+    tprpc_message message;
+    tprpc_call_options options;
+    tprpc_stream stream;
+    tprpc_error error = TPR_ZERO;
+    world w;
+    cargo *c;
+    int i, ready = 0, handled = 0;
+    memset(&w, 0, sizeof w);
+    memset(&method, 0, sizeof method);
+    memset(&options, 0, sizeof options);
+    spy_begin((const kit *)arg);
+    store = agents_create(&w, "tcp", agents);
+    method.name = "back";
+    method.handler = cargo_back;
+    method.user = &handled;
+    REQUIRE_EQ_INT(tprpc_agent_register(agents[1], &method, &error), TPRPC_OK);
+    for (i = 0; i < 2; i++) REQUIRE_EQ_INT(tprpc_agent_start(agents[i], on_ready, &ready, &error), TPRPC_OK);
+    UNTIL(&w, ready, 2);
+    c = cargo_new(NULL);
+    stream.device = kind_device(last_device());
+    stream.stream = c->own;
+    message = cargo_message(c, false);
+    options.streams = &stream;
+    options.stream_count = 1;
+    options.on_done = cargo_answered;
+    options.user = c;
+    options.error = &error;
+    if (tprpc_call(agents[0], "right", "back", &message, &options, NULL) != TPRPC_OK)
+        fprintf(stderr, "call: %s\n", error.text);
+    for (i = 0; i < CARGO_DEVICES; i++) CHECK(spy.pieces[i].copied && spy.pieces[i].stream == c->own);
+    cargo_put(c, 0, 99);
+    cargo_put(c, 1, 99);
+    UNTIL(&w, c->got.o.runs, 1);
+    CHECK_EQ_INT(c->got.o.status, TPRPC_OK);
+    CHECK_EQ_INT(handled, 1);
+    CHECK_EQ_INT(spy.asked_count, 2 * CARGO_DEVICES);
+    for (i = 0; i < spy.asked_count; i++) CHECK(spy.asked[i] == (i < CARGO_DEVICES ? NULL : c->own));
+    for (i = 0; i < 2; i++) CHECK_EQ_INT(tprpc_agent_destroy(agents[i]), TPRPC_OK);
+    tprpc_store_close(store);
+    for (i = 1; i >= 0; i--) CHECK_EQ_INT(tprpc_context_destroy(w.ctx[i]), TPRPC_OK);
+    cargo_free(c);
+    spy_end();
+}
+
+static void v_table(void *arg) {
+    const kit *k = (const kit *)arg;
+    const tprpc_converter_table *t = k->converter->converter;
+    tprpc_context *ctx;
+    int32_t i, count = t->device_count ? t->device_count(k->converter->user) : 1;
+    toys_begin(0);
+    ctx = context(NULL, NULL, 0);
+    CHECK(t->kind == TPRPC_CPU || t->kind == TPRPC_CUDA || t->kind >= TPRPC_DEVICE_USER);
+    CHECK(t->allocate && t->release);
+    CHECK(!t->prepare == !t->sent);
+    CHECK(count > 0);
+    for (i = 0; i < count; i++) {      /* a device's stream is one */
+        const tprpc_device device = {t->kind, i};
+        CHECK(!t->stream || t->stream(k->converter->user, ctx, device) == t->stream(k->converter->user, ctx, device));
+    }
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+    toys_end();
+}
+
+static void v_unknown(void *arg) {
+    fprintf(stderr, "converter %s could not be exercised: this suite has no kit for its kind of device\n",
+            ((const tprpc_backend *)arg)->name);
+    CHECK(0);
+}
+
 /* ---- as many as a context takes ---- */
 
 enum { OURS = TPR_COUNT(tpr_backends_all), THEIRS = TPR_CONTEXT_BACKENDS - OURS };
@@ -1629,12 +2167,32 @@ static void add_channel(const tprpc_backend *backend, const tprpc_backend *trans
     if (!found) add("channel", backend->name, "moves", c_moves_nothing, (void *)(uintptr_t)backend);
 }
 
+static void add_converter(const tprpc_backend *backend) {
+    static const named tests[] = {
+        {"table", v_table}, {"lent", v_lent}, {"copied", v_copied}, {"threads", v_threads}, {"parked", v_parked},
+        {"fails_sending", v_fails_sending}, {"fails_receiving", v_fails_receiving}, {"closed", v_closed},
+        {"calls", v_calls}};
+    const kit *k = kits;
+    size_t i;
+    while (k < kits + COUNT(kits) && k->converter != backend) k++;
+    if (k == kits + COUNT(kits)) {
+        add("converter", backend->name, "kit", v_unknown, (void *)(uintptr_t)backend);
+        return;
+    }
+    for (i = 0; i < COUNT(tests); i++)
+        add("converter", backend->name, tests[i].name, tests[i].run, (void *)(uintptr_t)k);
+}
+
 TESTS(registry) {
     size_t i, j;
     for (i = 0; i < TPR_COUNT(tpr_backends_all); i++) known[known_count++] = tpr_backends_all[i];
     known[known_count++] = &toy_backend;
     known[known_count++] = &toyc_backend;
-    for (i = 0; i < known_count; i++) if (known[i]->transport) add_transport(known[i]);
+    known[known_count++] = &toyd_backend;
+    for (i = 0; i < known_count; i++) {
+        if (known[i]->transport) add_transport(known[i]);
+        if (known[i]->converter) add_converter(known[i]);
+    }
     for (i = 0; i < known_count; i++)
         for (j = 0; j < known_count && known[i]->channel; j++)
             if (known[j]->transport) add_channel(known[i], known[j]);

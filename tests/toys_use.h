@@ -155,6 +155,41 @@ TOY_USED static void *bytes_new(size_t size) {
     return data;
 }
 
+/* ---- agents ---- */
+
+TOY_USED static void on_ready(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
+    (void)reply;
+    if (error) fprintf(stderr, "ready: %s\n", error->text);
+    CHECK_EQ_INT(status, TPRPC_OK);
+    __sync_fetch_and_add(TOY_CAST(int *, user), 1);
+}
+
+/* A context and an agent each, in one group; the store is the first one's. */
+TOY_USED static tprpc_store *agents_create(world *w, const char *transports, tprpc_agent **agents) {
+    static const char *const names[2] = {"left", "right"};
+    tprpc_store *store = NULL;
+    tprpc_store_desc store_desc;
+    tprpc_error error;
+    int i;
+    memset(&store_desc, 0, sizeof store_desc);
+    memset(&error, 0, sizeof error);
+    for (i = 0; i < 2; i++) w->ctx[i] = context(transports, NULL, 0);
+    store_desc.url = "local://";
+    REQUIRE_EQ_INT(tprpc_store_open(w->ctx[0], &store_desc, &store, &error), TPRPC_OK);
+    for (i = 0; i < 2; i++) {
+        tprpc_agent_desc desc;
+        memset(&desc, 0, sizeof desc);
+        desc.context = w->ctx[i];
+        desc.name = names[i];
+        desc.rank = i;
+        desc.world_size = 2;
+        desc.store = store;
+        if (tprpc_agent_create(&desc, &agents[i], &error) != TPRPC_OK) fprintf(stderr, "agent: %s\n", error.text);
+        REQUIRE(agents[i] != NULL);
+    }
+    return store;
+}
+
 /* ---- batches of tensors ---- */
 
 enum { ITEMS = 40 };
