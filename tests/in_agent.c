@@ -1,5 +1,5 @@
-/* The inside of the agent section: what it tells a profiler, a hostile peer while memory is short, and placing without
-   memory. */
+/* The inside of the agent section: what it tells a profiler, a hostile peer while memory is short, placing without
+   memory, and the log where the locks of several loops are held. */
 #define TPRPC_STATIC
 #define TPRPC_IMPLEMENTATION
 #include <stdint.h>
@@ -177,4 +177,92 @@ IN_KINDS(placing_without_memory, POLLED) {
         two_close();
     }
     CHECK(handled > 0);
+}
+
+/* ---- the log, where the locks of all loops are held ---- */
+
+static int log_armed, in_log;          /* atomic: whether lines are put down; threads within the log */
+static __thread int lines_here;        /* that this thread wrote */
+
+/* What the section itself may do at any moment: the line is pending, and whoever leaves a loop next writes it. */
+static void put_line(side *s) {
+    if (LOAD(&log_armed) && !LOAD(&in_log))
+        tpr_base_log_put(&s->ctx->env.logger, TPRPC_LOG_WARNING, "test", "", __FILE__, __LINE__, "a line");
+}
+
+static void *line_alloc(size_t size, size_t align, uint32_t tag, void *user) {
+    put_line(user == &two[0].heap ? &two[0] : &two[1]);      /* allocators are called under locks too */
+    return heap_alloc(size, align, tag, user);
+}
+
+/* Within 10 s: the loops' own threads hold it for moments. */
+static bool can_be_had(tpr_os_favoured *lock) {
+    int64_t end = test_now_us() + 10000000;
+    if (LOAD(&lock->favourite) == tpr_os_thread_id() && lock->favour) return false;
+    while (!tpr_os_favoured_try(lock)) {
+        if (test_now_us() > end) return false;
+        test_sleep_us(100);
+    }
+    tpr_os_favoured_give(lock);
+    return true;
+}
+
+/* Whoever writes it holds no lock: each can be had, and what takes them all be called. */
+static void log_locks(const tprpc_log *entry, void *user) {
+    side *s = (side *)user;
+    (void)entry;
+    ADD(&in_log, 1);
+    if (LOAD(&log_armed)) {
+        tprpc_method_desc method = {"of_the_log", on_echo, NULL, NULL, NULL, 0};
+        lines_here++;
+        for (uint32_t i = 0; i < s->ctx->loop_count; i++) REQUIRE(can_be_had(&s->ctx->loops[i].lock));
+        if (tprpc_agent_register(s->agent, &method, NULL) == TPRPC_OK)     /* another thread's log may be at it */
+            tprpc_agent_unregister(s->agent, method.name, NULL);
+    }
+    ADD(&in_log, -1);
+}
+
+static void with_log(side *s, tprpc_context_desc *context, tprpc_agent_desc *agent) {
+    (void)agent;
+    context->log = log_locks;
+    context->user = s;
+    context->allocator.alloc = line_alloc;
+}
+
+enum { LOG_ROUNDS = 10, LOG_NAMES = 300, SEVERAL_LOOPS = 0x10 };
+
+IN_KINDS(log_without_locks, SEVERAL_LOOPS) {
+    static char names[LOG_NAMES][16];
+    tprpc_method_desc method = {NULL, on_echo, NULL, NULL, NULL, 0};
+    for (int round = 0; round < LOG_ROUNDS; round++) {
+        two_tune = with_log;
+        if (shared) memset(shared, 0, sizeof *shared);
+        two_open(with, echo_methods);
+        REQUIRE_LE_INT(2, two[0].ctx->loop_count);
+        STORE(&log_armed, 1);          /* an agent that has started lets go what it held, on every loop */
+        for (int i = 0; i < 2; i++)
+            CHECK_EQ_INT(tprpc_agent_start(two[i].agent, count_ready, &shared->ready, NULL), TPRPC_OK);
+        REQUIRE(both_until(&shared->ready, 2));
+        int before[4] = {lines_here, 0, 0, 0};
+        for (int i = 0; i < LOG_NAMES; i++) {      /* maps grow under the locks */
+            snprintf(names[i], sizeof names[i], "name%d", i);
+            method.name = names[i];
+            CHECK_EQ_INT(tprpc_agent_register(two[0].agent, &method, NULL), TPRPC_OK);
+        }
+        before[1] = lines_here;
+        for (int i = 0; i < LOG_NAMES; i++) {
+            tprpc_method_id id;
+            CHECK_EQ_INT(tprpc_resolve(two[0].agent, "bob", names[i], &id, NULL), TPRPC_OK);
+        }
+        before[2] = lines_here;
+        for (int i = 0; i < LOG_NAMES; i++) {
+            put_line(&two[0]);         /* it allocates nothing itself */
+            CHECK_EQ_INT(tprpc_agent_unregister(two[0].agent, names[i], NULL), TPRPC_OK);
+        }
+        before[3] = lines_here;
+        for (int i = 0; i < 3; i++) CHECK(before[i] < before[i + 1]);
+        STORE(&log_armed, 0);
+        while (LOAD(&in_log)) test_sleep_us(100);  /* its agent stays until it is through */
+        two_close();
+    }
 }
