@@ -110,15 +110,35 @@ static void run_moved(const char *address) {
 TEST(toy_moved_from_tcp) { run_moved("tcp://127.0.0.1:0"); }
 TEST(toy_moved_from_shm) { run_moved("shm://"); }
 
-/* Both contexts are driven from a poll(2) of ours on their handles alone. */
+/* Both contexts are driven from a poll(2) of ours on their handles alone; returns how often it slept. */
+static int foreign_loop(world *w, int *counter, int least) {
+    int64_t end = deadline();
+    int i, slept = 0;
+    while (toy_count(counter) < least) {
+        struct pollfd fds[2];
+        int64_t until[2];
+        bool armed = true;
+        REQUIRE(test_now_us() < end);
+        for (i = 0; i < 2; i++) {
+            armed &= tprpc_context_arm(w->ctx[i], &until[i]);
+            fds[i].fd = TOY_CAST(int, tprpc_context_handle(w->ctx[i]));
+            fds[i].events = POLLIN;
+        }
+        if (armed) REQUIRE(poll(fds, 2, 10000) > 0 || until[0] >= 0 || until[1] >= 0);
+        slept += armed;
+        tprpc_poll(w->ctx[0], TPRPC_NOW, 0);
+        tprpc_poll(w->ctx[1], TPRPC_NOW, 0);
+    }
+    return slept;
+}
+
 TEST(toy_foreign_loop) {
     world w;
     tprpc_message message;
     outcome written[20];
     seen got[20];
     tprpc_payload payload;
-    int i, rounds = 0;
-    int64_t end = deadline();
+    int i;
     toys_begin(100);
     world_open(&w, "toy", NULL, "toy://", 0);
     memset(&message, 0, sizeof message);
@@ -134,20 +154,7 @@ TEST(toy_foreign_loop) {
         REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_read, &got[i].o), TPRPC_OK);
         REQUIRE_EQ_INT(tprpc_pipe_write(w.pipe[1], &message, on_written, &written[i]), TPRPC_OK);
     }
-    while (toy_count(&got[19].o.runs) == 0 && test_now_us() < end) {
-        struct pollfd fds[2];
-        int64_t until[2];
-        bool armed[2];
-        for (i = 0; i < 2; i++) {
-            armed[i] = tprpc_context_arm(w.ctx[i], &until[i]);
-            fds[i].fd = TOY_CAST(int, tprpc_context_handle(w.ctx[i]));
-            fds[i].events = POLLIN;
-        }
-        if (armed[0] && armed[1]) REQUIRE(poll(fds, 2, 10000) > 0 || until[0] >= 0 || until[1] >= 0);
-        tprpc_poll(w.ctx[0], TPRPC_NOW, 0);
-        tprpc_poll(w.ctx[1], TPRPC_NOW, 0);
-        rounds++;
-    }
+    foreign_loop(&w, &got[19].o.runs, 1);
     for (i = 0; i < 20; i++) CHECK_EQ_INT(got[i].o.runs, 1);
     free(payload.data);
     world_close(&w);
@@ -207,6 +214,35 @@ TEST(toy_tensors_over_shm) {
 
 TEST(toy_tensors_threads) { run_tensors("toy", "toy://", 2); }
 TEST(toy_tensors_threads_tcp) { run_tensors("tcp", "tcp://127.0.0.1:0", 1); }
+
+/* A channel has readiness of its own: what the device has copied, late, is its to tell. */
+static void run_foreign_tensors(const char *transports, const char *address) {
+    world w;
+    batch *b = TOY_CAST(batch *, bytes_new(sizeof(batch)));
+    int slept = 0;
+    toys_begin(5000);
+    world_open(&w, transports, NULL, address, 0);
+    batch_fill(b, true, true, 8, 70000, 1);
+    batch_write(&w, b, 1);
+    REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w.pipe[0], on_described, &b->described), TPRPC_OK);
+    slept += foreign_loop(&w, &b->described.runs, 1);
+    batch_takes(&w, b, 0);
+    slept += foreign_loop(&w, &b->got.runs, 1);
+    slept += foreign_loop(&w, &b->written.runs, 1);
+    slept += foreign_loop(&w, &b->written.releases, 1);
+    CHECK(slept > 0);
+    CHECK_EQ_INT(b->got.status, TPRPC_OK);
+    CHECK_EQ_INT(b->written.status, TPRPC_OK);
+    CHECK_EQ_INT(toy_count(&toy_gpu.completed), 2);      /* of the sender, of the receiver */
+    batch_check(b, 1);
+    batch_free(b);
+    free(b);
+    world_close(&w);
+    toys_end();
+}
+
+TEST(toy_foreign_loop_of_a_channel) { run_foreign_tensors("toy", "toy://"); }
+TEST(toy_foreign_loop_of_a_channel_tcp) { run_foreign_tensors("tcp", "tcp://127.0.0.1:0"); }
 
 /* Device and host tensors in one message, placed by the library: by the converter, where the sender asked. */
 static void look_mixed(const tprpc_message *message, void *arg) {

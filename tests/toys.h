@@ -6,7 +6,8 @@
    only the device's threads know the other mapping) and whose copies end late, in order within a queue;
    - "toychan", a channel that moves batches to, from and between such memory: small ones from the CPU in its bytes of
    the pipe's descriptor, others by a memfd that its control path hands over, or as bulk where no descriptor can be
-   passed;
+   passed; what the device has copied comes back through a completion queue of its own, with an eventfd to sleep on, or,
+   of a single buffer, by tprpc_defer;
    - "toydev", the converter of that kind.
 
    Everything is static, so that a test brings its own; toys_begin after the last fork, toys_end when all is destroyed.
@@ -523,9 +524,9 @@ static struct {
     toy_memory     *memory;
     toy_queue      *queues[TOY_DEVICES];
     int64_t         lag_us;            /* how late */
-    int             allocated, prepared, sent, copied, jobs, passed, bulk, inlined;   /* counters, atomic */
+    int             allocated, prepared, sent, copied, jobs, passed, bulk, inlined, completed;    /* atomic */
     bool            liar;              /* the channel's proof fails */
-} toy_gpu = {PTHREAD_MUTEX_INITIALIZER, NULL, {NULL, NULL}, 0, 0, 0, 0, 0, 0, 0, 0, 0, false};
+} toy_gpu = {PTHREAD_MUTEX_INITIALIZER, NULL, {NULL, NULL}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, false};
 
 static int toy_count(int *counter) { return __sync_fetch_and_add(counter, 0); }
 
@@ -723,8 +724,16 @@ enum { TOYC_WANT = 1, TOYC_READY, TOYC_DONE, TOYC_DROP, TOYC_CANCEL };   /* cont
 enum { TOYC_HEAD = 16, TOYC_INLINE = 2048 };        /* descriptor: count, kind, total; the bytes of a small batch */
 enum { TOYC_APART = 1, TOYC_WITHIN = 2 };
 
-typedef struct toyc_end {
+typedef struct toyc_net {              /* an instance, and its completion queue */
     const tprpc_host *host;
+    pthread_mutex_t   lock;
+    struct toyc_transfer *copied, **last;
+    int               event;
+    bool              armed, rung;
+} toyc_net;
+
+typedef struct toyc_end {
+    toyc_net         *net;
     tprpc_link       *link;
     struct toyc_transfer *first;
     uint64_t          secret;
@@ -734,7 +743,7 @@ typedef struct toyc_piece { toy_job job; struct toyc_transfer *of; size_t offset
 
 typedef struct toyc_transfer {
     tprpc_work work, taken;            /* work: from a queue's thread; taken: the link's */
-    struct toyc_transfer *next;
+    struct toyc_transfer *next, *next_copied;
     toyc_end       *end;
     tprpc_transfer *transfer;
     bool            sending, wanted, staged, begun, busy, bulking, within;
@@ -747,15 +756,24 @@ typedef struct toyc_transfer {
 } toyc_transfer;
 
 static tprpc_status toyc_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
-    toyc_end *self = TOY_NEW(toyc_end);
+    toyc_net *self = TOY_NEW(toyc_net);
     (void)user;
     if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "toychan: no memory");
     self->host = host;
+    self->last = &self->copied;
+    self->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (self->event < 0 || pthread_mutex_init(&self->lock, NULL) != 0) abort();
     *instance = self;
     return TPRPC_OK;
 }
 
-static void toyc_close(void *instance) { free(instance); }
+static void toyc_close(void *instance) {
+    toyc_net *self = TOY_CAST(toyc_net *, instance);
+    if (self->copied) abort();         /* all ends are detached by then */
+    close(self->event);
+    pthread_mutex_destroy(&self->lock);
+    free(self);
+}
 
 static size_t toyc_domain(void *instance, uint8_t *out, size_t capacity) {
     (void)instance;
@@ -779,7 +797,7 @@ static bool toyc_moves(void *instance, tprpc_device from, tprpc_device to) {
 static tprpc_status toyc_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
     toyc_end *self = TOY_NEW(toyc_end);
     if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "toychan: no memory");
-    self->host = TOY_CAST(toyc_end *, instance)->host;
+    self->net = TOY_CAST(toyc_net *, instance);
     self->link = link;
     self->secret = TOY_CAST(uint64_t, test_now_us()) * UINT64_C(0x9E3779B97F4A7C15);
     *end = self;
@@ -846,6 +864,20 @@ static void toyc_finish(toyc_transfer *self, tprpc_status status) {
     tprpc_transfer_done(transfer, status, status == TPRPC_OK ? NULL : &error);
 }
 
+/* On a queue's thread: the loop is to go on with it. */
+static void toyc_complete(toyc_transfer *self) {
+    toyc_net *net = self->end->net;
+    uint64_t one = 1;
+    pthread_mutex_lock(&net->lock);
+    *net->last = self;
+    net->last = &self->next_copied;
+    if (net->armed && !net->rung) {    /* whoever does not sleep looks for himself */
+        net->rung = true;
+        if (write(net->event, &one, sizeof one) < 0) abort();
+    }
+    pthread_mutex_unlock(&net->lock);
+}
+
 /* On a queue's thread. */
 static void toyc_piece_run(toy_job *job) {
     toyc_piece *piece = TOY_OF(toyc_piece, job);
@@ -855,7 +887,9 @@ static void toyc_piece_run(toy_job *job) {
     if (buffer->device.kind == TPRPC_DEVICE_USER) data = toy_gpu_real(buffer->data, buffer->size);
     if (buffer->size && !data) abort();
     if (buffer->size) memcpy(self->sending ? stage : data, self->sending ? data : stage, buffer->size);
-    if (__sync_sub_and_fetch(&self->left, 1) == 0) tprpc_defer(self->end->host->context, &self->work);
+    if (__sync_sub_and_fetch(&self->left, 1) > 0) return;
+    if (self->count == 1) tprpc_defer(self->end->net->host->context, &self->work);
+    else toyc_complete(self);
 }
 
 /* Copies between stage and buffers, in the order of the buffers' queues. */
@@ -915,6 +949,40 @@ static void toyc_back(tprpc_work *work) {
     }
 }
 
+static bool toyc_progress(void *instance) {
+    toyc_net *net = TOY_CAST(toyc_net *, instance);
+    toyc_transfer *self;
+    uint64_t count;
+    bool did = false;
+    pthread_mutex_lock(&net->lock);
+    net->armed = false;
+    if (net->rung && read(net->event, &count, sizeof count) < 0) abort();
+    net->rung = false;
+    while ((self = net->copied) != NULL) {
+        net->copied = self->next_copied;
+        if (!net->copied) net->last = &net->copied;
+        pthread_mutex_unlock(&net->lock);
+        __sync_fetch_and_add(&toy_gpu.completed, 1);
+        toyc_back(&self->work);
+        did = true;
+        pthread_mutex_lock(&net->lock);
+    }
+    pthread_mutex_unlock(&net->lock);
+    return did;
+}
+
+static bool toyc_arm(void *instance, int64_t *deadline_us) {
+    toyc_net *net = TOY_CAST(toyc_net *, instance);
+    bool armed;
+    (void)deadline_us;
+    pthread_mutex_lock(&net->lock);
+    armed = net->armed = net->copied == NULL;
+    pthread_mutex_unlock(&net->lock);
+    return armed;
+}
+
+static intptr_t toyc_handle(void *instance) { return TOY_CAST(toyc_net *, instance)->event; }
+
 static toyc_transfer *toyc_new(toyc_end *end, tprpc_transfer *transfer, const tprpc_buffer *buffers, size_t count) {
     toyc_transfer *self = TOY_NEW(toyc_transfer);
     size_t i;
@@ -933,7 +1001,7 @@ static toyc_transfer *toyc_new(toyc_end *end, tprpc_transfer *transfer, const tp
     }
     self->work.run = toyc_back;
     self->taken.run = toyc_taken;
-    self->work.loop = self->taken.loop = end->host->loop;
+    self->work.loop = self->taken.loop = end->net->host->loop;
     self->next = end->first;
     end->first = self;
     transfer->channel_data = self;
@@ -998,7 +1066,7 @@ static tprpc_status toyc_recv(void *end, tprpc_transfer *transfer, const tprpc_b
     self->fd = -1;
     memcpy(self->stage, descriptor + TOYC_HEAD, self->total);
     self->within = self->busy = true;  /* not now: a refused message is aborted at once */
-    tprpc_defer(owner->host->context, &self->work);
+    tprpc_defer(owner->net->host->context, &self->work);
     return TPRPC_OK;
 }
 
@@ -1092,9 +1160,9 @@ static void toyc_deregister(void *instance, const tprpc_allocation *allocation) 
 
 static const tprpc_channel_table toyc_table = {
     TOY_CAST(uint32_t, sizeof(tprpc_channel_table)), TPRPC_CHANNEL_MUTUAL, 0, 1, 0, TOYC_HEAD + TOYC_INLINE,
-    toyc_open, toyc_close, toyc_domain, toyc_reaches, NULL, NULL, NULL, toyc_moves, toyc_attach, toyc_detach,
-    toyc_challenge, toyc_answer, toyc_verify, toyc_send, toyc_recv, toyc_abort, toyc_control, toyc_bulk, toyc_bulk_done,
-    toyc_register, toyc_deregister
+    toyc_open, toyc_close, toyc_domain, toyc_reaches, toyc_progress, toyc_arm, toyc_handle, toyc_moves, toyc_attach,
+    toyc_detach, toyc_challenge, toyc_answer, toyc_verify, toyc_send, toyc_recv, toyc_abort, toyc_control, toyc_bulk,
+    toyc_bulk_done, toyc_register, toyc_deregister
 };
 
 TOY_USED static const tprpc_backend toyc_backend = {TOY_CAST(uint32_t, sizeof(tprpc_backend)),

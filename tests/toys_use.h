@@ -276,15 +276,20 @@ TOY_USED static void batch_write(world *w, batch *b, int side) {
     REQUIRE_EQ_INT(tprpc_pipe_write(w->pipe[side], &message, on_written, &b->written), TPRPC_OK);
 }
 
-TOY_USED static void batch_read(world *w, batch *b, int side) {
+/* Once it is described. */
+TOY_USED static void batch_takes(world *w, batch *b, int side) {
     tprpc_message message;
     memset(&message, 0, sizeof message);
     message.tensors = b->in;
     message.tensor_count = b->count;
-    REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w->pipe[side], on_described, &b->described), TPRPC_OK);
-    UNTIL(w, b->described.runs, 1);
     REQUIRE_EQ_INT(b->described.status, TPRPC_OK);
     REQUIRE_EQ_INT(tprpc_pipe_read(w->pipe[side], &message, on_read, &b->got), TPRPC_OK);
+}
+
+TOY_USED static void batch_read(world *w, batch *b, int side) {
+    REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w->pipe[side], on_described, &b->described), TPRPC_OK);
+    UNTIL(w, b->described.runs, 1);
+    batch_takes(w, b, side);
 }
 
 TOY_USED static void batch_ends(world *w, batch *b, tprpc_status written, tprpc_status got) {
