@@ -1204,12 +1204,63 @@ IN_MODES(lanes, ALL_MODES) {
 
 /* ---- hot reload ---- */
 
-static void on_reload(tprpc_request request, const tprpc_message *message, void *user) {
-    (void)user;
+/* Code of the method runs, for a while. */
+static void reload_code(void) {
     if (LOAD(&shared->count[6])) ADD(&shared->bad, 1);   /* unregistered at this moment */
     test_sleep_us(100);
-    tprpc_reply(request, message);
     if (LOAD(&shared->count[6])) ADD(&shared->bad, 1);
+}
+
+static void on_reload(tprpc_request request, const tprpc_message *message, void *user) {
+    (void)user;
+    reload_code();
+    tprpc_reply(request, message);
+    reload_code();
+}
+
+/* Memory that place gave and that did not come back yet; that of calls whose method went in between never does. */
+enum { RELOAD_SLOTS = 200 };
+static void *reload_slots[RELOAD_SLOTS];
+
+static bool reload_slot(void *from, void *to) {
+    for (int i = 0; i < RELOAD_SLOTS; i++)
+        if (__sync_bool_compare_and_swap(&reload_slots[i], from, to)) return true;
+    return false;
+}
+
+static void reload_give_back(void *memory) {
+    if (!memory || !reload_slot(memory, NULL)) ADD(&shared->bad, 1);
+    else free(memory);
+}
+
+static tprpc_status place_reload(tprpc_placement *placement, void *user) {
+    void *memory = malloc(placement->tensors[0].size);
+    (void)user;
+    reload_code();
+    if (!memory || !reload_slot(NULL, memory)) {
+        free(memory);
+        return TPRPC_ERROR_MEMORY;
+    }
+    placement->tensors[0].data = placement->cookie = memory;
+    ADD(&shared->placed, 1);
+    return TPRPC_OK;
+}
+
+static void unplaced_reload(const tprpc_placement *placement, void *user) {
+    (void)user;
+    reload_code();
+    reload_give_back(placement->cookie);
+    ADD(&shared->unplaced, 1);
+}
+
+static void on_placed_reload(tprpc_request request, const tprpc_message *message, void *user) {
+    (void)user;
+    reload_code();
+    if (!filled(message->tensors[0].data, message->tensors[0].size, 0)) ADD(&shared->bad, 1);
+    reload_give_back(message->tensors[0].data);
+    ADD(&shared->handled, 1);
+    tprpc_reply(request, NULL);
+    reload_code();
 }
 
 static void on_remove_itself(tprpc_request request, const tprpc_message *message, void *user) {
@@ -1226,15 +1277,37 @@ static const tprpc_method_desc reload_methods[] = {
     {0},
 };
 
+static const tprpc_method_desc reload_inline_methods[] = {
+    {"reload", on_reload, NULL, NULL, NULL, 0}, {"once", on_remove_itself, NULL, NULL, NULL, 0}, {0},
+};
+static const tprpc_method_desc reload_placed_methods[] = {
+    {"reload", on_placed_reload, place_reload, unplaced_reload, NULL, 0},
+    {"once", on_remove_itself, NULL, NULL, NULL, 0},
+    {0},
+};
+
+/* Calls of all sizes, or of 1 MiB, of which some are cancelled on their way. */
 static void *reload_caller(void *arg) {
     job *j = (job *)arg;
-    uint8_t *bytes = (uint8_t *)calloc(1, 70000);
+    uint8_t *bytes = (uint8_t *)malloc(PLACE_BIG);
+    fill(bytes, PLACE_BIG, 0);
     for (int i = 0; !LOAD(&shared->stop); i++) {
-        tprpc_tensor tensor = bytes_of(bytes, i % 3 ? 64 : 70000);
+        const size_t most = j->s->user ? PLACE_BIG : i % 3 ? 64 : 70000;
+        const bool cancelled = j->s->user && i % 4 == 0;
+        tprpc_tensor tensor = bytes_of(bytes, most);
         tprpc_message message = tensors_of(&tensor, 1);
         tprpc_error error = {0};
-        tprpc_status status = call_and_wait(j->s, "bob", "reload", &message, NULL, &error);
-        if (!CHECK(status == TPRPC_OK || status == TPRPC_ERROR_NO_METHOD)) fprintf(stderr, "%s\n", error.text);
+        tprpc_status status = TPRPC_ERROR_CANCELLED;
+        if (cancelled) {
+            tprpc_future future;
+            REQUIRE_EQ_INT(tprpc_call(j->s->agent, "bob", "reload", &message, NULL, &future), TPRPC_OK);
+            test_sleep_us(i % 5 * 100);
+            tprpc_future_cancel(future);
+            tprpc_future_release(future);
+        } else {
+            status = call_and_wait(j->s, "bob", "reload", &message, NULL, &error);
+            if (!CHECK(status == TPRPC_OK || status == TPRPC_ERROR_NO_METHOD)) fprintf(stderr, "%s\n", error.text);
+        }
         if (status == TPRPC_OK) ADD(&shared->count[0], 1);
         if (status == TPRPC_ERROR_NO_METHOD) {
             CHECK_CONTAINS(error.text, "reload");
@@ -1262,34 +1335,57 @@ static void client_reload(side *s) {
     CHECK_EQ_INT(LOAD(&shared->bad), 0);
 }
 
-static void server_reload(side *s) {
-    tprpc_method_desc method = reload_methods[0];
+/* Takes the method away and gives it back while it is called; `polls` drives the agent, NULL: others do. */
+static void reload(side *s, side *polls) {
+    tprpc_method_desc method = s->methods[0];
     tprpc_error error = {0};
+    const int rounds = method.place ? 10 : 30;      /* each leaves some memory behind */
     method.user = s;
     CHECK_EQ_INT(tprpc_agent_register(s->agent, &method, &error), TPRPC_ERROR_INVALID);
     CHECK_CONTAINS(error.text, "reload");
     CHECK_EQ_INT(tprpc_agent_unregister(s->agent, "never there", &error), TPRPC_ERROR_NO_METHOD);
     CHECK_CONTAINS(error.text, "never there");
-    int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
-    for (int i = 0; i < 30; i++) {
-        const int served = LOAD(&shared->count[0]), denied = LOAD(&shared->count[1]);
-        while (LOAD(&shared->count[0]) < served + 3 && test_now_us() < end) tprpc_poll(s->ctx, 500, 0);
+    for (int i = 0; i < rounds; i++) {
+        CHECK(until(polls, &shared->count[0], LOAD(&shared->count[0]) + 3));
         CHECK_EQ_INT(tprpc_agent_unregister(s->agent, "reload", NULL), TPRPC_OK);
         STORE(&shared->count[6], 1);
-        while (LOAD(&shared->count[1]) < denied + 3 && test_now_us() < end) tprpc_poll(s->ctx, 500, 0);
+        CHECK(until(polls, &shared->count[1], LOAD(&shared->count[1]) + 3));
         STORE(&shared->count[6], 0);
         CHECK_EQ_INT(tprpc_agent_register(s->agent, &method, NULL), TPRPC_OK);
     }
-    CHECK(test_now_us() < end);
     STORE(&shared->stop, 1);
 }
 
-IN_MODES(hot_reload, ALL_MODES) {
+static void server_reload(side *s) { reload(s, s); }
+
+static void *reload_elsewhere(void *arg) {
+    reload((side *)arg, NULL);
+    return NULL;
+}
+
+static void server_reload_elsewhere(side *s) {
+    pthread_t thread;
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, reload_elsewhere, s), 0);
+    CHECK(until(s, &shared->stop, 1));
+    pthread_join(thread, NULL);
+}
+
+static void run_reload(const mode *with, const tprpc_method_desc *served, void (*server)(side *)) {
     side sides[2] = {{0}};
     sides[0].mode = with;
     sides[0].main = client_reload;
-    sides[1].methods = reload_methods;
-    sides[1].main = server_reload;
-    sides[1].tune = use_workers;
+    if (served == reload_placed_methods) sides[0].user = &place_cookie;
+    sides[1].methods = served;
+    sides[1].main = server;
+    if (served == reload_methods) sides[1].tune = use_workers;
     group_run(sides, 2);
+}
+
+IN_MODES(hot_reload, ALL_MODES) { run_reload(with, reload_methods, server_reload); }
+/* Handlers on the loop's thread, or within a poll, while another thread unregisters. */
+IN_MODES(hot_reload_inline, ALL_MODES) { run_reload(with, reload_inline_methods, server_reload_elsewhere); }
+IN_MODES(hot_reload_placed, ALL_MODES) {
+    run_reload(with, reload_placed_methods, server_reload_elsewhere);
+    CHECK_LE_INT(shared->handled + shared->unplaced, shared->placed);
+    for (int i = 0; i < RELOAD_SLOTS; i++) free(reload_slots[i]);
 }
