@@ -15029,6 +15029,7 @@ TPRPC_API tprpc_status tprpc_to_dlpack(const tprpc_tensor *tensor, DLTensor *out
 #undef TPR_TAG
 #undef TPR_UNLIKELY
 #undef TPR_UNUSED
+#undef TPR_COLD
 #undef TPR_ZERO
 #endif
 
