@@ -1,5 +1,5 @@
-/* Misuse where assertions are off, as in a release build: NULL, handles that are none and numbers out of range, to every
-   public function. Each says INVALID or does nothing; DLPack's two are tried so in in_dlpack.c. */
+/* Misuse where assertions are off, as in a release build: NULL, handles that are none and numbers out of range, to
+   every public function. Each says INVALID or does nothing; DLPack's two are tried so in in_dlpack.c. */
 #include "harness.h"
 #define TPRPC_STATIC
 #define TPRPC_TEST_HOOKS

@@ -481,7 +481,7 @@ static void toy_submit(void *user, tprpc_store_op *op, const tprpc_store_request
     tprpc_error error;
     CHECK_EQ_INT(t->closed, 0);
     t->submitted++;
-    if (strcmp(request->key, "hang") == 0) t->kept = op;
+    if (strcmp(request->key, "hang") == 0) __atomic_store_n(&t->kept, op, __ATOMIC_RELEASE);   /* for other threads */
     else if (strcmp(request->key, "fail") == 0)
         tprpc_store_finish(op, tprpc_error_set(&error, TPRPC_ERROR_REMOTE, 0, "the toy says no"), NULL, 0, &error);
     else tprpc_store_finish(op, TPRPC_OK, request->value, request->value_size, NULL);
