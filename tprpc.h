@@ -11210,7 +11210,7 @@ static void tpr_store_client_meet(tprpc_store *store) {
     tprpc_status status = tpr_store_conn_hello(store->conn, &error);
     if (status == TPRPC_PENDING) return;
     if (status != TPRPC_OK) {
-        tpr_store_client_retry(store, &error, true);
+        tpr_store_client_retry(store, &error, status != TPRPC_ERROR_PEER);   // who is gone refused nothing
         return;
     }
     tpr_timer_cancel(&store->home->wheel, &store->timer);

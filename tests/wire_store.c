@@ -1,8 +1,9 @@
 /* The store on the wire and in a file, as earlier versions wrote them: tests/wire/README.md. A recorded session is
-   replayed byte by byte, against today's server and against today's client; a recorded file is read, and written anew. */
+   replayed byte by byte, against today's server and against today's client, whole and up to each of its bytes; a recorded
+   file is read, and written anew. */
 #include "agent_help.h"
 
-enum { SEGMENTS = 200, SEGMENT_MOST = 70000 };
+enum { SEGMENTS = 200, SEGMENT_MOST = 70000, HELLO = 16 };
 
 /* ---- a tape: what went over one connection, the bytes of one direction that followed each other as one segment ---- */
 
@@ -108,12 +109,19 @@ static const step steps[] = {
 };
 enum { STEPS = sizeof steps / sizeof steps[0] };
 
-typedef struct ended { int runs; const step *step; } ended;
+typedef struct ended { int runs; const step *step; tprpc_status status; } ended;
+
+static bool was_cut;                  /* the player has closed: operations may end by that */
 
 static void on_ended(tprpc_status status, const void *value, size_t size, const tprpc_error *error, void *user) {
     ended *e = (ended *)user;
     const step *s = e->step;
     e->runs++;
+    e->status = status;
+    if (was_cut && status == TPRPC_ERROR_PEER) {
+        CHECK(error && strstr(error->text, "lost its server"));
+        return;
+    }
     if (!CHECK_EQ_INT(status, s->status)) fprintf(stderr, "step %d: %s\n", (int)(s - steps), error ? error->text : "");
     if (status != TPRPC_OK) {
         CHECK(error && error->text[0]);
@@ -149,26 +157,49 @@ typedef struct session {
     int server_port;
     tape tape;
     size_t at, in;                    /* the segment that is played, how much of it is done */
+    size_t cut, left;                 /* after how many bytes of its own the player closes; that it has still to say */
+    heap heap[2];
 } session;
 
-static void end_open(session *s, int which, int port) {
+/* Their contexts' time, which a test may let pass at once. */
+static int64_t skipped_us;
+static int64_t skipping_clock(void *user) {
+    (void)user;
+    return test_now_us() + skipped_us;
+}
+
+/* Port 0, of a server: one that is free, which it returns; another program may be faster. */
+static int end_open(session *s, int which, int port) {
     tprpc_context_desc context = {0};
     tprpc_store_desc desc = {0};
     tprpc_error error = {0};
+    tprpc_status status;
     char url[64];
-    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", port);
     desc.url = url;
     desc.serve = which == 1;
     desc.timeout_ms = WAIT_MS;
     context.transports = "tcp";
+    context.clock_us = skipping_clock;
+    context.allocator.alloc = heap_alloc;
+    context.allocator.free = heap_free;
+    context.allocator.user = &s->heap[which];
     REQUIRE_EQ_INT(tprpc_context_create(&context, &s->ctx[which], &error), TPRPC_OK);
-    REQUIRE_EQ_INT(tprpc_store_open(s->ctx[which], &desc, &s->store[which], &error), TPRPC_OK);
+    do {
+        const int at = port ? port : free_tcp_port();
+        snprintf(url, sizeof url, "tcp://127.0.0.1:%d", at);
+        status = tprpc_store_open(s->ctx[which], &desc, &s->store[which], &error);
+        if (status == TPRPC_OK) return at;
+    } while (!port && error.os_code == EADDRINUSE);
+    fprintf(stderr, "%s\n", error.text);
+    REQUIRE_EQ_INT(status, TPRPC_OK);
+    return 0;
 }
 
 static void session_close(session *s) {
     for (int i = 0; i < 2; i++) {
         if (s->store[i]) tprpc_store_close(s->store[i]);
         if (s->ctx[i]) CHECK_EQ_INT(tprpc_context_destroy(s->ctx[i]), TPRPC_OK);
+        CHECK_EQ_INT(s->heap[i].blocks, 0);
         if (s->fd[i] >= 0) close(s->fd[i]);
     }
     if (s->listener >= 0) close(s->listener);
@@ -181,30 +212,39 @@ static void session_turn(session *s) {
     s->beside(s);
 }
 
-static int tcp_socket(int port, bool connects) {
+/* Connects to that port, or listens on one that it sets. */
+static int tcp_socket(int *port, bool connects) {
     struct sockaddr_in at;
+    socklen_t size = sizeof at;
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     memset(&at, 0, sizeof at);
     at.sin_family = AF_INET;
     at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    at.sin_port = htons((uint16_t)port);
+    if (connects) at.sin_port = htons((uint16_t)*port);
     REQUIRE(fd >= 0);
     if (connects) REQUIRE(connect(fd, (struct sockaddr *)&at, sizeof at) == 0);
-    else REQUIRE(bind(fd, (struct sockaddr *)&at, sizeof at) == 0 && listen(fd, 4) == 0);
+    else REQUIRE(bind(fd, (struct sockaddr *)&at, sizeof at) == 0 && listen(fd, 4) == 0 &&
+                 getsockname(fd, (struct sockaddr *)&at, &size) == 0);
+    *port = ntohs(at.sin_port);
     fcntl(fd, F_SETFL, O_NONBLOCK);
     return fd;
 }
 
+static tprpc_status client_step(session *s, const step *what) {
+    const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
+    ended e = {0, NULL, TPRPC_PENDING};
+    REQUIRE_EQ_INT(begin(s->store[0], what, &e), TPRPC_OK);
+    session_turn(s);
+    if (what->kind == TPRPC_STORE_GET) skipped_us += what->number * 1000;      /* it was asked; now it is late */
+    while (!e.runs && test_now_us() < end) session_turn(s);
+    REQUIRE_EQ_INT(e.runs, 1);
+    for (int n = 0; n < 20; n++) session_turn(s);      /* what follows an outcome: an answer to a cancel */
+    return e.status;
+}
+
 /* Does all steps, one after the other. */
 static void client_steps(session *s) {
-    const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
-    for (int i = 0; i < STEPS; i++) {
-        ended e = {0, NULL};
-        REQUIRE_EQ_INT(begin(s->store[0], &steps[i], &e), TPRPC_OK);
-        while (!e.runs && test_now_us() < end) session_turn(s);
-        REQUIRE_EQ_INT(e.runs, 1);
-        for (int n = 0; n < 20; n++) session_turn(s);          /* what follows an outcome: an answer to a cancel */
-    }
+    for (int i = 0; i < STEPS; i++) client_step(s, &steps[i]);
 }
 
 /* ---- recording ---- */
@@ -214,7 +254,7 @@ static void proxy_turn(session *s) {
     if (s->fd[0] < 0) {
         s->fd[0] = accept4(s->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (s->fd[0] < 0) return;
-        s->fd[1] = tcp_socket(s->server_port, true);
+        s->fd[1] = tcp_socket(&s->server_port, true);
     }
     for (int way = 0; way < 2; way++) {
         ssize_t n = recv(s->fd[way], bytes, sizeof bytes, 0);
@@ -230,10 +270,9 @@ TEST(record) {
     memset(&s, 0, sizeof s);
     s.fd[0] = s.fd[1] = -1;
     s.beside = proxy_turn;
-    s.server_port = free_tcp_port();
-    int port = free_tcp_port();
-    s.listener = tcp_socket(port, false);
-    end_open(&s, 1, s.server_port);
+    int port;
+    s.listener = tcp_socket(&port, false);
+    s.server_port = end_open(&s, 1, 0);
     end_open(&s, 0, port);
     client_steps(&s);
     CHECK(s.tape.count > 2 * STEPS - 4);
@@ -262,12 +301,14 @@ static bool goes_on(const segment *seg, size_t from, const uint8_t *bytes, size_
 
 static void player_turn(session *s) {
     if (s->fd[0] < 0 && (s->fd[0] = accept4(s->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) < 0) return;
-    while (s->at < s->tape.count) {
+    while (s->at < s->tape.count && s->left > 0) {
         const segment *seg = &s->tape.all[s->at];
         static uint8_t bytes[SEGMENT_MOST];
         ssize_t n;
         if (seg->way == played) {
-            n = send(s->fd[0], seg->bytes + s->in, seg->size - s->in, MSG_NOSIGNAL);
+            const size_t rest = seg->size - s->in;
+            n = send(s->fd[0], seg->bytes + s->in, rest < s->left ? rest : s->left, MSG_NOSIGNAL);
+            if (n > 0) s->left -= (size_t)n;
         } else {
             n = recv(s->fd[0], bytes, seg->size - s->in, 0);
             REQUIRE(n != 0);                           /* the live end closed */
@@ -282,11 +323,12 @@ static void player_turn(session *s) {
     }
 }
 
-static void replay_open(session *s, int way) {
+static void replay_open(session *s, int way, size_t cut) {
     char path[300];
     memset(s, 0, sizeof *s);
     s->fd[0] = s->fd[1] = s->listener = -1;
     s->beside = player_turn;
+    s->cut = s->left = cut;
     played = way;
     tape_read(&s->tape, path_of(path, sizeof path, "store-1.0.tape"));
 }
@@ -294,10 +336,9 @@ static void replay_open(session *s, int way) {
 TEST(replay_client) {
     const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
     session s;
-    replay_open(&s, 0);
-    int port = free_tcp_port();
-    end_open(&s, 1, port);
-    s.fd[0] = tcp_socket(port, true);
+    replay_open(&s, 0, SIZE_MAX);
+    int port = end_open(&s, 1, 0);
+    s.fd[0] = tcp_socket(&port, true);
     while (s.at < s.tape.count && test_now_us() < end) session_turn(&s);
     CHECK_EQ_INT(s.at, s.tape.count);
     session_close(&s);
@@ -305,14 +346,101 @@ TEST(replay_client) {
 
 TEST(replay_server) {
     session s;
-    replay_open(&s, 1);
-    int port = free_tcp_port();
-    s.listener = tcp_socket(port, false);
+    replay_open(&s, 1, SIZE_MAX);
+    int port;
+    s.listener = tcp_socket(&port, false);
     end_open(&s, 0, port);
     client_steps(&s);
     CHECK_EQ_INT(s.at, s.tape.count);
     session_close(&s);
 }
+
+/* ---- a peer that goes away in the middle of a frame, of every kind, after each of its bytes ---- */
+
+static size_t bytes_played(const session *s) {
+    size_t size = 0;
+    for (size_t i = 0; i < s->tape.count; i++)
+        if (s->tape.all[i].way == played) size += s->tape.all[i].size;
+    return size;
+}
+
+/* Closes, every other time with a reset, as when the process was killed with bytes unread. */
+static void player_goes(session *s) {
+    const struct linger now = {1, 0};
+    if (s->cut % 2) REQUIRE(setsockopt(s->fd[0], SOL_SOCKET, SO_LINGER, &now, sizeof now) == 0);
+    close(s->fd[0]);
+    s->fd[0] = -1;
+    was_cut = true;
+}
+
+/* The server gives back all that it had of the client, and serves the next. */
+static bool cut_client(size_t cut) {
+    const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
+    const int before = test_count_fds();
+    session s;
+    replay_open(&s, 0, cut);
+    const bool more = cut < bytes_played(&s);
+    int port = end_open(&s, 1, 0);
+    const int fds = test_count_fds();
+    s.fd[0] = tcp_socket(&port, true);
+    while (test_count_fds() < fds + 2 && test_now_us() < end) tprpc_poll(s.ctx[1], TPRPC_NOW, 0);
+    while (s.left && s.at < s.tape.count && test_now_us() < end) session_turn(&s);
+    player_goes(&s);
+    while (test_count_fds() > fds && test_now_us() < end) tprpc_poll(s.ctx[1], TPRPC_NOW, 0);
+    CHECK_EQ_INT(test_count_fds(), fds);
+    was_cut = false;
+    end_open(&s, 0, port);
+    CHECK_EQ_INT(client_step(&s, &steps[0]), TPRPC_OK);
+    session_close(&s);
+    CHECK_EQ_INT(test_count_fds(), before);
+    return more;
+}
+
+static void cut_turn(session *s) {
+    player_turn(s);
+    if (s->left || s->fd[0] < 0) return;
+    player_goes(s);
+    if (s->cut > HELLO) return;
+    was_cut = false;                                   /* the next connection is served well */
+    s->at = s->in = 0;
+    s->left = SIZE_MAX;
+}
+
+/* A client that has not met its server, or no sooner than that one was gone, tries again. Later its operations end, as
+   all that follow do. */
+static bool cut_server(size_t cut) {
+    const int before = test_count_fds();
+    session s;
+    replay_open(&s, 1, cut);
+    const bool more = cut < bytes_played(&s);
+    int port;
+    s.beside = cut_turn;
+    s.listener = tcp_socket(&port, false);
+    end_open(&s, 0, port);
+    client_steps(&s);
+    CHECK_EQ_INT(was_cut, cut > HELLO);
+    if (was_cut) CHECK_EQ_INT(client_step(&s, &steps[0]), TPRPC_ERROR_PEER);
+    else CHECK_EQ_INT(s.at, s.tape.count);
+    was_cut = false;
+    session_close(&s);
+    CHECK_EQ_INT(test_count_fds(), before);
+    return more;
+}
+
+/* At each byte; at each fifth, which meets all fields in some frame, where that takes long. */
+static void cut_at_all(bool (*cut_at)(size_t cut)) {
+    size_t cut = 0;
+    bool more = true;
+    for (; more; cut += cut < 5 * HELLO || TEST_SLOWDOWN == 1 ? 1 : 5) {
+        const int failed = harness_failures;
+        more = cut_at(cut);
+        if (harness_failures != failed) fprintf(stderr, "cut after %d bytes\n", (int)cut);
+    }
+    CHECK(cut > 40 * HELLO);
+}
+
+TEST(cut_client) { cut_at_all(cut_client); }
+TEST(cut_server) { cut_at_all(cut_server); }
 
 /* ---- a store's file ---- */
 
@@ -357,7 +485,7 @@ TEST(file) {
         REQUIRE_EQ_INT(tprpc_store_open(ctx, &desc, &store, NULL), TPRPC_OK);
         for (int i = 0; i < count; i++) {
             const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
-            ended e = {0, NULL};
+            ended e = {0, NULL, TPRPC_PENDING};
             REQUIRE_EQ_INT(begin(store, &list[i], &e), TPRPC_OK);
             while (!e.runs && test_now_us() < end) tprpc_poll(ctx, 1000, 0);
             REQUIRE_EQ_INT(e.runs, 1);
