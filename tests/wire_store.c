@@ -333,10 +333,38 @@ static void replay_open(session *s, int way, size_t cut) {
     tape_read(&s->tape, path_of(path, sizeof path, "store-1.0.tape"));
 }
 
-TEST(replay_client) {
+/* As a later minor version would say it: with fields that this one does not know, behind those that it does. */
+static void tape_make_later(tape *t, int way) {
+    enum { MORE = 12 };
+    size_t from = HELLO;
+    for (size_t i = 0; i < t->count; i++) {
+        segment old = t->all[i], *seg = &t->all[i];
+        if (old.way != way) continue;
+        seg->size = (uint32_t)from;
+        seg->bytes = (uint8_t *)malloc(old.size + MORE * (1 + old.size / 48));
+        REQUIRE(seg->bytes != NULL);
+        memcpy(seg->bytes, old.bytes, from);
+        if (from) seg->bytes[6] = 9, seg->bytes[12] = 1;       /* the hello: its minor version, and what it reserves */
+        while (from < old.size) {
+            const uint32_t rest = (uint32_t)(old.bytes[from] + 256 * old.bytes[from + 1]);
+            memcpy(seg->bytes + seg->size, old.bytes + from, 4 + rest);
+            seg->bytes[seg->size] = (uint8_t)(rest + MORE);
+            seg->bytes[seg->size + 1] = (uint8_t)((rest + MORE) >> 8);
+            memset(seg->bytes + seg->size + 4 + rest, 0xa5, MORE);
+            seg->size += 4 + rest + MORE;
+            from += 4 + rest;
+        }
+        REQUIRE_EQ_INT(from, old.size);
+        free(old.bytes);
+        from = 0;
+    }
+}
+
+static void play_client(bool later) {
     const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
     session s;
     replay_open(&s, 0, SIZE_MAX);
+    if (later) tape_make_later(&s.tape, 0);
     int port = end_open(&s, 1, 0);
     s.fd[0] = tcp_socket(&port, true);
     while (s.at < s.tape.count && test_now_us() < end) session_turn(&s);
@@ -344,9 +372,10 @@ TEST(replay_client) {
     session_close(&s);
 }
 
-TEST(replay_server) {
+static void play_server(bool later) {
     session s;
     replay_open(&s, 1, SIZE_MAX);
+    if (later) tape_make_later(&s.tape, 1);
     int port;
     s.listener = tcp_socket(&port, false);
     end_open(&s, 0, port);
@@ -354,6 +383,11 @@ TEST(replay_server) {
     CHECK_EQ_INT(s.at, s.tape.count);
     session_close(&s);
 }
+
+TEST(replay_client) { play_client(false); }
+TEST(replay_server) { play_server(false); }
+TEST(later_client) { play_client(true); }
+TEST(later_server) { play_server(true); }
 
 /* ---- a peer that goes away in the middle of a frame, of every kind, after each of its bytes ---- */
 
