@@ -1348,7 +1348,8 @@ static inline void tpr_atomic_prefetch(const void *p) { __builtin_prefetch(p); }
 
 #ifdef TPRPC_TEST_HOOKS
 // A test's hand on every system call and allocation: called before it with its name; returns 0 to let it happen or an
-// errno to fail it with. *size, where the call has a size or a time-out in ms, may be lowered.
+// errno to fail it with. *size, where the call has a size or a time-out in ms, may be lowered; what fstatfs_type tells
+// of a memory descriptor may be any.
 int (*tprpc_test_hook)(const char *call, int64_t *size);
 static int tpr_os_hooked(const char *call, int64_t *size) {
     int64_t none = 0;
@@ -1562,8 +1563,10 @@ TPR_UNUSED static int tpr_os_memfd_check(int fd, size_t size) {
     if (TPR_OS_HOOKED("fstat", TPR_OS_NO_SIZE) || fstat(fd, &st) != 0) return -1;
     if (TPR_OS_HOOKED("fstatfs", TPR_OS_NO_SIZE) || fstatfs(fd, &fs) != 0) return -1;
     int seals = TPR_OS_HOOKED("get_seals", TPR_OS_NO_SIZE) ? -1 : fcntl(fd, F_GET_SEALS);
+    int64_t type = (int64_t)(uint32_t)fs.f_type;
+    if (TPR_OS_HOOKED("fstatfs_type", &type)) return -1;
     if (seals >= 0 && (seals & TPR_OS_SEALS) == TPR_OS_SEALS && st.st_size == (off_t)size &&
-        (uint32_t)fs.f_type != HUGETLBFS_MAGIC) return 0;
+        type != (int64_t)HUGETLBFS_MAGIC) return 0;
     errno = EPERM;
     return -1;
 }
