@@ -2,8 +2,8 @@
 # Installs what a purpose needs and this machine lacks:  tools/setup.sh demo|test|bench
 #
 # What counts is whether a thing works here, not whether dpkg knows it: a machine that has it, from wherever, needs
-# neither dpkg nor a network. What lacks is installed with apt-get where this user is root or sudo asks no password;
-# elsewhere the one line to type is printed and the exit status is 1.
+# neither dpkg nor a network. What lacks is installed with apt-get where this user is root, or sudo asks no password, or
+# there is somebody at a terminal to be asked for it; elsewhere the one line to type is printed and the exit status is 1.
 set -u
 
 # Each need is a package and the check that it is there, which is quiet and has no side effect.
@@ -57,6 +57,8 @@ elif [ "$(id -u)" = 0 ]; then
     as_root='env DEBIAN_FRONTEND=noninteractive'
 elif has sudo && sudo -n true 2>/dev/null; then
     as_root='sudo -n env DEBIAN_FRONTEND=noninteractive'
+elif has sudo && [ -t 0 ] && [ -t 2 ]; then
+    as_root='sudo env DEBIAN_FRONTEND=noninteractive'
 else
     echo "tools/setup.sh: $purpose needs some packages. Type:" >&2
     echo "sudo apt-get update && sudo apt-get install -y --no-install-recommends $missing" >&2
