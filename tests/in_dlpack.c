@@ -6,6 +6,7 @@
 #define TPRPC_ASSERT(condition) ((void)0)   /* misuse is tried as in a release build */
 #define TPRPC_IMPLEMENTATION
 #include "../tprpc.h"
+#include "pipe_common.h"
 
 #ifdef TEST_DLPACK_OLD
 enum { OLD = 1, kDLBool = 6 };
@@ -392,3 +393,58 @@ TEST(dlpack_to_others) {
     t.dtype = -1;
     refuse_ours(t, TPRPC_ERROR_INVALID, "none");
 }
+
+/* ---- over a pipe ---- */
+
+typedef struct seen { outcome o; tprpc_tensor tensor; float values[64]; } seen;
+
+static void on_seen(tprpc_status status, const tprpc_message *m, const tprpc_error *error, void *user) {
+    seen *s = (seen *)user;
+    if (m && CHECK_EQ_INT(m->tensor_count, 1) && CHECK_LE_INT(m->tensors[0].size, sizeof s->values)) {
+        s->tensor = m->tensors[0];
+        memcpy(s->values, s->tensor.data, s->tensor.size);
+    }
+    outcome_set(&s->o, status, error);
+}
+
+/* Sent as it is lent, and given back to its maker once: when it has arrived, or when the pipe is over before. */
+static void send_one(const char *transports, const char *address, bool arrives) {
+    static const int64_t shape[] = {4, 8};
+    tensor *t = make(2, shape);
+    tprpc_tensor out;
+    tprpc_message message;
+    outcome wrote;
+    seen got;
+    pair p;
+    memset(&message, 0, sizeof message);
+    memset(&wrote, 0, sizeof wrote);
+    memset(&got, 0, sizeof got);
+    for (int i = 0; i < 32; i++) t->data[i] = (float)i / 4;
+    pair_open(&p, transports, address, 0, 0);
+    REQUIRE_EQ_INT(tprpc_from_dlpack(&t->managed, &out, &message, NULL), TPRPC_OK);
+    message.tensors = &out;
+    message.tensor_count = 1;
+    if (arrives) REQUIRE_EQ_INT(tprpc_pipe_read(p.a, NULL, on_seen, &got), TPRPC_OK);
+    REQUIRE_EQ_INT(tprpc_pipe_write(p.b, &message, on_written, &wrote), TPRPC_OK);
+    CHECK_LE_INT(deleted, 1);
+    if (arrives) {
+        WAIT(&p.s, got.o.runs, 1);
+        REQUIRE_EQ_INT(got.o.status, TPRPC_OK);
+        CHECK_EQ_INT(got.tensor.dtype, TPRPC_F32);
+        CHECK_EQ_INT(got.tensor.ndim, 2);
+        CHECK_EQ_INT(got.tensor.shape[0], 4);
+        CHECK_EQ_INT(got.tensor.shape[1], 8);
+        if (CHECK_EQ_INT(got.tensor.size, 128))
+            for (int i = 0; i < 32; i++) CHECK(got.values[i] == (float)i / 4);
+        WAIT(&p.s, wrote.runs, 1);
+        CHECK_EQ_INT(wrote.status, TPRPC_OK);
+        WAIT(&p.s, deleted, 1);
+    }
+    pair_close(&p);
+    CHECK_EQ_INT(wrote.runs, 1);
+    CHECK_EQ_INT(deleted, 1);
+}
+
+TEST(dlpack_sent_over_tcp) { send_one("tcp", "tcp://127.0.0.1:0", true); }
+TEST(dlpack_sent_over_shm) { send_one("shm", "shm://", true); }
+TEST(dlpack_sent_to_who_does_not_read) { send_one("tcp", "tcp://127.0.0.1:0", false); }
