@@ -1236,6 +1236,7 @@ TPRPC_API tprpc_status tprpc_to_dlpack(const tprpc_tensor *tensor, DLTensor *out
 
 #define TPR_UNUSED __attribute__((unused))
 #define TPR_COLD __attribute__((cold, noinline))   // off the beaten track: made small, and what leads there is unlikely
+#define TPR_APART __attribute__((noinline))       // rare beside its caller, which saves no registers for it
 #define TPR_LIKELY(x)   __builtin_expect(!!(x), 1)
 #define TPR_UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define TPR_CONTAINER(ptr, type, member) ((type *)(void *)((char *)(ptr) - offsetof(type, member)))
@@ -2587,6 +2588,12 @@ static inline void tpr_base_copy(void *to, const void *from, size_t size) {
     if (size) memcpy(to, from, size);
 }
 
+// A few words: gcc makes `rep movs` of a memcpy whose size it can bound, which takes longer to begin than this takes.
+static inline void tpr_base_copy_few(uint8_t *to, const uint8_t *from, size_t size) {
+    for (; size >= 8; to += 8, from += 8, size -= 8) memcpy(to, from, 8);
+    while (size-- > 0) to[size] = from[size];
+}
+
 // The length of the UTF-8 sequence that starts at p, 0 when it is none (overlong forms and surrogates are none).
 static size_t tpr_base_utf8_length(const uint8_t *p, size_t left) {
     size_t n = p[0] < 0x80                   ? 1
@@ -3406,6 +3413,7 @@ enum { TPR_TIMER_IDLE = 0, TPR_TIMER_POSTED = 1, TPR_TIMER_SET = 2 };
 
 typedef struct tpr_timer_wheel {
     uint64_t    now, count;            // ms; timers set
+    uint64_t    soonest_us;            // no slot opens before
     uint64_t    used[TPR_TIMER_WHEELS];
     tprpc_work *slots[TPR_TIMER_WHEELS][TPR_TIMER_SLOTS];
     tprpc_work *expired;               // taken out of the wheel and not run yet
@@ -3419,12 +3427,14 @@ static inline uint64_t tpr_timer_tick(int64_t due_us) {
 static void tpr_timer_init(tpr_timer_wheel *wheel, int64_t now_us) {
     memset(wheel, 0, sizeof *wheel);
     wheel->now = now_us <= 0 ? 0 : (uint64_t)now_us / 1000;
+    wheel->soonest_us = UINT64_MAX;
 }
 
 static inline void tpr_timer_link(tpr_timer_wheel *wheel, tprpc_work *work, uint64_t due) {
     uint64_t differ;
     uint32_t level, slot;
     if (due <= wheel->now) due = wheel->now + 1;   // it runs with the next tick
+    if (due * 1000 < wheel->soonest_us) wheel->soonest_us = due * 1000;
     differ = due ^ wheel->now;
     level = (uint32_t)(63 - __builtin_clzll((unsigned long long)differ)) / 6;
     slot = (uint32_t)(due >> (6 * level)) & (TPR_TIMER_SLOTS - 1);
@@ -3509,6 +3519,13 @@ static void tpr_timer_advance(tpr_timer_wheel *wheel, int64_t now_us) {
         }
     }
     if (to > wheel->now) wheel->now = to;
+    tick = wheel->count ? tpr_timer_next_tick(wheel) : UINT64_MAX;
+    wheel->soonest_us = tick > UINT64_MAX / 1000 ? UINT64_MAX : tick * 1000;
+}
+
+// Whether an advance to now_us may find something: one comparison, for a loop that turns ten million times a second.
+static inline bool tpr_timer_may_be_due(const tpr_timer_wheel *wheel, int64_t now_us) {
+    return now_us >= 0 && (uint64_t)now_us >= wheel->soonest_us;
 }
 
 // The next piece of work that came due, idle again, or NULL.
@@ -3762,7 +3779,7 @@ static inline bool tpr_loop_turn(tpr_loop *loop) {
         did = true;
     }
     for (uint32_t i = 0; i < loop->source_count; i++) did |= loop->sources[i].progress(loop->sources[i].instance);
-    if (TPR_UNLIKELY(loop->wheel.count) && tpr_timer_next_us(&loop->wheel) <= loop->now_us) {
+    if (TPR_UNLIKELY(tpr_timer_may_be_due(&loop->wheel, loop->now_us))) {
         tprpc_work *work;
         tpr_timer_advance(&loop->wheel, loop->now_us);
         while ((work = tpr_timer_take(&loop->wheel)) != NULL) {
@@ -3873,11 +3890,11 @@ static void tpr_loop_hand_on(tpr_loop *loop) {
 // Drives the loop, or waits for who does, until ready(arg), at most until deadline_us (INT64_MAX: no limit). Under
 // the lock, which is given up at times. Returns whether it is ready.
 static bool tpr_loop_wait(tpr_loop *loop, bool (*ready)(void *), void *arg, int64_t deadline_us) {
-    bool mine = loop->callback_thread == tpr_os_thread_id(), look = true;
+    bool mine = loop->callback_thread == tpr_os_thread_id(), look = true, is_ready = false;
     int64_t spin_until = 0;
     uint32_t busy = 0;
     tpr_loop_clock(loop);
-    while (!look || !ready(arg)) {
+    while (!look || !(is_ready = ready(arg))) {
         bool did = false;
         look = true;
         if (!loop->driving) {
@@ -3915,7 +3932,7 @@ static bool tpr_loop_wait(tpr_loop *loop, bool (*ready)(void *), void *arg, int6
         spin_until = 0;
     }
     if (!loop->driving) tpr_loop_hand_on(loop);
-    return ready(arg);
+    return is_ready || ready(arg);
 }
 
 // tprpc_poll on one loop, under the lock: works until idle, or until stop_us; waits for the first work until
@@ -4304,7 +4321,7 @@ enum {
     TPR_TCP_HOT_TRIES = 4000,          // in vain, until one is hot no more
     TPR_TCP_HOT_FINDS = 256,           // without a sleep, until one leaves the poller: being in it costs senders 7 % of
                                        // a round trip of 64 bytes (2-core x86-64 VM, loopback)
-    TPR_TCP_LOOK_CALLS = 64,           // the poller is looked at after so many calls of progress,
+    TPR_TCP_LOOK_CALLS = 256,          // the poller is looked at after so many calls of progress,
     TPR_TCP_LOOK_US = 10,              // or after that time,
     TPR_TCP_EAGER = 1000,              // or for so many calls at each, when a stream has been waiting for its socket
     TPR_TCP_EVENTS = 32,
@@ -5005,19 +5022,11 @@ TPR_COLD static void tpr_tcp_tell(tpr_tcp *tcp) {
     }
 }
 
-static bool tpr_tcp_progress(void *instance) {
-    tpr_tcp *tcp = (tpr_tcp *)instance;
+TPR_APART static bool tpr_tcp_walk(tpr_tcp *tcp) {
     uint64_t before = tcp->received;
     int64_t since = tcp->loop->now_us - tcp->looked_us;
     bool did = false;
     if (tpr_base_list_empty(&tcp->sockets) && tpr_base_list_empty(&tcp->broken)) return false;
-    if (!tcp->hot_count && !tcp->armed && !tcp->eager && (uint64_t)since < TPR_TCP_LOOK_US &&
-        tcp->calls + 1 < TPR_TCP_LOOK_CALLS && tpr_base_list_empty(&tcp->broken) &&
-        tpr_base_list_empty(&tcp->closed)) {
-        tcp->calls++;                  // the turn of a loop that waits for others
-        tcp->quota = TPR_TCP_CHUNK;
-        return false;
-    }
     tcp->walking = true;
     for (uint32_t i = 0; i < tcp->hot_count && tcp->received - before < TPR_TCP_CHUNK; i++) {
         tpr_tcp_conn *conn = tcp->hot[(tcp->hot_first + i) % tcp->hot_count];
@@ -5040,6 +5049,18 @@ static bool tpr_tcp_progress(void *instance) {
     tcp->calls += (uint32_t)((tcp->received - before) / (TPR_TCP_CHUNK / 32));
     if (TPR_UNLIKELY(!tpr_base_list_empty(&tcp->closed))) tpr_tcp_sweep(tcp);
     return did;
+}
+
+// Most calls are the turns of a loop that waits for something else: they save no register and touch little.
+static bool tpr_tcp_progress(void *instance) {
+    tpr_tcp *tcp = (tpr_tcp *)instance;
+    bool quiet = !tcp->hot_count && !tcp->armed && !tcp->eager && tpr_base_list_empty(&tcp->broken) &&
+                 tpr_base_list_empty(&tcp->closed);
+    if (!quiet || tcp->calls + 1 >= TPR_TCP_LOOK_CALLS ||
+        (uint64_t)(tcp->loop->now_us - tcp->looked_us) >= TPR_TCP_LOOK_US) return tpr_tcp_walk(tcp);
+    tcp->calls++;
+    tcp->quota = TPR_TCP_CHUNK;
+    return false;
 }
 
 static bool tpr_tcp_arm(void *instance, int64_t *deadline_us) {
@@ -5130,7 +5151,7 @@ enum {
     TPR_SHM_CRUMB = 1 << 10,           // and larger pieces than this are not cut off
     TPR_SHM_HOT = 64,
     TPR_SHM_IDLE_TURNS = 20000,        // after which a hot connection is armed
-    TPR_SHM_LOOK_TURNS = 64,           // between looks at the sockets while spinning,
+    TPR_SHM_LOOK_TURNS = 512,          // between looks at the sockets while spinning,
     TPR_SHM_LOOK_US = 100,             // or this time: who polls once in a frame looks every time
     TPR_SHM_HANDLES = 32,              // sent and not taken
     TPR_SHM_EVENTS = 32,
@@ -5968,7 +5989,7 @@ static bool tpr_shm_progress_slow(tpr_shm_instance *instance) {
         did = tpr_shm_look(instance);
     }
     instance->armed = false;
-    if (instance->turn % (16 * TPR_SHM_LOOK_TURNS) == 0) {
+    if (instance->turn % (2 * TPR_SHM_LOOK_TURNS) == 0) {
         for (uint32_t i = instance->hot_count; i-- > 0;)
             if (instance->turn - instance->hot[i]->active > TPR_SHM_IDLE_TURNS) tpr_shm_put_away(instance->hot[i]);
     }
@@ -5977,20 +5998,22 @@ static bool tpr_shm_progress_slow(tpr_shm_instance *instance) {
     return true;
 }
 
-static bool tpr_shm_progress(void *self) {
-    tpr_shm_instance *instance = (tpr_shm_instance *)self;
+// Whether a hot connection has something to report; what is read of it next is fetched into the cache.
+static inline bool tpr_shm_is_ready(const tpr_shm_conn *conn) {
+    uint64_t at = conn->rx_pos & conn->mask;
+    if (TPR_LIKELY(!TPR_ATOMIC_PEEK(tpr_shm_word(conn->rx, at)) && !conn->wants)) return false;
+    tpr_atomic_prefetch(conn->rx + ((at + TPR_SHM_LINE) & conn->mask));   // most records have two lines
+    return true;
+}
+
+// Reports those of the first `count` hot connections that are ready, or everything that may be.
+TPR_APART static bool tpr_shm_report_hot(tpr_shm_instance *instance, uint32_t count, bool slow) {
     bool did = false;
     instance->busy = true;
-    if (TPR_UNLIKELY(++instance->turn % TPR_SHM_LOOK_TURNS == 0 || instance->armed || tpr_shm_look_is_due(instance) ||
-                     !tpr_base_list_empty(&instance->ripe)))
-        did = tpr_shm_progress_slow(instance);
-    for (uint32_t i = instance->hot_count; i-- > 0;) {
+    if (slow) did = tpr_shm_progress_slow(instance);
+    for (uint32_t i = slow ? instance->hot_count : count; i-- > 0;) {
         if (TPR_UNLIKELY(i >= instance->hot_count)) continue;   // some were closed in an event
-        tpr_shm_conn *conn = instance->hot[i];
-        uint64_t at = conn->rx_pos & conn->mask;
-        if (!TPR_ATOMIC_PEEK(tpr_shm_word(conn->rx, at)) && !conn->wants) continue;
-        tpr_atomic_prefetch(conn->rx + ((at + TPR_SHM_LINE) & conn->mask));   // most records have two lines
-        did |= tpr_shm_report(conn);
+        if (tpr_shm_is_ready(instance->hot[i])) did |= tpr_shm_report(instance->hot[i]);
     }
     instance->busy = false;
     while (TPR_UNLIKELY(!tpr_base_list_empty(&instance->dead))) {
@@ -5999,6 +6022,16 @@ static bool tpr_shm_progress(void *self) {
         tpr_shm_bury_one(instance, watch);
     }
     return did;
+}
+
+// Most calls are a spinner's, which find nothing: they save no register.
+static bool tpr_shm_progress(void *self) {
+    tpr_shm_instance *instance = (tpr_shm_instance *)self;
+    if (TPR_UNLIKELY(++instance->turn % TPR_SHM_LOOK_TURNS == 0 || instance->armed || tpr_shm_look_is_due(instance) ||
+                     !tpr_base_list_empty(&instance->ripe))) return tpr_shm_report_hot(instance, 0, true);
+    for (uint32_t i = instance->hot_count; i-- > 0;)
+        if (tpr_shm_is_ready(instance->hot[i])) return tpr_shm_report_hot(instance, i + 1, false);
+    return false;
 }
 
 static bool tpr_shm_arm(void *self, int64_t *deadline_us) {
@@ -8311,7 +8344,7 @@ static tprpc_status tpr_pipe_send_short(tprpc_pipe *pipe, const void *prefix, si
     tprpc_span spans[2];
     bool now = tpr_pipe_way_is_free(pipe) && tpr_pipe_has_credit(pipe, (uint32_t)size);
     tpr_wire_put_short(head, (uint32_t)message->metadata_size, (uint8_t)prefix_size);
-    if (prefix_size) memcpy(head + TPR_WIRE_SHORT, prefix, prefix_size);
+    tpr_base_copy_few(head + TPR_WIRE_SHORT, (const uint8_t *)prefix, prefix_size);
     pipe->fast_messages++;
     if (TPR_LIKELY(now)) {
         spans[0].data = head;
@@ -8952,7 +8985,7 @@ static inline bool tpr_pipe_take_short(tprpc_pipe *pipe, tprpc_span span) {
     tpr_pipe_in *in = tpr_pipe_in_short(pipe, metadata_size, prefix_size);
     if (TPR_UNLIKELY(!in)) return false;   // the general path says so
     bytes += sizeof head;
-    if (prefix_size) memcpy(in->prefix, bytes, prefix_size);
+    tpr_base_copy_few(in->prefix, bytes, prefix_size);
     if (metadata_size) memcpy((void *)(uintptr_t)in->message.metadata, bytes + prefix_size, metadata_size);
     tpr_pipe_table(&pipe->now)->consume(pipe->now.conn, size);
     pipe->bytes_received += size;
@@ -12023,6 +12056,7 @@ TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const
 // methods, and those resolved, change under the locks of all loops, taken in order: any one of them is enough to read.
 
 enum { TPR_AGENT_NAME = 129, TPR_AGENT_TEXT = 256, TPR_AGENT_TAG = 0x746e6761 };   // "agnt"
+enum { TPR_AGENT_SLICE_US = 200 };     // of a wait that more than one loop must be driven for
 enum { TPR_AGENT_CHUNK = 16, TPR_AGENT_CHUNKS = 24 };   // workers in the first chunk of the table; each next has twice
 enum { TPR_AGENT_LOOP_SHIFT = 56, TPR_AGENT_INDEX_SHIFT = 32, TPR_AGENT_INDEX_MASK = 0xffffff };
 
@@ -12284,14 +12318,14 @@ static uint64_t tpr_agent_id(const tpr_base_slot *slot, const tpr_loop *loop) {
 }
 
 // The loop of a future or request, NULL for one that is none.
-static tpr_loop *tpr_agent_loop_of(void *owner, uint64_t id) {
+static inline tpr_loop *tpr_agent_loop_of(void *owner, uint64_t id) {
     tprpc_agent *agent = (tprpc_agent *)owner;
     if (!agent || !id || !tpr_context_usable(agent->ctx)) return NULL;
     uint32_t index = (uint32_t)(id >> TPR_AGENT_LOOP_SHIFT);
     return index < agent->ctx->loop_count ? &agent->ctx->loops[index] : NULL;
 }
 
-static tpr_base_slot *tpr_agent_find(const tpr_base_slab *slab, uint64_t id) {
+static inline tpr_base_slot *tpr_agent_find(const tpr_base_slab *slab, uint64_t id) {
     return tpr_base_slab_find(slab, (uint32_t)(id >> TPR_AGENT_INDEX_SHIFT) & TPR_AGENT_INDEX_MASK, (uint32_t)id);
 }
 
@@ -12579,15 +12613,18 @@ static tprpc_status tpr_agent_send_call(tpr_agent_worker *worker, const tpr_wire
 
 // ---- calls begun here
 
-static void tpr_agent_call_unref(tprpc_agent *agent, tpr_agent_call *call) {
+TPR_APART static void tpr_agent_call_free(tprpc_agent *agent, tpr_agent_call *call) {
     tpr_loop *loop = call->worker->loop;
-    if (--call->refs) return;
     if (call->in) tpr_pipe_in_free(call->in);
     if (call->error) tpr_base_pool_free(&loop->pool, call->error, sizeof *call->error);
     if (call->streams) tpr_base_pool_free(&loop->pool, call->streams, call->stream_count * sizeof *call->streams);
     call->in = NULL;
     call->error = NULL;
     tpr_base_slab_give(&tpr_agent_on(agent, loop)->calls, &call->slot);
+}
+
+static inline void tpr_agent_call_unref(tprpc_agent *agent, tpr_agent_call *call) {
+    if (--call->refs == 0) tpr_agent_call_free(agent, call);
 }
 
 static void tpr_agent_done_run(tpr_loop_task *task) {
@@ -14154,7 +14191,7 @@ static tprpc_status tpr_agent_refused(tprpc_status status, const tprpc_error *er
 }
 
 // NULL: it is stale, which it is once it was released, whether or not its call goes on.
-static tpr_agent_call *tpr_agent_future(tprpc_future future, tpr_loop *loop) {
+static inline tpr_agent_call *tpr_agent_future(tprpc_future future, tpr_loop *loop) {
     tprpc_agent *agent = (tprpc_agent *)future.owner;
     tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_agent_find(&tpr_agent_on(agent, loop)->calls, future.id);
     return call && call->has_future ? call : NULL;
@@ -14163,20 +14200,21 @@ static tpr_agent_call *tpr_agent_future(tprpc_future future, tpr_loop *loop) {
 typedef struct tpr_agent_waiting {
     const tprpc_future *futures;
     size_t count, which;
+    bool several;                      // loops that they are on
     tpr_loop *loop;
-    bool stale;
+    tpr_agent_call *call;              // of the future that ended the wait; NULL: that is stale
 } tpr_agent_waiting;
 
 // Whether one of the futures on this loop has its outcome, or is none.
 static bool tpr_agent_any_done(void *arg) {
     tpr_agent_waiting *waiting = (tpr_agent_waiting *)arg;
     for (size_t i = 0; i < waiting->count; i++) {
-        if (tpr_agent_loop_of(waiting->futures[i].owner, waiting->futures[i].id) != waiting->loop) continue;
-        tpr_agent_call *call = tpr_agent_future(waiting->futures[i], waiting->loop);
+        tprpc_future future = waiting->futures[i];
+        if (waiting->several && tpr_agent_loop_of(future.owner, future.id) != waiting->loop) continue;
+        waiting->call = tpr_agent_future(future, waiting->loop);
         waiting->which = i;
-        waiting->stale = !call;
-        if (!call || call->done) return true;
-        call->awaited = true;
+        if (!waiting->call || waiting->call->done) return true;
+        waiting->call->awaited = true;
     }
     return false;
 }
@@ -14617,19 +14655,19 @@ TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t
     if (!first) return TPRPC_ERROR_INVALID;
     tprpc_context *ctx = first->context;
     int64_t timeout = timeout_ms == 0 ? 0 : tpr_context_time(timeout_ms, 0), deadline = INT64_MAX;
-    memset(&waiting, 0, sizeof waiting);
     waiting.futures = futures;
     waiting.count = count;
-    bool several = false;
-    for (size_t i = 0; i < count; i++) {
+    waiting.several = false;
+    for (size_t i = 1; i < count; i++) {
         tpr_loop *loop = tpr_agent_loop_of(futures[i].owner, futures[i].id);
         if (!loop || loop->context != ctx) return TPRPC_ERROR_INVALID;
-        several |= loop != first;
+        waiting.several |= loop != first;
     }
     if (timeout >= 0) deadline = tpr_context_deadline(tprpc_now_us(ctx), timeout);
-    tpr_loop *own = several ? NULL : tpr_agent_own_loop(first);
+    tpr_loop *own = waiting.several ? NULL : tpr_agent_own_loop(first);
+    bool in_slices = waiting.several || own;
     for (uint32_t i = first->index, late = 0;; i = (i + 1) % ctx->loop_count) {
-        tpr_loop *loop = several ? &ctx->loops[i] : first;
+        tpr_loop *loop = waiting.several ? &ctx->loops[i] : first;
         tprpc_status status = TPRPC_PENDING;
         waiting.loop = loop;
         tpr_loop_enter(loop);
@@ -14637,15 +14675,16 @@ TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t
             tpr_loop_leave(loop);
             return TPRPC_ERROR_LIMIT;
         }
-        int64_t now = tpr_loop_clock(loop), slice = (several || own) && now + 200 < deadline ? now + 200 : deadline;
-        if (tpr_loop_wait(loop, tpr_agent_any_done, &waiting, slice)) {
-            tpr_agent_call *call = waiting.stale ? NULL : tpr_agent_future(futures[waiting.which], loop);
-            status = call ? call->status : TPRPC_ERROR_INVALID;
+        int64_t now = in_slices ? tpr_loop_clock(loop) : 0;
+        int64_t until = in_slices && now + TPR_AGENT_SLICE_US < deadline ? now + TPR_AGENT_SLICE_US : deadline;
+        if (tpr_loop_wait(loop, tpr_agent_any_done, &waiting, until)) {
+            status = waiting.call ? waiting.call->status : TPRPC_ERROR_INVALID;
             if (which) *which = waiting.which;
         }
         tpr_loop_leave(loop);
+        if (status != TPRPC_PENDING || !in_slices) return status;
         late += now >= deadline;       // each loop is looked at once more
-        if (status != TPRPC_PENDING || (!several && !own) || late >= (several ? ctx->loop_count : 1)) return status;
+        if (late >= (waiting.several ? ctx->loop_count : 1)) return status;
         if (own && !tpr_agent_go_on(own)) return TPRPC_ERROR_LIMIT;
     }
 }
@@ -15033,6 +15072,7 @@ TPRPC_API tprpc_status tprpc_to_dlpack(const tprpc_tensor *tensor, DLTensor *out
 #undef TPR_UNLIKELY
 #undef TPR_UNUSED
 #undef TPR_COLD
+#undef TPR_APART
 #undef TPR_ZERO
 #endif
 

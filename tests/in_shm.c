@@ -182,7 +182,7 @@ static void pair_connect(pair *p) {
     int before = p->a.accepted_count;
     p->out = side_connect(&p->b, p->a.address, &error);
     REQUIRE(p->out != NULL);
-    for (int i = 0; i < 1000 && (!p->out->opens || p->a.accepted_count == before); i++) {
+    for (int i = 0; i < 20 * TPR_SHM_LOOK_TURNS && (!p->out->opens || p->a.accepted_count == before); i++) {
         side_turn(&p->a);
         side_turn(&p->b);
     }

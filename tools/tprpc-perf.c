@@ -1053,6 +1053,7 @@ typedef struct perf_agent {          // one end of a measurement between agents
     const perf_options *o;
     tprpc_context *ctx;
     tprpc_agent   *agent;
+    tprpc_call_options call;
     tprpc_message  message;          // what this end sends: as perf_prepare's
     tprpc_tensor   tensor;
     unsigned char *place;            // where a tensor arrives
@@ -1098,6 +1099,7 @@ static void perf_agent_begin(perf_agent *a, const perf_options *o, const char *i
     tprpc_error error = {.status = TPRPC_OK};
     a->o = o;
     a->ctx = perf_context(o);
+    a->call = (tprpc_call_options){.place = perf_agent_place, .user = a};
     perf_agent_prepare(a);
     tprpc_agent_desc desc = {.context = a->ctx, .name = rank ? "measuring" : "serving", .init_method = init_method,
                              .rank = rank, .world_size = 2, .insecure = o->listen || o->connect};
@@ -1126,8 +1128,7 @@ static void perf_agent_serve(const perf_options *o, void *init_method) {
 
 static void perf_one_call(perf_agent *a, tprpc_method_id method, int64_t *stamp) {
     tprpc_future future = {NULL, 0};
-    tprpc_call_options options = {.place = perf_agent_place, .user = a};
-    tprpc_status status = tprpc_call_id(a->agent, method, &a->message, a->place ? &options : NULL, &future);
+    tprpc_status status = tprpc_call_id(a->agent, method, &a->message, a->place ? &a->call : NULL, &future);
     if (status != TPRPC_OK) perf_die_status("call", status);
     *stamp = perf_now_ns();          // while the call is on its way
     if (tprpc_future_wait(future, TPRPC_FOREVER) != TPRPC_OK) {
