@@ -3576,7 +3576,15 @@ typedef struct tpr_loop_task {         // something of a user's to run without t
 
 typedef struct tpr_loop_queue { tpr_loop_task *head, **tail; } tpr_loop_queue;
 typedef struct tpr_loop_work { tprpc_work *head, **tail; } tpr_loop_work;
-typedef struct tpr_loop_follower { tpr_base_list node; uint32_t signal; } tpr_loop_follower;
+typedef struct tpr_loop_follower {     // a thread that waits while another one drives or sleeps
+    tpr_base_list node;
+    uint32_t signal;                   // atomic, what it sleeps on
+    bool     mine;                     // it is the callback thread
+    bool   (*ready)(void *arg);        // what it waits for; NULL: for its turn to drive
+    void    *arg;
+} tpr_loop_follower;
+
+typedef enum tpr_loop_whom { TPR_LOOP_ALL, TPR_LOOP_ONE, TPR_LOOP_MINE, TPR_LOOP_READY } tpr_loop_whom;
 
 typedef struct tpr_loop {
     tpr_os_lock      lock;
@@ -3669,11 +3677,17 @@ static bool tpr_loop_queue_ready(const tpr_loop_queue *queue) {
     return false;
 }
 
-TPR_COLD static void tpr_loop_wake_followers(tpr_loop *loop) {
+// Wakes those followers whom it concerns, for each costs a switch. One: whoever leaves passes the role on.
+TPR_COLD static void tpr_loop_wake_followers(tpr_loop *loop, tpr_loop_whom whom) {
     for (tpr_base_list *i = loop->followers.next; i != &loop->followers; i = i->next) {
         tpr_loop_follower *follower = TPR_CONTAINER(i, tpr_loop_follower, node);
-        TPR_ATOMIC_STORE(&follower->signal, 1u);
-        tpr_os_futex_wake(&follower->signal, 1);
+        if (whom == TPR_LOOP_MINE && !follower->mine) continue;
+        if (whom == TPR_LOOP_READY && !(follower->ready && follower->ready(follower->arg))) continue;
+        if (!TPR_ATOMIC_PEEK(&follower->signal)) {
+            TPR_ATOMIC_STORE(&follower->signal, 1u);
+            tpr_os_futex_wake(&follower->signal, 1);
+        }
+        if (whom == TPR_LOOP_ONE) return;
     }
 }
 
@@ -3681,7 +3695,7 @@ TPR_COLD static void tpr_loop_wake_followers(tpr_loop *loop) {
 static inline void tpr_loop_post(tpr_loop *loop, tpr_loop_task *task) {
     tpr_loop_queue_put(&loop->callbacks, task);
     if (TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->asleep))) tpr_os_bell_ring(loop->bell);
-    if (TPR_UNLIKELY(!tpr_base_list_empty(&loop->followers))) tpr_loop_wake_followers(loop);
+    if (TPR_UNLIKELY(!tpr_base_list_empty(&loop->followers))) tpr_loop_wake_followers(loop, TPR_LOOP_MINE);
 }
 
 // Queues a placement, which whoever drives runs.
@@ -3693,7 +3707,7 @@ static inline void tpr_loop_post_place(tpr_loop *loop, tpr_loop_task *task) {
 // Something that threads may be waiting for has happened: they look again.
 static inline void tpr_loop_notify(tpr_loop *loop) {
     if (TPR_UNLIKELY(loop->sleeping && loop->sleeper_waits)) tpr_os_bell_ring(loop->bell);
-    if (TPR_UNLIKELY(!tpr_base_list_empty(&loop->followers))) tpr_loop_wake_followers(loop);
+    if (TPR_UNLIKELY(!tpr_base_list_empty(&loop->followers))) tpr_loop_wake_followers(loop, TPR_LOOP_READY);
 }
 
 // Whether the caller stands in a callback of this loop.
@@ -3819,7 +3833,7 @@ static bool tpr_loop_run_callbacks(tpr_loop *loop, int64_t stop_us, bool (*ready
     bool did = false;
     while (loop->callbacks.head && (task = tpr_loop_queue_take(&loop->callbacks)) != NULL) {
         loop->depth++;
-        if (!tpr_base_list_empty(&loop->followers)) tpr_loop_wake_followers(loop);   // one of them may drive meanwhile
+        if (!tpr_base_list_empty(&loop->followers)) tpr_loop_wake_followers(loop, TPR_LOOP_ONE);   // to drive meanwhile
         tpr_loop_run(loop, task);
         loop->depth--;
         did = true;
@@ -3862,12 +3876,16 @@ TPR_COLD static void tpr_loop_sleep(tpr_loop *loop, int64_t until_us, bool mine,
     tpr_loop_clock(loop);
 }
 
-// Waits for whoever drives or sleeps to make progress.
-TPR_COLD static void tpr_loop_follow(tpr_loop *loop, int64_t until_us) {
+// Waits, while another thread drives or sleeps, for its turn to drive, for callbacks that are its own to run, or until
+// ready(arg).
+TPR_COLD static void tpr_loop_follow(tpr_loop *loop, int64_t until_us, bool mine, bool (*ready)(void *), void *arg) {
     tpr_loop_follower self;
     int64_t left = until_us == INT64_MAX ? -1 : until_us - tpr_loop_clock(loop);
     if (until_us != INT64_MAX && left <= 0) return;
     self.signal = 0;
+    self.mine = mine;
+    self.ready = ready;
+    self.arg = arg;
     tpr_base_list_add(&loop->followers, &self.node);
     tpr_loop_leave(loop);
     tpr_os_futex_wait(&self.signal, 0, left);
@@ -3883,7 +3901,7 @@ static void tpr_loop_hand_on(tpr_loop *loop) {
     if (TPR_UNLIKELY(loop->sleeping || loop->armed)) {
         if (!tpr_loop_quiet(loop, true, &until) || until < loop->sleep_until) tpr_os_bell_ring(loop->bell);
     } else if (TPR_UNLIKELY(!tpr_base_list_empty(&loop->followers))) {
-        tpr_loop_wake_followers(loop);
+        tpr_loop_wake_followers(loop, TPR_LOOP_ONE);
     }
 }
 
@@ -3925,7 +3943,7 @@ static bool tpr_loop_wait(tpr_loop *loop, bool (*ready)(void *), void *arg, int6
         }
         if (loop->driving || loop->sleeping) {
             if (loop->sleeping && !loop->driving) tpr_loop_hand_on(loop);
-            tpr_loop_follow(loop, deadline_us);
+            tpr_loop_follow(loop, deadline_us, mine, ready, arg);
         } else {
             tpr_loop_sleep(loop, deadline_us, mine, true);
         }
@@ -3972,7 +3990,7 @@ static bool tpr_loop_poll(tpr_loop *loop, int64_t deadline_us, int64_t stop_us) 
         if (now < spin_until) continue;
         if (loop->driving || loop->sleeping) {   // who sleeps needs the sources armed, which the turns above have ended
             if (loop->sleeping && !loop->driving) tpr_loop_hand_on(loop);
-            tpr_loop_follow(loop, deadline_us);
+            tpr_loop_follow(loop, deadline_us, mine, NULL, NULL);
         } else {
             tpr_loop_sleep(loop, deadline_us, mine, false);
         }
@@ -4169,7 +4187,7 @@ static void tpr_context_stop_threads(tprpc_context *ctx) {
         tpr_loop_enter(loop);
         loop->stopping = true;
         tpr_os_bell_ring(loop->bell);
-        tpr_loop_wake_followers(loop);
+        tpr_loop_wake_followers(loop, TPR_LOOP_ALL);
         tpr_loop_leave(loop);
 #ifndef TPRPC_NO_THREADS
         tpr_os_thread_join(&ctx->threads[i].thread);
