@@ -1124,7 +1124,8 @@ typedef struct tprpc_converter_table {
     tprpc_status (*copy)(void *user, tprpc_context *ctx, const tprpc_tensor *tensor, void **data, tprpc_error *error);
     // Memory for tensor->size bytes on tensor->device in the order of tensor->stream, into tensor->data.
     tprpc_status (*allocate)(void *user, tprpc_context *ctx, tprpc_tensor *tensor, tprpc_error *error);
-    // Gives memory back in the order of the stream that it was allocated or copied on: what is queued may still use it.
+    // Gives memory back in the order of a stream, for what is queued may still use it: the one that it was allocated
+    // on or, of a copy, that it is sent on (the tensor's, as prepare left it).
     void         (*release)(void *user, tprpc_context *ctx, tprpc_device device, void *data, size_t size, void *stream);
 } tprpc_converter_table;
 
