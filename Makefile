@@ -27,22 +27,26 @@ WAVE_ARGS  =
 BENCH      = tools/bench.py
 BENCH_ARGS =
 
-HEADERS  = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tools/*.h examples/*.h) tests/toys.c
-TESTS    = $(patsubst tests/%.c,%,$(filter-out tests/impl.c,$(wildcard tests/*.c))) \
-           $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
-SCRIPTS  = $(filter-out tests/run.sh tests/compile.sh,$(wildcard tests/*.sh))
-FLOORS   = "tools/check_floors.py --self-test" tools/check_floors.py
-TOOLS    = $(patsubst tools/%.c,build/%,$(wildcard tools/*.c))
-EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c)) \
-           $(patsubst examples/%.cpp,build/%,$(wildcard examples/*.cpp))
+HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tools/*.h examples/*.h) tests/toys.c
+TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c,$(wildcard tests/*.c)))
+TESTS_CXX = $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
+SCRIPTS   = $(filter-out tests/run.sh tests/compile.sh,$(wildcard tests/*.sh))
+FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py
+TOOLS     = $(patsubst tools/%.c,build/%,$(wildcard tools/*.c))
+EXAMPLES  = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c)) \
+            $(patsubst examples/%.cpp,build/%,$(wildcard examples/*.cpp))
 # The one program that needs a library; without that, `make` leaves it out.
 ifeq ($(filter demo test,$(MAKECMDGOALS))$(shell echo '\#include <png.h>' | $(CC) -E - >/dev/null 2>&1 || echo none),none)
 EXAMPLES := $(filter-out build/wave,$(EXAMPLES))
 endif
 
-plain_tests = $(TESTS:%=build/tests/%)
-asan_tests  = $(TESTS:%=build/asan/tests/%)
-tsan_tests  = $(TESTS:%=build/tsan/tests/%)
+# Where the compiler $(1) for C++ is missing, what needs it is left out; not by `make test`, which installs it first.
+works_cxx   = $(or $(filter test,$(MAKECMDGOALS)),$(shell echo | $(1) -x c++ -E - 2>/dev/null))
+tests_with  = $(TESTS_C) $(if $(call works_cxx,$(1)),$(TESTS_CXX))
+san_tests   := $(call tests_with,$(SAN_CXX))
+plain_tests := $(patsubst %,build/tests/%,$(call tests_with,$(CXX)))
+asan_tests  := $(san_tests:%=build/asan/tests/%)
+tsan_tests  := $(san_tests:%=build/tsan/tests/%)
 
 # What needs the machine to itself runs last, alone: it counts what a million calls cost while both ends spin.
 in_order = $(filter-out %/agent_cost,$(1)) -- $(filter %/agent_cost,$(1))
