@@ -361,16 +361,6 @@ END
     done <levels
 }
 
-# The README's C++ lines: what it shows compiles.
-readme_cpp() {
-    python3 - "$root/README.md" >x.cpp <<'END'
-import re, sys
-print("\n".join(re.findall(r"^```(?:cpp|c\+\+)\n(.*?)^```", open(sys.argv[1]).read(), re.S | re.M)))
-END
-    [ -s x.cpp ] && grep -q tprpc x.cpp || { echo 'no C++ in the README'; return 1; }
-    compile gcc c++11 -c x.cpp -o x.o
-}
-
 # A system header came first without _GNU_SOURCE: one error that says so, and nothing else.
 one_error() {
     write x "$2" '#include <string.h>' "$implement" "$include"
@@ -576,7 +566,6 @@ check "runs without TCP, SHM" left_out_runs '-DTPRPC_NO_TCP -DTPRPC_NO_SHM'
 check "runs without: all but TCP" left_out_runs "$(echo "$all" | sed 's/-DTPRPC_NO_TCP//')" tcp://127.0.0.1:0
 check "log level 0" log_level 0
 check "log level 4" log_level 4
-check "README in C++" readme_cpp
 for what in nothing version context_desc agent_desc; do check "header and library differ: $what" mismatch $what; done
 
 if has aarch64-linux-gnu-gcc; then

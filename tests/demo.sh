@@ -98,17 +98,32 @@ survives_kill() {   # TRANSPORT WORKER DELAY
     started=
 }
 
-hello() {
+# The server of README's two quick starts in one process, a client in another.
+greets() {      # NAME CLIENT [ARGUMENT]
+    name=$1
+    shift
     timeout 20 build/hello >"$dir/server" 2>&1 &
     server=$! started=$!
-    timeout 20 build/hello client >"$out" 2>&1
+    timeout 20 "$@" >"$out" 2>&1
     client=$?
     wait $server
     status=$?
     cat "$dir/server" >>"$out"
-    if [ $client -eq 0 ] && [ $status -eq 0 ] && [ "$(cat "$out")" = 8 ]; then ok hello
-    else bad hello "exit statuses: client $client, server $status"; fi
+    if [ $client -eq 0 ] && [ $status -eq 0 ] && [ "$(cat "$out")" = 8 ]; then ok "$name"
+    else bad "$name" "exit statuses: client $client, server $status"; fi
     started=
+}
+
+# README's quick start in C++, word for word, with a user's own warnings, and beside build/hello as it says there. (The
+# one in C is examples/hello.c, which tests/compile.sh compares.)
+readme_cpp() {
+    name=readme_cpp flags='-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef -Wold-style-cast -Werror'
+    sed -n '/^```cpp$/,/^```$/{ /^```/!p; }' README.md >"$dir/readme.cpp"
+    # shellcheck disable=SC2086
+    if [ "$(grep -c '^```cpp$' README.md)" -ne 1 ]; then bad "$name" 'README has not one block of C++'
+    elif ! g++ -std=c++11 $flags -fno-exceptions -fno-rtti -I. "$dir/readme.cpp" -o "$dir/readme" -pthread -ldl \
+            >"$out" 2>&1 || [ -s "$out" ]; then bad "$name" 'it does not compile without a word'
+    else greets "$name" "$dir/readme"; fi
 }
 
 late_reply() {
@@ -135,7 +150,8 @@ for transport in shm tcp; do
     survives_kill $transport 3 0.05
     survives_kill $transport 4 0.5
 done
-hello
+greets hello build/hello client
+readme_cpp
 late_reply
 engine_loop
 
