@@ -19,7 +19,7 @@ ok()  { passed=$((passed + 1)); echo "ok $1"; }
 bad() { failed=$((failed + 1)); echo "FAIL $1: $2"; sed 's/^/    /' "$out" "$said"; }
 
 # Whether the output is one JSON object on one line with exactly these keys, the values `fixed` says, and numbers where
-# `numbers` says.
+# `numbers` says; ranks are in their order.
 is_json() {     # KEYS FIXED NUMBERS: "a b", "a=text b=text", "a b"
     python3 - "$out" "$@" 2>"$dir/why" <<'END'
 import json, sys
@@ -39,6 +39,9 @@ for pair in fixed:
 for name in numbers:
     if isinstance(values[name], bool) or not isinstance(values[name], (int, float)):
         sys.exit("%s is %r, no number" % (name, values[name]))
+ranks = [values[name] for name in ("min_us", "p50_us", "p99_us", "p999_us") if name in numbers]
+if ranks != sorted(ranks):
+    sys.exit("out of order: %r" % ranks)
 END
 }
 
@@ -48,9 +51,9 @@ pipes="count bytes_per_pipe fds_per_pipe connect_us"
 times="min_us p50_us p99_us p999_us mean_us"
 
 # One run of tprpc-perf over a transport; what it must give beside its keys.
-perf() {        # TEST TRANSPORT NUMBERS FIXED OPTION...
-    name=perf_$1_$2 test=$1 transport=$2 numbers=$3 fixed=$4 wanted=$keys
-    shift 4
+perf_as() {     # NAME TEST TRANSPORT NUMBERS FIXED OPTION...
+    name=$1 test=$2 transport=$3 numbers=$4 fixed=$5 wanted=$keys
+    shift 5
     [ "$test" != pipes ] || wanted="$keys $pipes"
     timeout 60 build/tprpc-perf --test "$test" --transport "$transport" --json "$@" >"$out" 2>"$said"
     status=$?
@@ -60,9 +63,11 @@ perf() {        # TEST TRANSPORT NUMBERS FIXED OPTION...
     else ok "$name"; fi
 }
 
+perf() { perf_as "perf_$1_$2" "$@"; }
+
 perf_all() {    # TRANSPORT
-    perf rtt "$1" "$times cpu_s" "size=64 iters=200" --iters 200
-    perf rpc "$1" "$times cpu_s" "size=64 iters=200" --iters 200
+    perf rtt "$1" "$times cpu_s" "size=64 iters=200 channel=None" --iters 200
+    perf rpc "$1" "$times cpu_s" "size=64 iters=200 channel=None" --iters 200
     perf rate "$1" "rate_mps cpu_s" "size=64 iters=20000" --iters 20000
     perf bw "$1" "bandwidth_gbps cpu_s" "size=1048576 iters=8 channel=basic" --iters 8 --size 1M
     perf pipes "$1" "$pipes" "count=20 size=None iters=None" --count 20
@@ -81,18 +86,51 @@ table() {
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-# The two ends by hand, as between two hosts. The one that connects may come first.
-two_ends() {    # TEST
-    name=perf_two_ends_$1 port=$(free_port)
-    timeout 60 build/tprpc-perf --test "$1" --iters 200 --listen "127.0.0.1:$port" >"$dir/listen" 2>&1 &
-    listener=$! started=$listener tries=0 status=1
-    while [ $status -ne 0 ] && [ $tries -lt 50 ]; do
-        timeout 30 build/tprpc-perf --test "$1" --iters 200 --transport tcp --connect "127.0.0.1:$port" --json \
-            >"$out" 2>"$said"
-        status=$?
-        tries=$((tries + 1))
-        [ $status -eq 0 ] || sleep 0.1
+# What is left to be chosen. --channel makes a tensor of the bytes, so its name shows; how a wait begins, and where an
+# end may run, show in two_ends below.
+options() {     # TRANSPORT
+    perf_as "perf_channel_rtt_$1" rtt "$1" "$times cpu_s" "size=64 iters=200 channel=basic" --iters 200 --channel basic
+    perf_as "perf_channel_rpc_$1" rpc "$1" "$times cpu_s" "size=64 iters=200 channel=basic" --iters 200 --channel basic
+    perf_as "perf_devices_$1" rtt "$1" "$times" "iters=200" --iters 200 --device cpu --peer-device cpu
+    perf_as "perf_no_pin_$1" rtt "$1" "$times" "iters=200" --iters 200 --no-pin
+    for spin in always adaptive never; do
+        perf_as "perf_spin_${spin}_$1" rtt "$1" "$times" "iters=200" --iters 200 --spin $spin
     done
+}
+
+of_process() { sed -n "s/^$2:[[:space:]]*//p" "/proc/$1/status" 2>/dev/null; }
+
+# Whether the end that listens waits as it was told: asleep (S) or spinning (R), and on which processors. Seen three
+# times in a row, for one that is to spin may not sleep in between.
+listens() {     # PID OF ITS timeout, TEST, STATE, PROCESSORS
+    seen=0 tries=0 end=nowhere
+    while [ $seen -lt 3 ] && [ $tries -lt 60 ]; do
+        tries=$((tries + 1))
+        sleep 0.05
+        [ "$2" = rpc ] || grep -q '^tprpc-perf: listening on ' "$dir/listen" || continue
+        pid=$(tr -d ' ' <"/proc/$1/task/$1/children")
+        end="$(of_process "$pid" State | cut -c1) on $(of_process "$pid" Cpus_allowed_list)"
+        if echo "$end" | grep -Eqx "$3 on $4"; then seen=$((seen + 1)); else seen=0; fi
+    done
+    [ $seen -eq 3 ]
+}
+
+# The two ends by hand, as between two hosts, with the same options. Without any an end soon sleeps, and is pinned.
+two_ends() {    # TEST NUMBERS FIXED OPTION...
+    name=perf_two_ends_$1 test=$1 numbers=$2 fixed=$3 wanted=$keys state=S on='[0-9]+' address=127.0.0.1:$(free_port)
+    shift 3
+    [ "$test" != pipes ] || wanted="$keys $pipes"
+    case " $* " in *' always '*) state=R ;; esac
+    case " $* " in *' --no-pin '*) on=$(of_process self Cpus_allowed_list) ;; esac
+    timeout 60 build/tprpc-perf --test "$test" "$@" --listen "$address" >"$dir/listen" 2>&1 &
+    listener=$! started=$listener
+    if ! listens $listener "$test" "$state" "$on"; then
+        kill $listener
+        bad "$name" "the end that listens is $end, expected $state on $on: $(cat "$dir/listen")"
+        return
+    fi
+    timeout 30 build/tprpc-perf --test "$test" "$@" --transport tcp --connect "$address" --json >"$out" 2>"$said"
+    status=$?
     if [ $status -ne 0 ]; then
         kill $listener
         bad "$name" "the end that connects: exit status $status"
@@ -101,7 +139,8 @@ two_ends() {    # TEST
     wait $listener
     status=$? started=
     if [ $status -ne 0 ]; then bad "$name" "the end that listens: exit status $status: $(cat "$dir/listen")"
-    elif ! is_json "$keys" "test=$1 transport=tcp iters=200" "$times"; then bad "$name" "$(tail -n 1 "$dir/why")"
+    elif ! is_json "$wanted" "test=$test transport=tcp device=cpu peer_device=cpu $fixed" "$numbers"; then
+        bad "$name" "$(tail -n 1 "$dir/why")"
     else ok "$name"; fi
 }
 
@@ -170,13 +209,26 @@ bench_says() {
 perf_all shm
 perf_all tcp
 table
-two_ends rtt
-two_ends rpc
+options shm
+options tcp
+# That `never` is no other word for `adaptive`: the default of --iters tells, on the one medium where that many are soon
+# done, unless its two ends take turns on one processor.
+[ "$(nproc)" -eq 1 ] || perf_as perf_spin_never_iters raw shm "$times" "iters=20000" --spin never
+two_ends rtt "$times" "size=64 iters=200 channel=None" --iters 200
+two_ends rpc "$times" "size=64 iters=200 channel=None" --iters 200
+two_ends rate "rate_mps cpu_s" "size=64 iters=2000 channel=None" --iters 2000 --spin always
+two_ends bw "bandwidth_gbps cpu_s" "size=1048576 iters=8 channel=basic" --iters 8 --size 1M --spin never
+two_ends pipes "$pipes" "count=20 fds_per_pipe=1 size=None iters=None" --count 20 --spin adaptive
+two_ends frame "$times iters bandwidth_gbps" "size=1048576 channel=basic" --iters 16 --size 1M --no-pin
 refuses option "no option --sise" build/tprpc-perf --sise 64
 refuses test '"ping" is none of' build/tprpc-perf --test ping
 refuses number 'not "-1"' build/tprpc-perf --size -1
 refuses transport 'ftp' build/tprpc-perf --transport ftp
-refuses device '"tape"' build/tprpc-perf --device tape
+refuses channel 'tape' build/tprpc-perf --channel tape
+refuses channel_of_rate 'no tensors' build/tprpc-perf --test rate --channel basic
+refuses spin '"often"' build/tprpc-perf --spin often
+refuses device '^tprpc-perf: --device "tape"' build/tprpc-perf --device tape
+refuses peer_device '^tprpc-perf: --peer-device "tape"' build/tprpc-perf --peer-device tape
 refuses two_ends 'give one of them' build/tprpc-perf --listen a --connect b
 refuses timers 'usage' build/bench-timers --often
 refuses timers_count '"none" is no number' build/bench-timers --count none
