@@ -186,8 +186,8 @@ static inline int harness_mem(const void *a, const void *b, size_t size, const c
     size_t i = 0;
     if (size == 0) return 1;
     if (!a || !b) return a == b || harness_fail(file, line, "%s is %p, %s is %p", a_text, a, b_text, b);
-    while (i < size && x[i] == y[i]) i++;
-    if (i == size) return 1;
+    if (memcmp(a, b, size) == 0) return 1;   /* the sanitizers look at it once, not at each byte */
+    while (i < size - 1 && x[i] == y[i]) i++;
     return harness_fail(file, line, "%s and %s differ at byte %llu of %llu: 0x%02x and 0x%02x", a_text, b_text,
                         HARNESS_CAST(unsigned long long, i), HARNESS_CAST(unsigned long long, size), x[i], y[i]);
 }
