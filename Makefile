@@ -22,6 +22,11 @@ LIBRARIES = -pthread -ldl -lm
 PLAIN = -O2 -g -ffp-contract=off
 ASAN  = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN  = -O1 -g -fno-omit-frame-pointer -fsanitize=thread
+# A test of internals has an implementation of its own. To optimise each takes longer than they run, so that is left to
+# impl.c, which most tests use; and what nobody optimises away, a sanitizer sees.
+PLAIN_IN = $(PLAIN) -O1
+ASAN_IN  = $(ASAN) -O0
+TSAN_IN  = $(TSAN) -O0
 
 WAVE_ARGS  =
 BENCH      = tools/bench.py
@@ -100,7 +105,7 @@ test-floors:
 clean:
 	rm -rf build
 
-# ---- the tests, in variants: $(1) folder, $(2) C compiler, $(3) C++ compiler, $(4) flags ----
+# ---- the tests, in variants: $(1) folder, $(2) C compiler, $(3) C++ compiler, $(4) flags, $(5) those of internals ----
 # The implementation is compiled once per variant, with the test hooks, and asks for _GNU_SOURCE itself; tests may include
 # in any order, so they are given it.
 
@@ -108,6 +113,10 @@ define variant
 $(1)/tests/%.o: tests/%.c $$(HEADERS) | $$(SETUP)
 	@mkdir -p $$(@D)
 	$(2) $$(C_FLAGS) $(4) -D_GNU_SOURCE -c $$< -o $$@
+
+$(1)/tests/in_%.o: tests/in_%.c $$(HEADERS) | $$(SETUP)
+	@mkdir -p $$(@D)
+	$(2) $$(C_FLAGS) $(5) -D_GNU_SOURCE -c $$< -o $$@
 
 $(1)/tests/impl.o: tests/impl.c $$(HEADERS) | $$(SETUP)
 	@mkdir -p $$(@D)
@@ -125,12 +134,12 @@ $(1)/tests/%: $(1)/tests/%.o $(1)/tests/impl.o
 
 # A test of internals brings an implementation of its own.
 $(1)/tests/in_%: $(1)/tests/in_%.o
-	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
+	$(2) $(5) $$^ $$(LIBRARIES) -o $$@
 endef
 
-$(eval $(call variant,build,$$(CC),$$(CXX),$$(PLAIN)))
-$(eval $(call variant,build/asan,$$(SAN_CC),$$(SAN_CXX),$$(ASAN)))
-$(eval $(call variant,build/tsan,$$(SAN_CC),$$(SAN_CXX),$$(TSAN)))
+$(eval $(call variant,build,$$(CC),$$(CXX),$$(PLAIN),$$(PLAIN_IN)))
+$(eval $(call variant,build/asan,$$(SAN_CC),$$(SAN_CXX),$$(ASAN),$$(ASAN_IN)))
+$(eval $(call variant,build/tsan,$$(SAN_CC),$$(SAN_CXX),$$(TSAN),$$(TSAN_IN)))
 
 # ---- the library, tools and examples: a program that does not compile the implementation itself gets the library ----
 
