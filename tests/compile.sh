@@ -62,7 +62,11 @@ compiles() {
         echo $? >"$made/ended"
         mv "$made/ended" "$made/rc"
     fi
-    while [ ! -f "$made/rc" ]; do sleep 0.1; done
+    tries=0
+    while [ ! -f "$made/rc" ]; do
+        [ $((tries += 1)) -le 3000 ] || { echo "who compiles $made does not end"; return 1; }
+        sleep 0.1
+    done
     cat "$made/said"
     [ "$(cat "$made/rc")" -eq 0 ] && [ ! -s "$made/said" ] && ln -f "$made/x.o" x.o
 }
