@@ -11,9 +11,11 @@ warnings='-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef -Werror'
 cxx_warnings='-Wold-style-cast -fno-exceptions -fno-rtti'
 libraries='-pthread -ldl -lm'
 
-# Lines of the sources that are compiled.
+# Lines of the sources that are compiled. For dlpack.h stands one of ours, 1.0 or, with -DTEST_DLPACK_OLD, 0.6. Like the
+# real one it includes no system header that spoils _GNU_SOURCE for the implementation.
 include='#include "tprpc.h"'
 implement='#define TPRPC_IMPLEMENTATION'
+dlpack='#include "tests/dlpack_abi.h"'
 use='int use(void); int use(void) { return tprpc_version() != TPRPC_VERSION; }'
 
 has() { command -v "$1" >/dev/null 2>&1; }
@@ -71,6 +73,34 @@ compiles() {
     [ "$(cat "$made/rc")" -eq 0 ] && [ ! -s "$made/said" ] && ln -f "$made/x.o" x.o
 }
 
+# dlpack COMPILER STANDARD: the declarations for a user's dlpack.h, new and old, that came before tprpc.h or between two
+# inclusions of it; they name the functions that the library has. Without dlpack.h there are none.
+dlpack() {
+    for version in '' -DTEST_DLPACK_OLD; do
+        for before in '' "$include"; do
+            compiles "$1" "$2" "$version" "$before" "$dlpack" "$include" "$include" "$use" \
+                'tprpc_status from(DLManagedTensor *m, tprpc_tensor *t);' \
+                'tprpc_status from(DLManagedTensor *m, tprpc_tensor *t) {' \
+                '    return tprpc_from_dlpack(m, t, NULL, NULL);' '}' \
+                'tprpc_status to(const tprpc_tensor *t, DLTensor *d, int64_t *s);' \
+                'tprpc_status to(const tprpc_tensor *t, DLTensor *d, int64_t *s) {' \
+                '    return tprpc_to_dlpack(t, d, s, NULL);' '}' || return 1
+            [ "$(undefined | grep -cEx 'tprpc_(from|to)_dlpack')" -eq 2 ] || { undefined; return 1; }
+        done
+    done
+    write y "$2" "$include"
+    compile "$1" "$2" -E -P "$source" >without && ! grep dlpack without
+}
+
+# A dlpack.h older than 0.6 is refused in one sentence, and 0.6 is not. The preprocessor alone says so.
+dlpack_too_old() {
+    write x c99 "$implement" "$include"
+    compile gcc c99 -E -DDLPACK_VERSION=60 x.c -o /dev/null || return 1
+    ! compile gcc c99 -E -DDLPACK_VERSION=59 x.c -o /dev/null 2>said || { echo '0.5 is taken'; return 1; }
+    cat said
+    [ "$(grep -c 'error:' said)" -eq 1 ] && grep -q 'error:.*dlpack\.h is older than 0\.6' said
+}
+
 # Function names that the object x.o asks the system for.
 undefined() { nm -u x.o | sed 's/.* //; s/@.*//'; }
 
@@ -85,6 +115,11 @@ leaves_none() {
 exports_tprpc() {
     compiles "$@" "$implement" "$include" || return 1
     nm -g --defined-only x.o | awk 'NF { names++; if ($NF !~ /^tprpc_/) { print; bad++ } } END { exit bad || !names }'
+}
+
+exports_dlpack() {
+    exports_tprpc "$1" "$2" "$3 -include tests/dlpack_abi.h" || return 1
+    [ "$(nm -g --defined-only x.o | grep -cE ' tprpc_(from|to)_dlpack$')" -eq 2 ]
 }
 
 exports_nothing() {
@@ -507,21 +542,30 @@ compilers=gcc
 if has clang && has clang++; then compilers='gcc clang'; else skip compile_clang 'clang is missing'; fi
 
 for compiler in $compilers; do
-    for std in c99 c11 c17 c++11 c++17 c++20; do
+    # Some of what compiles the implementation does it with DLPack, rather than once more.
+    for std in c99 c++11 c++20; do
         check "implementation $compiler $std" compiles $compiler $std '' "$implement" "$include"
+    done
+    for std in c11 c++17; do
+        check "implementation, dlpack.h $compiler $std" compiles $compiler $std '' "$dlpack" "$implement" "$include"
+    done
+    check "implementation, old dlpack.h $compiler c17" compiles $compiler c17 -DTEST_DLPACK_OLD "$dlpack" "$implement" \
+        "$include"
+    for std in c99 c11 c17 c++11 c++17; do check "dlpack.h $compiler $std" dlpack $compiler $std; done
+    for std in c99 c11 c17 c++11 c++17 c++20; do
         check "declarations $compiler $std" compiles $compiler $std '' "$include" "$use"
     done
     for std in c99 c++11; do
         check "static $compiler $std" exports_nothing $compiler $std -DTPRPC_STATIC
         check "dll $compiler $std" dll $compiler $std
         check "symbols $compiler $std" exports_tprpc $compiler $std ''
-        check "symbols with test hooks $compiler $std" exports_tprpc $compiler $std -DTPRPC_TEST_HOOKS
+        check "symbols with test hooks, dlpack.h $compiler $std" exports_dlpack $compiler $std -DTPRPC_TEST_HOOKS
         check "hostile macros $compiler $std" hostile $compiler $std
         check "public includes $compiler $std" includes_three $compiler $std
         check "macros $compiler $std" macros $compiler $std
         check "twice $compiler $std" compiles $compiler $std '' "$include" "$include" "$use"
-        check "implementation twice $compiler $std" compiles $compiler $std '' "$implement" "$include" "$include" \
-            "$implement" "$include" "$use"
+        check "implementation twice, old dlpack.h $compiler $std" compiles $compiler $std -DTEST_DLPACK_OLD "$dlpack" \
+            "$implement" "$include" "$include" "$implement" "$include" "$use"
         check "declarations before and after $compiler $std" compiles $compiler $std '' "$include" "$implement" \
             "$include" '#undef TPRPC_IMPLEMENTATION' "$include" "$use"
         check "unity $compiler $std" unity $compiler $std '' impl a b
@@ -545,6 +589,7 @@ for compiler in $compilers; do
     done
 done
 
+check "dlpack.h older than 0.6" dlpack_too_old
 check "declared is defined" declares_what_it_defines
 check "hello.c in the README" hello_in_readme
 
