@@ -570,7 +570,8 @@ TPRPC_API tprpc_status tprpc_connect(tprpc_context *ctx, const tprpc_pipe_desc *
 // Sends a message. `done` (NULL allowed) runs when the library needs the memory no longer: all bytes have left or
 // been copied; it says nothing about the peer having read. Errors (no callback follows): INVALID (a message that
 // cannot be: the pipe is as before), LIMIT (over limits.message_bytes, .metadata_bytes, .tensors or .inflight_bytes:
-// likewise), MEMORY, UNSUPPORTED (strides), and after the pipe failed what it failed with. Any thread.
+// likewise), MEMORY, UNSUPPORTED (strides), and after the pipe failed what it failed with, whose sentence
+// tprpc_pipe_get_info has. Any thread.
 TPRPC_API tprpc_status tprpc_pipe_write(tprpc_pipe *pipe, const tprpc_message *message, tprpc_written done, void *user);
 
 // Asks for the next message's descriptor: sizes, shapes, targets and all metadata; `data` pointers are NULL.
@@ -581,7 +582,8 @@ TPRPC_API tprpc_status tprpc_pipe_read_descriptor(tprpc_pipe *pipe, tprpc_descri
 //   allocation   `tensors` and `payloads` of the same counts and sizes, `data` set to where the bytes go (device,
 //                stream and index as the memory is). NULL: the library allocates; then `done` shows the memory, valid
 //                until it returns. With NULL and no message described, it reads the next one whole.
-// Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and what the pipe failed with.
+// Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and what the pipe failed with, as
+// of a write.
 // Any thread.
 TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *allocation, tprpc_read done, void *user);
 
@@ -607,6 +609,7 @@ typedef struct tprpc_pipe_info {
                                      // chosen ones are named above in any case
     uint32_t reserved;
     tprpc_path paths[16];
+    tprpc_error error;               // why the pipe failed; status OK: it has not
 } tprpc_pipe_info;
 
 // Fills `out` (`size`: sizeof *out of the caller). Any thread. INVALID for a size that is none.
@@ -10116,6 +10119,7 @@ static void tpr_pipe_info_of(tprpc_pipe *pipe, tprpc_pipe_info *info) {
     info->tensor_bytes_received = pipe->tensor_bytes_received;
     info->messages_sent = pipe->messages_sent;
     info->messages_received = pipe->messages_received;
+    if (pipe->state == TPR_PIPE_ENDED) info->error = pipe->error;
     for (uint32_t i = 0; i < pipe->ctx->backend_count && info->path_count < TPR_COUNT(info->paths); i++) {
         if (pipe->ctx->backends[i].backend->converter) continue;
         tprpc_path *path = &info->paths[info->path_count++];

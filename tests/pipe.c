@@ -829,13 +829,21 @@ TEST_WAYS(message_over_limit, 20) {
     pair_close(&p);
 }
 
-/* What a read of the pipe ends with. */
+/* What a read of the pipe ends with, or is refused with where that had failed before; the pipe says the same. */
 static tprpc_status read_ends(side *s, tprpc_pipe *pipe, outcome *o) {
+    tprpc_pipe_info info;
     memset(o, 0, sizeof *o);
     tprpc_status status = tprpc_pipe_read(pipe, NULL, on_read, o);
-    if (status != TPRPC_OK) return status;
-    WAIT(s, o->runs, 1);
-    return o->status;
+    if (status == TPRPC_OK) WAIT(s, o->runs, 1);
+    CHECK_EQ_INT(tprpc_pipe_get_info(pipe, &info, sizeof info), TPRPC_OK);
+    if (status == TPRPC_OK) {
+        CHECK_EQ_INT(info.error.status, o->status);
+        CHECK_STR(info.error.text, o->text);
+        return o->status;
+    }
+    CHECK_EQ_INT(info.error.status, status);
+    snprintf(o->text, sizeof o->text, "%s", info.error.text);
+    return status;
 }
 
 /* limits.pipes: of a context that connects. */
