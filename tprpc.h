@@ -575,16 +575,16 @@ TPRPC_API tprpc_status tprpc_connect(tprpc_context *ctx, const tprpc_pipe_desc *
 TPRPC_API tprpc_status tprpc_pipe_write(tprpc_pipe *pipe, const tprpc_message *message, tprpc_written done, void *user);
 
 // Asks for the next message's descriptor: sizes, shapes, targets and all metadata; `data` pointers are NULL.
-// Descriptors come in the order written. It stays valid until the message's read has ended. Any thread.
+// Descriptors come in the order written. It stays valid until the message's read has ended. Errors: MEMORY, and as of a
+// write, what the pipe failed with. Any thread.
 TPRPC_API tprpc_status tprpc_pipe_read_descriptor(tprpc_pipe *pipe, tprpc_described done, void *user);
 
 // Reads the oldest message that was described and not read yet.
 //   allocation   `tensors` and `payloads` of the same counts and sizes, `data` set to where the bytes go (device,
 //                stream and index as the memory is). NULL: the library allocates; then `done` shows the memory, valid
 //                until it returns. With NULL and no message described, it reads the next one whole.
-// Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and what the pipe failed with, as
-// of a write.
-// Any thread.
+// Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and as of a write, what the pipe
+// failed with. Any thread.
 TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *allocation, tprpc_read done, void *user);
 
 // Closes this end: what is pending ends with CLOSED, the peer's with PEER. Asynchronous, legal anywhere, also in the
@@ -3417,7 +3417,7 @@ enum { TPR_TIMER_IDLE = 0, TPR_TIMER_POSTED = 1, TPR_TIMER_SET = 2 };
 
 typedef struct tpr_timer_wheel {
     uint64_t    now, count;            // ms; timers set
-    uint64_t    soonest_us;            // no slot opens before
+    uint64_t    soonest_us;            // nothing is due before
     uint64_t    used[TPR_TIMER_WHEELS];
     tprpc_work *slots[TPR_TIMER_WHEELS][TPR_TIMER_SLOTS];
     tprpc_work *expired;               // taken out of the wheel and not run yet
@@ -5062,7 +5062,6 @@ TPR_APART static bool tpr_tcp_walk(tpr_tcp *tcp) {
     uint64_t before = tcp->received;
     int64_t since = tcp->loop->now_us - tcp->looked_us;
     bool did = false;
-    if (tpr_base_list_empty(&tcp->sockets) && tpr_base_list_empty(&tcp->broken)) return false;
     tcp->walking = true;
     for (uint32_t i = 0; i < tcp->hot_count && tcp->received - before < TPR_TCP_CHUNK; i++) {
         tpr_tcp_conn *conn = tcp->hot[(tcp->hot_first + i) % tcp->hot_count];
@@ -5090,6 +5089,7 @@ TPR_APART static bool tpr_tcp_walk(tpr_tcp *tcp) {
 // Most calls are the turns of a loop that waits for something else: they save no register and touch little.
 static bool tpr_tcp_progress(void *instance) {
     tpr_tcp *tcp = (tpr_tcp *)instance;
+    if (tpr_base_list_empty(&tcp->sockets) && tpr_base_list_empty(&tcp->broken)) return false;
     bool quiet = !tcp->hot_count && !tcp->armed && !tcp->eager && tpr_base_list_empty(&tcp->broken) &&
                  tpr_base_list_empty(&tcp->closed);
     if (!quiet || tcp->calls + 1 >= TPR_TCP_LOOK_CALLS ||
@@ -14885,6 +14885,7 @@ static void tpr_report_line(tpr_report *report, const char *format, ...) {
 }
 
 static void tpr_report_info(tpr_report *report, const tprpc_pipe_info *info) {
+    if (info->error.status != TPRPC_OK) tpr_report_line(report, "failed: %s; ", info->error.text);
     tpr_report_line(report, "%s%s%s, %s; sent %llu, received %llu bytes; of tensors %llu and %llu\n",
                     info->transport[0] ? info->transport : "not agreed", info->channel[0] ? " and " : "", info->channel,
                     info->peer[0] ? info->peer : "no peer", (unsigned long long)info->bytes_sent,

@@ -115,6 +115,15 @@ static void check_next(void) {
     else if (!sorted_count) REQUIRE_EQ_INT(next, INT64_MAX);
     else if (sorted[0]->tick <= INT64_MAX / 1000) REQUIRE_LE_INT(next, (int64_t)sorted[0]->tick * 1000);
     if (!expired_count && sorted_count) REQUIRE(next == INT64_MAX || (uint64_t)next / 1000 > model_now);
+    if (sorted_count && sorted[0]->tick <= INT64_MAX / 1000)      /* an advance that finds something is never left out */
+        REQUIRE(tpr_timer_may_be_due(&wheel, (int64_t)sorted[0]->tick * 1000));
+}
+
+/* The clock is seen; until it goes on there is nothing more to find. */
+static void advance(int64_t now_us) {
+    model_advance(now_us);
+    tpr_timer_advance(&wheel, now_us);
+    REQUIRE(!tpr_timer_may_be_due(&wheel, now_us));
 }
 
 /* Takes up to `most` pieces of expired work: none too early, none twice, the earlier tick first within one advance. */
@@ -174,8 +183,7 @@ static void to_the_end(void) {
         int64_t now = (int64_t)(model_now * 1000 + (random_u64() >> random_below(30)) % left + 1);
         if (random_below(3) == 0 && tpr_timer_next_us(&wheel) != INT64_MAX) now = tpr_timer_next_us(&wheel);
         if (random_below(40) == 0) now = INT64_MAX;
-        model_advance(now);
-        tpr_timer_advance(&wheel, now);
+        advance(now);
         check_next();
         check_wheel();
         take(SIZE_MAX);
@@ -224,8 +232,7 @@ TEST_LIMIT(timer_against_a_sorted_list, 30) {
             break;
         default:
             now = random_now();
-            model_advance(now);
-            tpr_timer_advance(&wheel, now);
+            advance(now);
             take(random_below(4) ? SIZE_MAX : random_below(8));
         }
         check_next();

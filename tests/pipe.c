@@ -832,10 +832,14 @@ TEST_WAYS(message_over_limit, 20) {
 /* What a read of the pipe ends with, or is refused with where that had failed before; the pipe says the same. */
 static tprpc_status read_ends(side *s, tprpc_pipe *pipe, outcome *o) {
     tprpc_pipe_info info;
+    char report[4096];
     memset(o, 0, sizeof *o);
     tprpc_status status = tprpc_pipe_read(pipe, NULL, on_read, o);
     if (status == TPRPC_OK) WAIT(s, o->runs, 1);
     CHECK_EQ_INT(tprpc_pipe_get_info(pipe, &info, sizeof info), TPRPC_OK);
+    tprpc_pipe_report(&info, report, sizeof report);
+    CHECK_CONTAINS(report, info.error.text);
+    CHECK_EQ_INT(strstr(report, "failed: ") != NULL, info.error.status != TPRPC_OK);
     if (status == TPRPC_OK) {
         CHECK_EQ_INT(info.error.status, o->status);
         CHECK_STR(info.error.text, o->text);
