@@ -1774,6 +1774,21 @@ static void cargo_ends(world *w, cargo *c, bool lent) {
     CHECK_EQ_INT(c->written.status, TPRPC_OK);
 }
 
+/* A trip that goes well after one that did not. */
+static void cargo_again(world *w, cargo *c, bool lent) {
+    memset(&c->written, 0, sizeof c->written);
+    memset(&c->got.o, 0, sizeof c->got.o);
+    REQUIRE_EQ_INT(cargo_write(w->pipe[1], c, lent), TPRPC_OK);
+    REQUIRE_EQ_INT(tprpc_pipe_read(w->pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
+    cargo_ends(w, c, lent);
+}
+
+static void trip_over(world *w, cargo *c) {
+    world_close(w);
+    cargo_free(c);
+    spy_end();
+}
+
 static void converter_trip(const kit *k, bool lent, int threads) {
     world w;
     cargo *c;
@@ -1791,9 +1806,7 @@ static void converter_trip(const kit *k, bool lent, int threads) {
     cargo_ends(&w, c, lent);
     CHECK_EQ_INT(spy.asked_count, CARGO_DEVICES);
     for (i = 0; i < spy.asked_count; i++) CHECK(spy.asked[i] == NULL);
-    world_close(&w);
-    cargo_free(c);
-    spy_end();
+    trip_over(&w, c);
 }
 
 static void v_lent(void *arg) { converter_trip((const kit *)arg, true, 0); }
@@ -1835,9 +1848,7 @@ static void v_parked(void *arg) {
             REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
             cargo_ends(&w, c, lent);
         }
-        world_close(&w);
-        cargo_free(c);
-        spy_end();
+        trip_over(&w, c);
     }
 }
 
@@ -1858,13 +1869,8 @@ static void v_fails_sending(void *arg) {
                 CHECK_EQ_INT(spy_released(), spy.piece_count + spy.keep_count);   /* at once */
                 CHECK_EQ_INT(c->written.releases, lent);
                 CHECK_EQ_INT(c->written.runs, 0);
-                memset(&c->written, 0, sizeof c->written);
-                REQUIRE_EQ_INT(cargo_write(w.pipe[1], c, lent), TPRPC_OK);
-                REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
-                cargo_ends(&w, c, lent);
-                world_close(&w);
-                cargo_free(c);
-                spy_end();
+                cargo_again(&w, c, lent);
+                trip_over(&w, c);
             }
         }
     }
@@ -1889,14 +1895,8 @@ static void v_fails_receiving(void *arg) {
         CHECK_EQ_INT(c->written.status, TPRPC_ERROR_PEER);
         CHECK_EQ_INT(spy.asked_count, which);
         CHECK_EQ_INT(spy_released(), spy.piece_count + spy.keep_count);
-        memset(&c->written, 0, sizeof c->written);
-        memset(&c->got.o, 0, sizeof c->got.o);
-        REQUIRE_EQ_INT(cargo_write(w.pipe[1], c, true), TPRPC_OK);
-        REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_seen, &c->got), TPRPC_OK);
-        cargo_ends(&w, c, true);
-        world_close(&w);
-        cargo_free(c);
-        spy_end();
+        cargo_again(&w, c, true);
+        trip_over(&w, c);
     }
 }
 
