@@ -291,7 +291,7 @@
 //   channels among them, ours included                -                                     16
 //   name of a backend, in bytes                       -                                     1 to 15
 //   read of a peer before it is known                 -                                     4 KiB
-//   host buffers that travel within the message       -                                     8 KiB each, 32 KiB in all
+//   host buffers that travel within the message       a channel's inline_bytes              8 KiB each, 32 KiB in all
 //   metadata of a message on the short path           -                                     256
 //   a channel's own bytes within a message            max_descriptor                        4 KiB
 //   a channel's control message, and its handles      tprpc_link_control                    4 KiB, 8
@@ -1045,8 +1045,8 @@ enum { TPRPC_CHANNEL_MUTUAL = 1 };   // usable in a direction only when both end
 typedef struct tprpc_channel_table {
     uint32_t size;                   // sizeof *this
     uint32_t flags;                  // TPRPC_CHANNEL_*
-    uint32_t inline_bytes;           // buffers up to here are better sent within the message (0: as the library likes):
-                                     // advice; in this version host buffers follow the manual's limits alone
+    uint32_t inline_bytes;           // host buffers up to here are better sent within the message than by this channel
+                                     // (0: as the manual's limits say; more than their sum counts as that)
     uint32_t alignment;              // of a sender's addresses and of sizes that it can move (0 and 1: any)
     uint64_t max_bytes;              // the largest buffer it moves (0: any). What does not fit goes by the next channel
     uint32_t max_descriptor;         // the most bytes of its own that it puts into a message; over 4,096 is INVALID
@@ -7329,7 +7329,7 @@ TPRPC_API tprpc_status tprpc_context_destroy(tprpc_context *ctx) {
 
 enum {
     TPR_PIPE_WINDOW = 1 << 20,         // bytes of message frames that may be sent and not yet consumed
-    TPR_PIPE_INLINE = 8 << 10,         // host buffers up to here travel within the message,
+    TPR_PIPE_INLINE = 8 << 10,         // host buffers up to here travel within the message, if no channel says else,
     TPR_PIPE_INLINE_ALL = 32 << 10,    // up to so many in all
     TPR_PIPE_CHUNK = (256 << 10) - 64,   // of bulk, so that with its header it is no more than 256 KiB
     TPR_PIPE_STACK = 1024,             // frames up to here are built and parsed on the stack
@@ -7492,6 +7492,7 @@ struct tprpc_pipe {
     uint8_t         token[16], nonce[16];
     uint64_t        message_bytes, metadata_bytes;   // the lesser of both ends' limits
     uint32_t        tensors, tried;    // tried: backends that a move was tried to
+    uint32_t        inline_bytes;      // host buffers up to here travel within the message
     uint32_t        offered, reached;  // of ctx->backends: the peer offers it; it is within reach
     tpr_wire_hello *hello;             // the peer's, while it matters
     // out
@@ -8080,13 +8081,13 @@ static inline bool tpr_pipe_takes_short(const tprpc_pipe *pipe, const tprpc_mess
 }
 
 // Whether the message can leave as one frame, with all its bytes.
-static inline bool tpr_pipe_is_inline(const tprpc_message *m) {
+static inline bool tpr_pipe_is_inline(const tprpc_pipe *pipe, const tprpc_message *m) {
     size_t total = 0;
     if (m->payload_count + m->tensor_count > 64) return false;
     for (size_t i = 0; i < m->payload_count + m->tensor_count; i++) {
         tprpc_buffer buffer = tpr_pipe_item(m, i);
         total += buffer.size;
-        if (buffer.size > TPR_PIPE_INLINE || total > TPR_PIPE_INLINE_ALL) return false;
+        if (buffer.size > pipe->inline_bytes || total > TPR_PIPE_INLINE_ALL) return false;
         if (buffer.size && (buffer.device.kind != TPRPC_CPU || tpr_pipe_item_target(m, i).kind != TPRPC_CPU))
             return false;
     }
@@ -8157,7 +8158,8 @@ static bool tpr_pipe_plan_items(tprpc_pipe *pipe, tpr_pipe_plan *plan, tprpc_err
         tprpc_device to = tpr_pipe_item_target(plan->message, i);
         bool host = buffer.device.kind == TPRPC_CPU && to.kind == TPRPC_CPU;
         plan->where[i] = TPR_WIRE_INLINE;
-        if (!buffer.size || (host && buffer.size <= TPR_PIPE_INLINE && total + buffer.size <= TPR_PIPE_INLINE_ALL)) {
+        if (!buffer.size ||
+            (host && buffer.size <= pipe->inline_bytes && total + buffer.size <= TPR_PIPE_INLINE_ALL)) {
             total += buffer.size;
             continue;
         }
@@ -8469,7 +8471,7 @@ static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const
         return pipe->status;
     }
     bool parked = pipe->state != TPR_PIPE_OPEN;
-    bool whole = tpr_pipe_is_inline(message);
+    bool whole = tpr_pipe_is_inline(pipe, message);
     uint32_t devices = whole ? 0 : tpr_pipe_device_tensors(pipe, message);
     if (parked || devices || (!whole && !lent)) {
         message = tpr_pipe_write_copy(write, message, !lent, error);
@@ -9471,9 +9473,19 @@ TPR_COLD static void tpr_pipe_agree(tprpc_pipe *pipe) {
     tpr_context_free(pipe->ctx, agree, sizeof *agree);
 }
 
+// What the channel that would move host memory says of buffers that are better sent within the message.
+TPR_COLD static uint32_t tpr_pipe_inline_advice(tprpc_pipe *pipe) {
+    tprpc_device host = TPR_ZERO;
+    host.kind = TPRPC_CPU;
+    const tpr_pipe_channel *channel = tpr_pipe_pick(pipe, host, host, NULL, 0, NULL);
+    uint32_t advice = channel ? channel->entry->backend->channel->inline_bytes : 0;
+    return !advice ? TPR_PIPE_INLINE : advice < TPR_PIPE_INLINE_ALL ? advice : TPR_PIPE_INLINE_ALL;
+}
+
 // The pipe is open: what was parked goes out, and whoever waits is told.
 TPR_COLD static void tpr_pipe_open(tprpc_pipe *pipe) {
     pipe->state = TPR_PIPE_OPEN;
+    pipe->inline_bytes = tpr_pipe_inline_advice(pipe);
     tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
     tpr_context_free(pipe->ctx, pipe->hello, sizeof *pipe->hello);
     pipe->hello = NULL;
@@ -10254,7 +10266,7 @@ TPRPC_API tprpc_status tprpc_pipe_write(tprpc_pipe *pipe, const tprpc_message *m
             return status;
         }
         status = tpr_pipe_check(message, pipe->message_bytes, pipe->metadata_bytes, pipe->tensors, &error);
-        bool bare = !done && !message->release && pipe->state == TPR_PIPE_OPEN && tpr_pipe_is_inline(message);
+        bool bare = !done && !message->release && pipe->state == TPR_PIPE_OPEN && tpr_pipe_is_inline(pipe, message);
         tpr_pipe_op *op = status == TPRPC_OK && !bare ? tpr_pipe_op_new(loop, TPR_PIPE_WRITE, user) : NULL;
         if (status == TPRPC_OK && bare) {
             status = tpr_pipe_send(pipe, NULL, NULL, 0, message, true, &error);
@@ -12424,7 +12436,7 @@ static tpr_agent_send *tpr_agent_send_new(tprpc_agent *agent, tpr_loop *loop, co
 static tprpc_status tpr_agent_send_on(tprpc_agent *agent, tprpc_pipe *pipe, const tpr_wire_call *prefix,
                                       const tprpc_message *message, uint64_t call, tprpc_error *error) {
     uint8_t bytes[TPR_WIRE_CALL_BYTES];
-    bool bare = !message->release && pipe->state == TPR_PIPE_OPEN && tpr_pipe_is_inline(message) &&
+    bool bare = !message->release && pipe->state == TPR_PIPE_OPEN && tpr_pipe_is_inline(pipe, message) &&
                 !(prefix->flags & TPR_WIRE_CALL_ONE_WAY && call);
     tprpc_status status;
     tpr_wire_put_call(bytes, prefix);

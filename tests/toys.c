@@ -416,60 +416,72 @@ static int toy_used(void) {            /* transfers over the toys' channel */
     return toy_count(&toy_gpu.passed) + toy_count(&toy_gpu.bulk) + toy_count(&toy_gpu.inlined);
 }
 
+/* A pipe whose best channel for host memory is `table`. */
+static void limited_open(world *w, tprpc_channel_table *table, const char *transports, const char *address) {
+    static tprpc_backend backend;
+    static const tprpc_backend *list[1];
+    table->moves = limited_moves;
+    backend = toyc_backend;
+    backend.name = "toylim";
+    backend.channel = table;
+    list[0] = &backend;
+    world_backends = list;
+    world_backend_count = 1;
+    toys_begin(100);
+    world_open(w, transports, NULL, address, 0);
+}
+
+/* A message of one payload, lent, so that it goes from where it is; how many transfers of toylim it took. */
+static int limited_send(world *w, uint8_t *data, size_t size, unsigned seed) {
+    int used = toy_used();
+    tprpc_payload payload;
+    tprpc_message message, own;
+    outcome written, described, got;
+    uint8_t *into = TOY_CAST(uint8_t *, bytes_new(size));
+    memset(&payload, 0, sizeof payload);
+    memset(&message, 0, sizeof message);
+    memset(&written, 0, sizeof written);
+    memset(&described, 0, sizeof described);
+    memset(&got, 0, sizeof got);
+    fill(data, size, seed);
+    payload.data = data;
+    payload.size = size;
+    message.payloads = &payload;
+    message.payload_count = 1;
+    message.release = on_release;
+    message.release_user = &written;
+    own = message;
+    REQUIRE_EQ_INT(tprpc_pipe_write(w->pipe[1], &message, on_written, &written), TPRPC_OK);
+    REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w->pipe[0], on_described, &described), TPRPC_OK);
+    UNTIL(w, described.runs, 1);
+    payload.data = into;
+    REQUIRE_EQ_INT(tprpc_pipe_read(w->pipe[0], &own, on_read, &got), TPRPC_OK);
+    UNTIL(w, got.runs, 1);
+    UNTIL(w, written.runs, 1);
+    CHECK_EQ_INT(got.status, TPRPC_OK);
+    CHECK_EQ_INT(written.status, TPRPC_OK);
+    CHECK(filled(into, size, seed));
+    free(into);
+    return toy_used() - used;
+}
+
 /* Buffers that it cannot move go by the next channel: too large, of a size or at an address that is not aligned. */
 static void run_limited(const char *transports, const char *address) {
     static const struct { size_t size, offset; bool fits; } cases[] = {
         {65536, 0, true}, {65536 + 64, 0, false}, {9024, 0, true}, {9000, 0, false}, {9024, 8, false},
         {9024, 64, true}, {BIG, 1, false}, {65536, 63, false}};
     tprpc_channel_table table = toyc_table;
-    tprpc_backend backend = toyc_backend;
-    const tprpc_backend *list[1];
     uint8_t *memory = NULL;
     world w;
     size_t i;
-    table.moves = limited_moves;
     table.max_bytes = 64 * 1024;
     table.alignment = 64;
-    backend.name = "toylim";
-    backend.channel = &table;
-    list[0] = &backend;
-    world_backends = list;
-    world_backend_count = 1;
     REQUIRE(posix_memalign(TOY_CAST(void **, TOY_CAST(void *, &memory)), 64, 2 * BIG) == 0);
-    toys_begin(100);
-    world_open(&w, transports, NULL, address, 0);
+    limited_open(&w, &table, transports, address);
     for (i = 0; i < 2 * COUNT(cases); i++) {
         size_t k = i % COUNT(cases);
-        int used = toy_used();
-        tprpc_payload payloads[2];
-        tprpc_message message, own;
-        outcome written, described, got;
-        uint8_t *into = TOY_CAST(uint8_t *, bytes_new(cases[k].size));
-        memset(payloads, 0, sizeof payloads);
-        memset(&message, 0, sizeof message);
-        memset(&written, 0, sizeof written);
-        memset(&described, 0, sizeof described);
-        memset(&got, 0, sizeof got);
-        fill(memory + cases[k].offset, cases[k].size, TOY_CAST(unsigned, i));
-        payloads[0].data = memory + cases[k].offset;
-        payloads[0].size = cases[k].size;
-        message.payloads = payloads;
-        message.payload_count = 1;
-        message.release = on_release;  /* lent: it goes from where it is */
-        message.release_user = &written;
-        own = message;
-        REQUIRE_EQ_INT(tprpc_pipe_write(w.pipe[1], &message, on_written, &written), TPRPC_OK);
-        REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w.pipe[0], on_described, &described), TPRPC_OK);
-        UNTIL(&w, described.runs, 1);
-        payloads[0].data = into;
-        REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], &own, on_read, &got), TPRPC_OK);
-        UNTIL(&w, got.runs, 1);
-        UNTIL(&w, written.runs, 1);
-        CHECK_EQ_INT(got.status, TPRPC_OK);
-        CHECK_EQ_INT(written.status, TPRPC_OK);
-        CHECK(filled(into, cases[k].size, TOY_CAST(unsigned, i)));
-        if (!CHECK_EQ_INT(toy_used() - used, cases[k].fits)) fprintf(stderr, "case %d\n", TOY_CAST(int, k));
-        free(into);
+        int used = limited_send(&w, memory + cases[k].offset, cases[k].size, TOY_CAST(unsigned, i));
+        if (!CHECK_EQ_INT(used, cases[k].fits)) fprintf(stderr, "case %d\n", TOY_CAST(int, k));
     }
     world_close(&w);
     toys_end();
@@ -477,6 +489,26 @@ static void run_limited(const char *transports, const char *address) {
 }
 TEST(toy_channel_with_limits) { run_limited("tcp", "tcp://127.0.0.1:0"); }
 TEST(toy_channel_with_limits_over_shm) { run_limited("shm", "shm://"); }
+
+/* The channel says up to where a buffer is better sent within the message; the manual's limits are the default and
+   the sum. */
+TEST(toy_channel_with_an_inline_limit) {
+    static const struct { uint32_t advice; size_t within, apart; } cases[] = {
+        {0, 8 << 10, (8 << 10) + 1}, {1, 1, 2}, {100, 100, 101}, {20000, 20000, 20001}, {40000, 32 << 10, (32 << 10) + 1}};
+    uint8_t *memory = TOY_CAST(uint8_t *, bytes_new(BIG));
+    size_t i;
+    for (i = 0; i < COUNT(cases); i++) {
+        tprpc_channel_table table = toyc_table;
+        world w;
+        table.inline_bytes = cases[i].advice;
+        limited_open(&w, &table, "shm", "shm://");
+        CHECK_EQ_INT(limited_send(&w, memory, cases[i].within, 1), 0);
+        CHECK_EQ_INT(limited_send(&w, memory, cases[i].apart, 2), 1);
+        world_close(&w);
+        toys_end();
+    }
+    free(memory);
+}
 
 /* ---- a better transport that never opens ---- */
 
