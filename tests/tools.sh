@@ -226,6 +226,8 @@ refuses number 'not "-1"' build/tprpc-perf --size -1
 refuses transport 'ftp' build/tprpc-perf --transport ftp
 refuses channel 'tape' build/tprpc-perf --channel tape
 refuses channel_of_rate 'no tensors' build/tprpc-perf --test rate --channel basic
+refuses channel_of_other_ends xth build/tprpc-perf --iters 100 --channel xth
+refuses channel_of_other_ends_rpc xth build/tprpc-perf --test rpc --iters 100 --channel xth
 refuses spin '"often"' build/tprpc-perf --spin often
 refuses device '^tprpc-perf: --device "tape"' build/tprpc-perf --device tape
 refuses peer_device '^tprpc-perf: --peer-device "tape"' build/tprpc-perf --peer-device tape

@@ -658,11 +658,17 @@ static void perf_expect(perf_end *end, void (*on_message)(perf_end *end), int ah
     else for (int i = 0; i < ahead; i++) perf_read(end, perf_on_body);
 }
 
+// A small tensor would travel within the message where none of the channels asked for can be had.
+static void perf_path(const perf_options *o, const tprpc_pipe_info *info, perf_result *r) {
+    if (o->channel && !info->channel[0])
+        perf_refuse("--channel %s: none of it moves memory between these two ends.", o->channel);
+    snprintf(r->transport, sizeof r->transport, "%s", info->transport);
+    if (o->tensor) snprintf(r->channel, sizeof r->channel, "%s", info->channel);
+}
+
 static void perf_used_path(perf_end *end, perf_result *r) {
     tprpc_pipe_info info;
-    if (tprpc_pipe_get_info(end->pipe, &info, sizeof info) != TPRPC_OK) return;
-    snprintf(r->transport, sizeof r->transport, "%s", info.transport);
-    if (end->o->tensor) snprintf(r->channel, sizeof r->channel, "%s", info.channel);
+    if (tprpc_pipe_get_info(end->pipe, &info, sizeof info) == TPRPC_OK) perf_path(end->o, &info, r);
 }
 
 // ---- there and back -----------------------------------------------------------------------------------------------
@@ -1158,10 +1164,7 @@ static void perf_measure_calls(const perf_options *o, const char *init_method, p
     r->cpu_s = perf_cpu_s(other) - cpu;
     perf_differences(stamps, o->iters);
     perf_distribution(r, stamps, o->iters);
-    if (tprpc_agent_get_peer_info(a.agent, "serving", &info, sizeof info) == TPRPC_OK) {
-        snprintf(r->transport, sizeof r->transport, "%s", info.transport);
-        if (o->tensor) snprintf(r->channel, sizeof r->channel, "%s", info.channel);
-    }
+    if (tprpc_agent_get_peer_info(a.agent, "serving", &info, sizeof info) == TPRPC_OK) perf_path(o, &info, r);
     perf_one_call(&a, quit, &ignored);
     perf_agent_end(&a);
 }
