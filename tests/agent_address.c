@@ -1,8 +1,6 @@
 /* Where an agent can be reached: the interface or address that it was told to publish, and IPv6. */
 #include "agent_help.h"
-#include <arpa/inet.h>
 #include <net/if.h>
-#include <sys/socket.h>
 
 static void on_echo(tprpc_request request, const tprpc_message *message, void *user) {
     (void)user;

@@ -288,7 +288,7 @@ static void watch(const mode *with, bool tcp_store, int rank, const char *channe
     share();
     sides[0].mode = with;
     if (tcp_store) {
-        snprintf(url, sizeof url, "tcp://127.0.0.1:%d", free_tcp_port());
+        snprintf(url, sizeof url, "tcp://127.0.0.1:%d", socket_free_port());
         sides[0].init_method = sides[1].init_method = url;
     }
     sides[0].methods = sides[1].methods = methods;

@@ -1,8 +1,6 @@
 /* Dynamic groups, through the public interface: workers that come late, are found by their names in the store, leave, come
    again under the same name, and die. */
 #include "agent_help.h"
-#include <arpa/inet.h>
-#include <sys/socket.h>
 
 enum { JOINED = 0, LEFT_IT, GONE, BACK, ANSWERED };   /* of shared->count: how far cyd is */
 
@@ -163,18 +161,6 @@ static void cyd_comes_twice(side *s) {
     ADD(&shared->outcomes, 1);
 }
 
-static int free_port(void) {
-    struct sockaddr_in address = {0};
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    REQUIRE(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0);
-    REQUIRE(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
-    close(fd);
-    return ntohs(address.sin_port);
-}
-
 static void come_and_go(const mode *with, const char *url) {
     void (*const mains[3])(side *) = {ann_stays, bob_comes, cyd_comes_twice};
     side sides[3] = {{0}};
@@ -194,7 +180,7 @@ IN_MODES(come_late_leave_and_return, 0xff) { come_and_go(with, NULL); }
 
 IN_MODES(over_a_tcp_store, 0xff) {
     char url[64];
-    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", free_port());
+    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", socket_free_port());
     come_and_go(with, url);
 }
 
@@ -305,7 +291,7 @@ IN_MODES(killed_and_restarted, APART_MODES) {
 
 IN_MODES(killed_and_restarted_tcp, APART_MODES) {
     char url[64];
-    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", free_port());
+    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", socket_free_port());
     killed_with_store(with, url);
 }
 
@@ -335,7 +321,7 @@ IN_MODES(leave_without_a_store, 0xff) {
     group g;
     share();
     STORE(&shared->go, 1);
-    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", free_port());
+    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", socket_free_port());
     for (int i = 0; i < 2; i++) {
         sides[i].methods = methods;
         sides[i].tune = dynamic;

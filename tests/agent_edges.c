@@ -278,7 +278,7 @@ IN_MODES(group_over_ipv6, 0x49) {
     static const tprpc_method_desc methods[] = {{"job", answer, NULL, NULL, NULL, 0}, {0}};
     side sides[2] = {{0}};
     char url[64];
-    snprintf(url, sizeof url, "tcp://[::1]:%d", free_tcp_port());
+    snprintf(url, sizeof url, "tcp://[::1]:%d", socket_free_port());
     sides[0].mode = with;
     sides[0].init_method = sides[1].init_method = url;
     sides[0].main = client_v6;

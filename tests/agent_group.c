@@ -1,9 +1,7 @@
 /* Groups of agents, through the public interface: joining, leaving, deaths, trust, names, and what calls cost. */
 #include "agent_help.h"
 #include "agent_hold.h"
-#include <arpa/inet.h>
 #include <net/if.h>
-#include <sys/socket.h>
 
 extern int (*tprpc_test_hook)(const char *call, int64_t *size);
 
@@ -266,18 +264,6 @@ TEST(names_and_descriptors) {
 
 /* ---- every kind of store ---- */
 
-static int free_port(const char *host) {
-    struct sockaddr_in address = {0};
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    address.sin_family = AF_INET;
-    inet_pton(AF_INET, host, &address.sin_addr);
-    REQUIRE(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0);
-    REQUIRE(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
-    close(fd);
-    return ntohs(address.sin_port);
-}
-
 static void run_with_url(const char *url, int count) {
     side sides[4] = {{0}};
     for (int i = 0; i < count; i++) {
@@ -291,7 +277,7 @@ static void run_with_url(const char *url, int count) {
 
 TEST(store_tcp) {
     char url[64];
-    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", free_port("127.0.0.1"));
+    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", socket_free_port());
     run_with_url(url, 3);
 }
 
@@ -306,7 +292,7 @@ static void env_side(side *s, tprpc_context_desc *context, tprpc_agent_desc *age
 TEST(store_env) {
     side sides[3] = {{0}};
     char port[8];
-    snprintf(port, sizeof port, "%d", free_port("127.0.0.1"));
+    snprintf(port, sizeof port, "%d", socket_free_port());
     setenv("MASTER_ADDR", "127.0.0.1", 1);
     setenv("MASTER_PORT", port, 1);
     setenv("WORLD_SIZE", "3", 1);
@@ -774,7 +760,7 @@ TEST(another_user_is_denied) {
     side sides[2] = {{0}};
     if (geteuid() != 0) SKIP("needs root");
     share();
-    snprintf(intruder_url, sizeof intruder_url, "tcp://127.0.0.1:%d", free_port("127.0.0.1"));
+    snprintf(intruder_url, sizeof intruder_url, "tcp://127.0.0.1:%d", socket_free_port());
     pid_t pid = test_fork_run(intrude, NULL);
     for (int i = 0; i < 2; i++) {
         sides[i].init_method = intruder_url;

@@ -5,10 +5,9 @@
 
 #include "harness.h"
 #include <pthread.h>
-#include <netinet/in.h>
 #include <sched.h>
-#include <sys/socket.h>
 #include "../tprpc.h"
+#include "sockets.h"
 
 #define LOAD(at) __atomic_load_n(at, __ATOMIC_ACQUIRE)
 #define STORE(at, value) __atomic_store_n(at, value, __ATOMIC_RELEASE)
@@ -99,20 +98,6 @@ static inline void heap_free(void *ptr, size_t size, uint32_t tag, void *user) {
 static inline void show_log(const tprpc_log *entry, void *user) {
     fprintf(stderr, "%.6f %d %s %s: %s %s\n", (double)(test_now_us() % 100000000) / 1e6, (int)getpid(),
             (const char *)user, entry->section, entry->peer, entry->text);
-}
-
-/* A port of this host that nobody uses, for a store. */
-static inline int free_tcp_port(void) {
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    REQUIRE(fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0 &&
-            getsockname(fd, (struct sockaddr *)&address, &size) == 0);
-    close(fd);
-    return ntohs(address.sin_port);
 }
 
 /* ---- one side: a context, an agent, its methods ---- */

@@ -1,8 +1,6 @@
 /* Agents at their limits: calls that are too many, answers that are too large, no descriptors, waits in callbacks that
    need each other, and addresses of IPv6 alone. */
 #include "agent_help.h"
-#include <arpa/inet.h>
-#include <sys/socket.h>
 
 /* ---- handlers ---- */
 
@@ -277,18 +275,6 @@ IN_MODES(callbacks_wait_for_each_other, 0xff) {
 
 /* ---- no descriptors ---- */
 
-static int free_port(void) {
-    struct sockaddr_in address = {0};
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    REQUIRE(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0);
-    REQUIRE(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
-    close(fd);
-    return ntohs(address.sin_port);
-}
-
 static void set_descriptors(rlim_t count) {
     struct rlimit limit;
     REQUIRE(getrlimit(RLIMIT_NOFILE, &limit) == 0);
@@ -364,7 +350,7 @@ static void run_out(bool own_context, const char *transports, const char *kind) 
     for (; more < 100 && good < 3; more++) {
         const int before = test_count_fds();
         if (!own_context) REQUIRE_EQ_INT(tprpc_context_create(&context, &ctx, NULL), TPRPC_OK);
-        if (strcmp(kind, "tcp") == 0) snprintf(url, sizeof url, "tcp://127.0.0.1:%d", free_port());
+        if (strcmp(kind, "tcp") == 0) snprintf(url, sizeof url, "tcp://127.0.0.1:%d", socket_free_port());
         else snprintf(url, sizeof url, "file://%s", test_temp_path(path, sizeof path));
         good += start_with(ctx, url, more, limit.rlim_cur);
         if (ctx) CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);

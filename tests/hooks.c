@@ -220,7 +220,7 @@ static bool agents(const char *url) {
 
 static bool agents_by_tcp(void) {
     char url[64];
-    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", free_tcp_port());
+    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", socket_free_port());
     return agents(url);
 }
 

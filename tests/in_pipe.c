@@ -85,17 +85,6 @@ static void put_message(script *s, uint32_t metadata, uint16_t payloads, uint16_
     put_frame(s, TPR_WIRE_MESSAGE, 0, 0, body, (uint32_t)((size_t)(w.at - body) + trailing));
 }
 
-static int bare(const char *address) {
-    struct sockaddr_in in;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    memset(&in, 0, sizeof in);
-    in.sin_family = AF_INET;
-    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    in.sin_port = htons((uint16_t)atoi(strrchr(address, ':') + 1));
-    REQUIRE(fd >= 0 && connect(fd, (struct sockaddr *)(void *)&in, sizeof in) == 0);
-    return fd;
-}
-
 typedef struct server { side s; const char *address; } server;
 
 static void server_open(server *v) {
@@ -117,7 +106,7 @@ static void play(server *v, const script *s, tprpc_status expected, int hang_up)
     memset(&got, 0, sizeof got);
     memset(&again, 0, sizeof again);
     CHECK_EQ_INT(tprpc_accept(v->s.listener, on_accepted, &accept), TPRPC_OK);
-    int fd = bare(v->address);
+    int fd = socket_connect_to(v->address);
     CHECK_EQ_INT(send(fd, s->bytes, s->size, MSG_NOSIGNAL), s->size);
     if (hang_up) shutdown(fd, SHUT_WR);          /* whose socket it is can be told while it is there */
     WAIT(&v->s, accept.o.runs, 1);
@@ -235,7 +224,7 @@ TEST(ends_at_each_byte) {
     memset(&accept, 0, sizeof accept);
     CHECK_EQ_INT(tprpc_accept(v.s.listener, on_accepted, &accept), TPRPC_OK);
     for (size_t size = 0; size < open_at; size++) {
-        int fd = bare(v.address);
+        int fd = socket_connect_to(v.address);
         CHECK_EQ_INT(send(fd, whole.bytes, size, MSG_NOSIGNAL), size);
         close(fd);
         work(&v.s);
@@ -272,13 +261,13 @@ TEST_LIMIT(changed_bytes, 60) {
             part.bytes[at] = (uint8_t)(i % 5 ? seed >> 17 : part.bytes[at] ^ (1u << (seed >> 60) % 8));
         }
         CHECK_EQ_INT(tprpc_accept(v.s.listener, on_accepted, &accept), TPRPC_OK);
-        int fd = bare(v.address);
+        int fd = socket_connect_to(v.address);
         send(fd, part.bytes, part.size, MSG_NOSIGNAL);
         shutdown(fd, SHUT_WR);
         for (int turn = 0; turn < 6 && !accept.o.runs; turn++) tprpc_poll(v.s.ctx, 300, 0);
         close(fd);
         if (!accept.o.runs) {                    /* none came of it: the same is asked for by one that is right */
-            fd = bare(v.address);
+            fd = socket_connect_to(v.address);
             CHECK_EQ_INT(send(fd, whole.bytes, open_at, MSG_NOSIGNAL), open_at);
             WAIT(&v.s, accept.o.runs, 1);
             close(fd);

@@ -4,6 +4,7 @@
 #define TPRPC_STATIC
 #define TPRPC_IMPLEMENTATION
 #include "../tprpc.h"
+#include "sockets.h"
 #include <linux/filter.h>
 #include <poll.h>
 #include <sched.h>
@@ -191,13 +192,7 @@ static size_t give(end *e, const void *bytes, size_t size) {
 
 // A plain socket connected to the world's listener.
 static int plain(world *w, end **accepted) {
-    struct sockaddr_in to;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), before = end_count;
-    memset(&to, 0, sizeof to);
-    to.sin_family = AF_INET;
-    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    to.sin_port = htons((uint16_t)atoi(strrchr(w->address, ':') + 1));
-    REQUIRE_EQ_INT(connect(fd, (struct sockaddr *)(void *)&to, sizeof to), 0);
+    int before = end_count, fd = socket_connect_to(w->address);
     UNTIL(w, end_count > before);
     *accepted = &ends[before];
     return fd;

@@ -2240,30 +2240,6 @@ TEST(bad_contexts) {
 
 /* ---- strangers at the other end ---- */
 
-static int raw_listen(char *address, size_t size) {
-    struct sockaddr_in in;
-    socklen_t length = sizeof in;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    memset(&in, 0, sizeof in);
-    in.sin_family = AF_INET;
-    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    REQUIRE(fd >= 0 && bind(fd, (struct sockaddr *)&in, sizeof in) == 0 && listen(fd, 8) == 0);
-    REQUIRE(getsockname(fd, (struct sockaddr *)&in, &length) == 0);
-    snprintf(address, size, "tcp://127.0.0.1:%d", ntohs(in.sin_port));
-    return fd;
-}
-
-static int raw_connect(const char *address) {
-    struct sockaddr_in in;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    memset(&in, 0, sizeof in);
-    in.sin_family = AF_INET;
-    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    in.sin_port = htons((uint16_t)atoi(strrchr(address, ':') + 1));
-    REQUIRE(fd >= 0 && connect(fd, (struct sockaddr *)&in, sizeof in) == 0);
-    return fd;
-}
-
 static const uint8_t hello_9[] = {12, 0, 0, 0, 1, 0, 0, 0, 'T', 'P', 'R', 'P', 9, 0, 3, 0, 1, 2, 3, 4};
 static const char http[] = "HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n";
 static uint8_t noise[5000];
@@ -2275,7 +2251,7 @@ static void stranger_answers(int threads, const void *answer, size_t size, int c
     side s;
     outcome wrote, got;
     tprpc_message m = text_message("hello?");
-    int listener = raw_listen(address, sizeof address);
+    int listener = socket_listen_at(address, sizeof address);
     memset(&s, 0, sizeof s);
     memset(&wrote, 0, sizeof wrote);
     memset(&got, 0, sizeof got);
@@ -2320,7 +2296,7 @@ TEST(nobody_there) {
         memset(&s, 0, sizeof s);
         memset(o, 0, sizeof o);
         s.ctx = context(NULL, 0);
-        close(raw_listen(address, sizeof address));
+        close(socket_listen_at(address, sizeof address));
         tprpc_pipe_desc desc;
         tprpc_error error;
         memset(&desc, 0, sizeof desc);
@@ -2357,7 +2333,7 @@ TEST(strangers_connect) {
     s.listener = listen_on(s.ctx, "tcp://127.0.0.1:0", 0);
     CHECK_EQ_INT(tprpc_accept(s.listener, on_accepted, &accept), TPRPC_OK);
     const char *address = tprpc_listener_address(s.listener, NULL);
-    for (size_t i = 0; i < COUNT(fds); i++) fds[i] = raw_connect(address);
+    for (size_t i = 0; i < COUNT(fds); i++) fds[i] = socket_connect_to(address);
     CHECK(send(fds[0], get, sizeof get - 1, MSG_NOSIGNAL) > 0);
     CHECK(send(fds[1], noise, sizeof noise, MSG_NOSIGNAL) > 0);
     CHECK(send(fds[2], big, sizeof big, MSG_NOSIGNAL) > 0);
@@ -2489,7 +2465,7 @@ static void hooks_of(const way *w) {
     h->ctx = NULL;                               /* the clock: a time-out of 10 minutes passes when it says so */
     REQUIRE_EQ_INT(tprpc_context_create(&desc, &s.ctx, NULL), TPRPC_OK);
     s.also = NULL;
-    int listener = raw_listen(address, sizeof address);
+    int listener = socket_listen_at(address, sizeof address);
     s.pipe = connect_to(s.ctx, address, 0, 600000);
     CHECK_EQ_INT(tprpc_pipe_read(s.pipe, NULL, on_read, &o), TPRPC_OK);
     idle(&s, 50000);
@@ -2499,7 +2475,7 @@ static void hooks_of(const way *w) {
     WAIT(&s, o.runs, 1);
     CHECK_EQ_INT(o.status, TPRPC_ERROR_TIMEOUT);
     tprpc_listener *ours = listen_on(s.ctx, "tcp://127.0.0.1:0", 0);
-    int fd = raw_connect(tprpc_listener_address(ours, NULL));
+    int fd = socket_connect_to(tprpc_listener_address(ours, NULL));
     CHECK(send(fd, http, sizeof http, MSG_NOSIGNAL) > 0);
     WAIT(&s, h->logged, 1);                      /* that it does not speak tprpc */
     close(fd);
@@ -2563,7 +2539,7 @@ static void silent_connections(int threads) {
     const char *address = tprpc_listener_address(p.s.listener, NULL);
     for (int round = 0; round < 2; round++) {    /* room comes back by a close, and by the time */
         for (int i = 0; i < N; i++) {
-            fds[i] = raw_connect(address);
+            fds[i] = socket_connect_to(address);
             idle(&p.s, 5000);
         }
         CHECK_EQ_INT(count_open(&p.s, fds, N, 2), 2);

@@ -2,11 +2,9 @@
 #ifndef TPRPC_TESTS_PIPE_COMMON_H
 #define TPRPC_TESTS_PIPE_COMMON_H
 
-#include <arpa/inet.h>
-#include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
-#include <sys/socket.h>
+#include "sockets.h"
 
 #define LOAD(x) __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
 #define STORE(x, v) __atomic_store_n(&(x), v, __ATOMIC_RELEASE)

@@ -2,10 +2,8 @@
    go wrong: time-outs, closing, lost servers, strangers, files that are none. */
 #include "harness.h"
 #include "../tprpc.h"
-#include <arpa/inet.h>
-#include <netinet/in.h>
+#include "sockets.h"
 #include <pthread.h>
-#include <sys/socket.h>
 
 extern int (*tprpc_test_hook)(const char *call, int64_t *size);
 
@@ -86,20 +84,8 @@ static bool poll_for(tprpc_context *ctx, const outcome *o, int count, double sec
     return o->count == count;
 }
 
-static int free_port(void) {
-    struct sockaddr_in in;
-    socklen_t size = sizeof in;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&in, 0, sizeof in);
-    in.sin_family = AF_INET;
-    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    REQUIRE(bind(fd, (struct sockaddr *)&in, sizeof in) == 0 && getsockname(fd, (struct sockaddr *)&in, &size) == 0);
-    close(fd);
-    return ntohs(in.sin_port);
-}
-
 static const char *tcp_url(char *out, size_t size) {
-    snprintf(out, size, "tcp://127.0.0.1:%d", free_port());
+    snprintf(out, size, "tcp://127.0.0.1:%d", socket_free_port());
     return out;
 }
 
@@ -107,34 +93,6 @@ static const char *file_url(char *out, size_t size) {
     char path[256];
     snprintf(out, size, "file://%s", test_temp_path(path, sizeof path));
     return out;
-}
-
-static int raw_connect(const char *url) {
-    struct sockaddr_in in;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&in, 0, sizeof in);
-    in.sin_family = AF_INET;
-    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    in.sin_port = htons((uint16_t)atoi(strrchr(url, ':') + 1));
-    for (int i = 0; i < 100; i++) {
-        if (connect(fd, (struct sockaddr *)&in, sizeof in) == 0) return fd;
-        test_sleep_us(10000);
-    }
-    REQUIRE(fd < 0);   /* not connected */
-    return -1;
-}
-
-static int raw_listen(char *url, size_t size) {
-    struct sockaddr_in in;
-    socklen_t length = sizeof in;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&in, 0, sizeof in);
-    in.sin_family = AF_INET;
-    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    REQUIRE(bind(fd, (struct sockaddr *)&in, sizeof in) == 0 && listen(fd, 8) == 0);
-    REQUIRE(getsockname(fd, (struct sockaddr *)&in, &length) == 0);
-    snprintf(url, size, "tcp://127.0.0.1:%d", ntohs(in.sin_port));
-    return fd;
 }
 
 /* ---- what every kind does -------------------------------------------------------------------------------- */
@@ -888,7 +846,7 @@ TEST(a_lost_server) {
 /* Sends bytes to a server and waits for it to hang up. Returns whether it did. */
 static bool hangs_up_on(const char *url, const void *bytes, size_t size, tprpc_context *ctx) {
     char back[256];
-    int fd = raw_connect(url);
+    int fd = socket_connect_to(url);
     bool over = false;
     REQUIRE(send(fd, bytes, size, MSG_NOSIGNAL) == (ssize_t)size);
     fcntl(fd, F_SETFL, O_NONBLOCK);
@@ -935,7 +893,7 @@ TEST(strangers_at_the_server) {
     memcpy(frame, hello, 16);
     frame[19] = 0x7f;
     CHECK(hangs_up_on(url, frame, sizeof frame, ctx));
-    int fd = raw_connect(url);   /* who hangs up himself */
+    int fd = socket_connect_to(url);   /* who hangs up himself */
     REQUIRE(send(fd, hello, 16, 0) == 16);
     close(fd);
     CHECK_EQ_INT(wait_get(store, "k", TPRPC_NOW, value, sizeof value, NULL), TPRPC_OK);
@@ -955,7 +913,7 @@ TEST(a_silent_connection_is_dropped_after_10_s) {
     tprpc_context *ctx = NULL;
     REQUIRE(tprpc_context_create(&desc, &ctx, NULL) == TPRPC_OK);
     open_store(ctx, tcp_url(url, sizeof url), true, 0);
-    int fd = raw_connect(url);
+    int fd = socket_connect_to(url);
     fcntl(fd, F_SETFL, O_NONBLOCK);
     for (int i = 0; i < 20; i++) tprpc_poll(ctx, 1000, 0);
     jumped_us = 9000000;
@@ -976,7 +934,7 @@ TEST(unidentified_connections_are_limited) {
     REQUIRE(tprpc_context_create(&desc, &ctx, NULL) == TPRPC_OK);
     tprpc_store *store = open_store(ctx, tcp_url(url, sizeof url), true, 0);
     for (int i = 0; i < 4; i++) {
-        fds[i] = raw_connect(url);
+        fds[i] = socket_connect_to(url);
         fcntl(fds[i], F_SETFL, O_NONBLOCK);
         for (int j = 0; j < 10; j++) tprpc_poll(ctx, 1000, 0);
     }
@@ -1005,7 +963,7 @@ static void *run_stranger(void *arg) {
 
 TEST(a_server_that_is_no_store) {
     char url[64];
-    stranger s = {raw_listen(url, sizeof url), "HTTP/1.1 400 Bad Request\r\n\r\n"};
+    stranger s = {socket_listen_at(url, sizeof url), "HTTP/1.1 400 Bad Request\r\n\r\n"};
     tprpc_error error = {0};
     pthread_t thread;
     tprpc_context *ctx = new_context(0);
@@ -1033,7 +991,7 @@ TEST(beyond_loopback_it_needs_consent) {
     tprpc_context *ctx = new_context(0);
     tprpc_error error = {0};
     char url[64];
-    int port = free_port();
+    int port = socket_free_port();
     snprintf(url, sizeof url, "tcp://0.0.0.0:%d", port);
     tprpc_store_desc desc = {.url = url, .serve = true};
     tprpc_store *store = NULL;
@@ -1142,7 +1100,7 @@ TEST(env_store_names_what_is_wrong) {
     setenv("MASTER_PORT", "eighty", 1);
     CHECK_EQ_INT(try_open("env://", &error), TPRPC_ERROR_INVALID);
     CHECK_CONTAINS(error.text, "MASTER_PORT is \"eighty\"");
-    snprintf(port, sizeof port, "%d", free_port());
+    snprintf(port, sizeof port, "%d", socket_free_port());
     setenv("MASTER_PORT", port, 1);
     CHECK_EQ_INT(try_open("env://", &error), TPRPC_ERROR_INVALID);
     CHECK_CONTAINS(error.text, "WORLD_SIZE is not set");
@@ -1160,15 +1118,9 @@ TEST(env_store_names_what_is_wrong) {
 TEST(env_store_where_torchrun_serves) {
     tprpc_error error;
     char port[16];
-    struct sockaddr_in in;
-    socklen_t size = sizeof in;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    memset(&in, 0, sizeof in);
-    in.sin_family = AF_INET;
-    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    REQUIRE(bind(fd, (struct sockaddr *)&in, size) == 0 && listen(fd, 8) == 0);
-    REQUIRE(getsockname(fd, (struct sockaddr *)&in, &size) == 0);
-    snprintf(port, sizeof port, "%d", ntohs(in.sin_port));
+    uint16_t taken;
+    int fd = socket_listen(&taken);
+    snprintf(port, sizeof port, "%d", taken);
     setenv("MASTER_ADDR", "127.0.0.1", 1);
     setenv("MASTER_PORT", port, 1);
     setenv("WORLD_SIZE", "2", 1);
@@ -1209,7 +1161,7 @@ static void run_rank(void *arg) {
 
 TEST(env_store_between_two_ranks) {
     char port[16], zero[] = "0", one[] = "1";
-    snprintf(port, sizeof port, "%d", free_port());
+    snprintf(port, sizeof port, "%d", socket_free_port());
     setenv("MASTER_ADDR", "localhost", 1);
     setenv("MASTER_PORT", port, 1);
     setenv("WORLD_SIZE", "2", 1);

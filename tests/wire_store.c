@@ -154,7 +154,7 @@ typedef struct session {
     tprpc_store *store[2];
     void (*beside)(struct session *s);
     int listener, fd[2];              /* of the proxy, or of the player: fd[0] */
-    int server_port;
+    uint16_t server_port;
     tape tape;
     size_t at, in;                    /* the segment that is played, how much of it is done */
     size_t cut, left;                 /* after how many bytes of its own the player closes; that it has still to say */
@@ -169,7 +169,7 @@ static int64_t skipping_clock(void *user) {
 }
 
 /* Port 0, of a server: one that is free, which it returns; another program may be faster. */
-static int end_open(session *s, int which, int port) {
+static uint16_t end_open(session *s, int which, uint16_t port) {
     tprpc_context_desc context = {0};
     tprpc_store_desc desc = {0};
     tprpc_error error = {0};
@@ -185,7 +185,7 @@ static int end_open(session *s, int which, int port) {
     context.allocator.user = &s->heap[which];
     REQUIRE_EQ_INT(tprpc_context_create(&context, &s->ctx[which], &error), TPRPC_OK);
     do {
-        const int at = port ? port : free_tcp_port();
+        const uint16_t at = port ? port : socket_free_port();
         snprintf(url, sizeof url, "tcp://127.0.0.1:%d", at);
         status = tprpc_store_open(s->ctx[which], &desc, &s->store[which], &error);
         if (status == TPRPC_OK) return at;
@@ -212,20 +212,7 @@ static void session_turn(session *s) {
     s->beside(s);
 }
 
-/* Connects to that port, or listens on one that it sets. */
-static int tcp_socket(int *port, bool connects) {
-    struct sockaddr_in at;
-    socklen_t size = sizeof at;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    memset(&at, 0, sizeof at);
-    at.sin_family = AF_INET;
-    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (connects) at.sin_port = htons((uint16_t)*port);
-    REQUIRE(fd >= 0);
-    if (connects) REQUIRE(connect(fd, (struct sockaddr *)&at, sizeof at) == 0);
-    else REQUIRE(bind(fd, (struct sockaddr *)&at, sizeof at) == 0 && listen(fd, 4) == 0 &&
-                 getsockname(fd, (struct sockaddr *)&at, &size) == 0);
-    *port = ntohs(at.sin_port);
+static int unblocked(int fd) {
     fcntl(fd, F_SETFL, O_NONBLOCK);
     return fd;
 }
@@ -254,7 +241,7 @@ static void proxy_turn(session *s) {
     if (s->fd[0] < 0) {
         s->fd[0] = accept4(s->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (s->fd[0] < 0) return;
-        s->fd[1] = tcp_socket(&s->server_port, true);
+        s->fd[1] = unblocked(socket_connect(s->server_port));
     }
     for (int way = 0; way < 2; way++) {
         ssize_t n = recv(s->fd[way], bytes, sizeof bytes, 0);
@@ -270,8 +257,8 @@ TEST(record) {
     memset(&s, 0, sizeof s);
     s.fd[0] = s.fd[1] = -1;
     s.beside = proxy_turn;
-    int port;
-    s.listener = tcp_socket(&port, false);
+    uint16_t port;
+    s.listener = unblocked(socket_listen(&port));
     s.server_port = end_open(&s, 1, 0);
     end_open(&s, 0, port);
     client_steps(&s);
@@ -365,8 +352,8 @@ static void play_client(bool later) {
     session s;
     replay_open(&s, 0, SIZE_MAX);
     if (later) tape_make_later(&s.tape, 0);
-    int port = end_open(&s, 1, 0);
-    s.fd[0] = tcp_socket(&port, true);
+    uint16_t port = end_open(&s, 1, 0);
+    s.fd[0] = unblocked(socket_connect(port));
     while (s.at < s.tape.count && test_now_us() < end) session_turn(&s);
     CHECK_EQ_INT(s.at, s.tape.count);
     session_close(&s);
@@ -376,8 +363,8 @@ static void play_server(bool later) {
     session s;
     replay_open(&s, 1, SIZE_MAX);
     if (later) tape_make_later(&s.tape, 1);
-    int port;
-    s.listener = tcp_socket(&port, false);
+    uint16_t port;
+    s.listener = unblocked(socket_listen(&port));
     end_open(&s, 0, port);
     client_steps(&s);
     CHECK_EQ_INT(s.at, s.tape.count);
@@ -414,9 +401,9 @@ static bool cut_client(size_t cut) {
     session s;
     replay_open(&s, 0, cut);
     const bool more = cut < bytes_played(&s);
-    int port = end_open(&s, 1, 0);
+    uint16_t port = end_open(&s, 1, 0);
     const int fds = test_count_fds();
-    s.fd[0] = tcp_socket(&port, true);
+    s.fd[0] = unblocked(socket_connect(port));
     while (test_count_fds() < fds + 2 && test_now_us() < end) tprpc_poll(s.ctx[1], TPRPC_NOW, 0);
     while (s.left && s.at < s.tape.count && test_now_us() < end) session_turn(&s);
     player_goes(&s);
@@ -447,9 +434,9 @@ static bool cut_server(size_t cut) {
     session s;
     replay_open(&s, 1, cut);
     const bool more = cut < bytes_played(&s);
-    int port;
+    uint16_t port;
     s.beside = cut_turn;
-    s.listener = tcp_socket(&port, false);
+    s.listener = unblocked(socket_listen(&port));
     end_open(&s, 0, port);
     client_steps(&s);
     CHECK_EQ_INT(was_cut, cut > HELLO);

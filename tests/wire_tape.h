@@ -1,11 +1,9 @@
 /* Recorded sessions (tests/wire/README.md): frames of one or two connections between two ends, as they followed each
-   other, and the plain sockets of whoever stands in for an end. After the implementation. */
+   other. After the implementation. */
 #ifndef TPRPC_TESTS_WIRE_TAPE_H
 #define TPRPC_TESTS_WIRE_TAPE_H
 
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
+#include "sockets.h"
 
 /* A frame. way & 1: who sent it, 0 who connected; way >> 1: on which connection. */
 typedef struct taped { int way; uint32_t size; uint8_t *bytes; } taped;
@@ -132,30 +130,6 @@ static inline tape *tape_of(const char *name) {
     const char *slash = strrchr(__FILE__, '/');
     snprintf(path, sizeof path, "%.*swire/%s", slash ? (int)(slash - __FILE__ + 1) : 0, __FILE__, name);
     return tape_read(path);
-}
-
-static inline int socket_listen(uint16_t *port) {
-    struct sockaddr_in at;
-    socklen_t size = sizeof at;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    memset(&at, 0, sizeof at);
-    at.sin_family = AF_INET;
-    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    REQUIRE(fd >= 0 && bind(fd, (struct sockaddr *)&at, sizeof at) == 0 && listen(fd, 16) == 0);
-    REQUIRE(getsockname(fd, (struct sockaddr *)&at, &size) == 0);
-    *port = ntohs(at.sin_port);
-    return fd;
-}
-
-static inline int socket_connect(uint16_t port) {
-    struct sockaddr_in at;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    memset(&at, 0, sizeof at);
-    at.sin_family = AF_INET;
-    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    at.sin_port = htons(port);
-    REQUIRE(fd >= 0 && connect(fd, (struct sockaddr *)&at, sizeof at) == 0);
-    return fd;
 }
 
 #endif
