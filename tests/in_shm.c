@@ -517,6 +517,8 @@ TEST(many_connections_beyond_the_hot_set) {
     }
     p.out = NULL;
     memset(sent, 0, sizeof sent);
+    for (int i = 0; i < N; i++) sent[i] += send_stream(outs[i], 0, 0, 10, false);   /* the first may have cooled */
+    pair_turns(&p, 2 * TPR_SHM_LOOK_TURNS);
     CHECK_EQ_INT(p.a.instance->hot_count, TPR_SHM_HOT);
     for (int round = 0; round < 200; round++) {
         int active = round % 3 ? 10 : N;
