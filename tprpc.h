@@ -2336,7 +2336,7 @@ static uint64_t tpr_base_hash(const void *bytes, size_t size) {   // FNV-1a, 64 
 }
 
 __attribute__((format(printf, 7, 8))) TPR_UNUSED
-static void tpr_base_log_put(tpr_base_logger *logger, int32_t level, const char *section, const char *peer,
+TPR_COLD static void tpr_base_log_put(tpr_base_logger *logger, int32_t level, const char *section, const char *peer,
                              const char *file, int32_t line, const char *format, ...) {
     va_list args;
     if (!logger->log) return;
@@ -2615,7 +2615,7 @@ static size_t tpr_base_utf8_length(const uint8_t *p, size_t left) {
 }
 
 // NULL when `name` may be one (1 to `limit` bytes of UTF-8 without control characters), else what is wrong with it.
-static const char *tpr_base_name_fault(const char *name, size_t size, size_t limit) {
+TPR_COLD static const char *tpr_base_name_fault(const char *name, size_t size, size_t limit) {
     if (!name || size == 0) return "is empty";
     if (size > limit) return "is too long";
     for (size_t i = 0; i < size;) {
@@ -2926,7 +2926,7 @@ static void tpr_wire_write_move(tpr_wire_writer *w, const tpr_wire_move *move) {
     tpr_wire_write_raw(w, move->nonce, 16);
 }
 
-static bool tpr_wire_read_move(const uint8_t *bytes, size_t size, tpr_wire_move *out) {
+TPR_COLD static bool tpr_wire_read_move(const uint8_t *bytes, size_t size, tpr_wire_move *out) {
     tpr_wire_reader r = tpr_wire_reader_of(bytes, size);
     memset(out, 0, sizeof *out);
     if (tpr_wire_read_u32(&r) != TPR_WIRE_MAGIC) return false;
@@ -3225,7 +3225,7 @@ static size_t tpr_wire_put_worker(uint8_t *out, size_t size, const tpr_wire_work
     return w.failed ? 0 : (size_t)(w.at - out);
 }
 
-static bool tpr_wire_get_worker(const void *in, size_t size, tpr_wire_worker *out) {
+TPR_COLD static bool tpr_wire_get_worker(const void *in, size_t size, tpr_wire_worker *out) {
     tpr_wire_reader r = tpr_wire_reader_of(in, size);
     memset(out, 0, sizeof *out);
     out->nonce = tpr_wire_read_u64(&r);
@@ -4153,7 +4153,7 @@ static void tpr_context_limits(tprpc_limits *limits) {
 }
 
 #ifndef TPRPC_NO_THREADS
-static void tpr_context_thread_main(void *arg) {
+TPR_COLD static void tpr_context_thread_main(void *arg) {
     tpr_context_thread *self = (tpr_context_thread *)arg;
     tpr_loop *loop = self->loop;
     tprpc_context *ctx = loop->context;
@@ -4508,7 +4508,7 @@ static void tpr_tcp_sweep(tpr_tcp *tcp) {
 }
 
 // Taken out of the poller by name: a descriptor that a forked child holds stays in it otherwise.
-static void tpr_tcp_socket_close(tpr_tcp_socket *socket) {
+TPR_COLD static void tpr_tcp_socket_close(tpr_tcp_socket *socket) {
     tpr_tcp *tcp = socket->tcp;
     socket->closed = true;
     tpr_os_poller_remove(tcp->poller, socket->fd);
@@ -4522,7 +4522,7 @@ static void tpr_tcp_socket_close(tpr_tcp_socket *socket) {
 // ---- addresses
 
 // Splits and looks up "host:port". Blocks when host is a name.
-static tprpc_status tpr_tcp_parse(const char *address, tpr_os_address *out, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_tcp_parse(const char *address, tpr_os_address *out, tprpc_error *error) {
     const char *host_at = address, *colon = strrchr(address, ':'), *fault = NULL;
     char host[256];
     size_t length = colon ? (size_t)(colon - address) : 0, digits = colon ? strspn(colon + 1, "0123456789") : 0;
@@ -4568,7 +4568,7 @@ static bool tpr_tcp_public_address(void *instance, const char *address) {
     return status != TPRPC_OK || !tpr_os_is_loopback(&at);
 }
 
-static size_t tpr_tcp_address(void *listener, char *out, size_t capacity) {
+TPR_COLD static size_t tpr_tcp_address(void *listener, char *out, size_t capacity) {
     const tpr_tcp_listener *self = (const tpr_tcp_listener *)listener;
     tpr_os_address at;
     if (capacity) out[0] = 0;
@@ -4880,7 +4880,7 @@ TPR_COLD static void tpr_tcp_opened(tpr_tcp_conn *conn) {
     tpr_tcp_event(conn, (uint32_t)TPRPC_EVENT_OPEN | (conn->want_send ? (uint32_t)TPRPC_EVENT_SEND : 0u), NULL);
 }
 
-static void tpr_tcp_retry(tprpc_work *work) {
+TPR_COLD static void tpr_tcp_retry(tprpc_work *work) {
     tpr_tcp_listener *listener = TPR_CONTAINER(work, tpr_tcp_listener, retry);
     if (!tpr_tcp_watch(&listener->socket, TPR_OS_READABLE))
         tpr_loop_timer(listener->socket.tcp->loop, work, tpr_loop_clock(listener->socket.tcp->loop) + TPR_TCP_RETRY_US);
@@ -4949,7 +4949,7 @@ static tprpc_status tpr_tcp_listen(void *instance, const char *address, tprpc_li
     return TPRPC_OK;
 }
 
-static void tpr_tcp_unlisten(void *listener) {
+TPR_COLD static void tpr_tcp_unlisten(void *listener) {
     tpr_tcp_listener *self = (tpr_tcp_listener *)listener;
     tpr_timer_cancel(&self->socket.tcp->loop->wheel, &self->retry);
     tpr_tcp_socket_close(&self->socket);
@@ -5135,7 +5135,7 @@ static tprpc_status tpr_tcp_open(const tprpc_host *host, void *user, void **inst
     return TPRPC_OK;
 }
 
-static void tpr_tcp_close(void *instance) {
+TPR_COLD static void tpr_tcp_close(void *instance) {
     tpr_tcp *tcp = (tpr_tcp *)instance;
     tpr_timer_cancel(&tcp->loop->wheel, &tcp->check);
     tpr_tcp_sweep(tcp);
@@ -5319,7 +5319,7 @@ static void tpr_shm_bury_one(tpr_shm_instance *instance, tpr_shm_watch *watch) {
 }
 
 // Frees the memory of what was closed; not while progress may still look at it.
-static void tpr_shm_bury(tpr_shm_instance *instance, tpr_shm_watch *watch) {
+TPR_COLD static void tpr_shm_bury(tpr_shm_instance *instance, tpr_shm_watch *watch) {
     watch->closed = true;
     if (instance->busy) tpr_base_list_add(&instance->dead, &watch->node);
     else tpr_shm_bury_one(instance, watch);
@@ -5678,7 +5678,7 @@ static tpr_shm_conn *tpr_shm_conn_new(tpr_shm_instance *instance, tpr_shm_state 
     return conn;
 }
 
-static void tpr_shm_conn_free(tpr_shm_conn *conn) {
+TPR_COLD static void tpr_shm_conn_free(tpr_shm_conn *conn) {
     tpr_shm_instance *instance = conn->instance;
     if (conn->listener) instance->handshake_count--;
     tpr_shm_cool(conn);
@@ -5719,13 +5719,13 @@ static void tpr_shm_open_now(tpr_shm_conn *conn) {
     tpr_shm_heat(conn);
 }
 
-static void tpr_shm_peer_text(const tpr_shm_conn *conn, char *out, size_t size) {
+TPR_COLD static void tpr_shm_peer_text(const tpr_shm_conn *conn, char *out, size_t size) {
     if (conn->pid > 0) snprintf(out, size, "process %d", (int)conn->pid);
     else if (conn->name[0]) snprintf(out, size, "shm://%.40s", conn->name);
     else snprintf(out, size, "a process of another pid namespace");
 }
 
-static void tpr_shm_say_lost(tpr_shm_conn *conn) {
+TPR_COLD static void tpr_shm_say_lost(tpr_shm_conn *conn) {
     char peer[64];
     tprpc_error error;
     conn->lost = true;
@@ -5769,7 +5769,7 @@ static bool tpr_shm_report(tpr_shm_conn *conn) {
 
 static void tpr_shm_connect_now(tpr_shm_conn *conn);
 
-static void tpr_shm_timer(tprpc_work *work) {
+TPR_COLD static void tpr_shm_timer(tprpc_work *work) {
     tpr_shm_conn *conn = TPR_CONTAINER(work, tpr_shm_conn, timer);
     if (tpr_loop_clock(conn->instance->loop) >= conn->deadline_us) {
         tpr_shm_fail(conn, TPRPC_ERROR_TIMEOUT, 0, conn->state == TPR_SHM_CONNECTING ? "accepts no connection"
@@ -5779,18 +5779,18 @@ static void tpr_shm_timer(tprpc_work *work) {
     }
 }
 
-static void tpr_shm_set_timer(tpr_shm_conn *conn, int64_t due_us) {
+TPR_COLD static void tpr_shm_set_timer(tpr_shm_conn *conn, int64_t due_us) {
     conn->timer.run = tpr_shm_timer;
     tpr_loop_timer(conn->instance->loop, &conn->timer, due_us < conn->deadline_us ? due_us : conn->deadline_us);
 }
 
 // Both ends: whether the peer is this user.
-static bool tpr_shm_trusted(int fd, int32_t *pid, uint32_t *user) {
+TPR_COLD static bool tpr_shm_trusted(int fd, int32_t *pid, uint32_t *user) {
     return tpr_os_credentials(fd, pid, user) == 0 && *user == tpr_os_user();
 }
 
 // Connects, or sets a timer to try again, and says hello with the memory.
-static void tpr_shm_connect_now(tpr_shm_conn *conn) {
+TPR_COLD static void tpr_shm_connect_now(tpr_shm_conn *conn) {
     tpr_shm_instance *instance = conn->instance;
     tpr_os_address address;
     uint8_t hello[TPR_SHM_HELLO] = TPR_ZERO;
@@ -6148,7 +6148,7 @@ static bool tpr_shm_reaches(void *self, const uint8_t *domain, size_t size) {
     return size == instance->domain_size && memcmp(domain, instance->domain, size) == 0;
 }
 
-static void tpr_shm_unlisten(void *handle) {
+TPR_COLD static void tpr_shm_unlisten(void *handle) {
     tpr_shm_listener *listener = (tpr_shm_listener *)handle;
     tpr_shm_instance *instance = listener->instance;
     for (tpr_base_list *i = instance->handshakes.next, *next; i != &instance->handshakes; i = next) {
@@ -6333,7 +6333,7 @@ static size_t tpr_shm_take_handles(void *handle, intptr_t *out, size_t capacity)
     return n;
 }
 
-static size_t tpr_shm_peer(void *handle, char *out, size_t capacity) {
+TPR_COLD static size_t tpr_shm_peer(void *handle, char *out, size_t capacity) {
     tpr_shm_peer_text((tpr_shm_conn *)handle, out, capacity);
     return strlen(out);
 }
@@ -6588,7 +6588,7 @@ static tprpc_status tpr_basic_recv(void *end, tprpc_transfer *transfer, const tp
     return TPRPC_OK;
 }
 
-static void tpr_basic_abort(void *end, tprpc_transfer *transfer, bool link_lost) {
+TPR_COLD static void tpr_basic_abort(void *end, tprpc_transfer *transfer, bool link_lost) {
     tpr_basic_transfer *self = (tpr_basic_transfer *)transfer->channel_data;
     tprpc_status status = link_lost ? TPRPC_ERROR_PEER : TPRPC_ERROR_CANCELLED;
     if (self->sending && self->next > 0) {   // the link holds a piece; its `taken` ends the transfer
@@ -6767,14 +6767,14 @@ static void tpr_xth_close(void *instance) {
     tpr_context_free(((tpr_xth *)instance)->host->context, instance, sizeof(tpr_xth));
 }
 
-static size_t tpr_xth_domain(void *instance, uint8_t *out, size_t capacity) {
+TPR_COLD static size_t tpr_xth_domain(void *instance, uint8_t *out, size_t capacity) {
     char boot[40];
     (void)instance;
     tpr_os_boot_id(boot, sizeof boot);
     return (size_t)snprintf((char *)out, capacity, "%.36s %d", boot, (int)tpr_os_pid());
 }
 
-static bool tpr_xth_reaches(void *instance, const uint8_t *domain, size_t size) {
+TPR_COLD static bool tpr_xth_reaches(void *instance, const uint8_t *domain, size_t size) {
     uint8_t own[64];
     size_t own_size = tpr_xth_domain(instance, own, sizeof own);
     return own_size == size && memcmp(own, domain, size) == 0;
@@ -6803,7 +6803,7 @@ static tprpc_status tpr_xth_attach(void *instance, tprpc_link *link, void **end,
     return TPRPC_OK;
 }
 
-static void tpr_xth_detach(void *end) {
+TPR_COLD static void tpr_xth_detach(void *end) {
     tpr_xth_end *self = (tpr_xth_end *)end;
     tpr_xth_unregister(self);
     tpr_base_map_clear(&self->sends);
@@ -6817,7 +6817,7 @@ static size_t tpr_xth_challenge(void *end, uint8_t *out, size_t capacity) {
 }
 
 // Only who is in this process can look the secret up.
-static size_t tpr_xth_answer(void *end, const uint8_t *challenge, size_t size, uint8_t *out, size_t capacity) {
+TPR_COLD static size_t tpr_xth_answer(void *end, const uint8_t *challenge, size_t size, uint8_t *out, size_t capacity) {
     tpr_xth_end *self = (tpr_xth_end *)end, *peer;
     (void)capacity;
     if (size != TPR_XTH_KEY || (peer = tpr_xth_find(challenge)) == NULL) return 0;
@@ -6827,7 +6827,7 @@ static size_t tpr_xth_answer(void *end, const uint8_t *challenge, size_t size, u
     return TPR_XTH_KEY;
 }
 
-static tprpc_status tpr_xth_verify(void *end, const uint8_t *answer, size_t size, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_xth_verify(void *end, const uint8_t *answer, size_t size, tprpc_error *error) {
     tpr_xth_end *self = (tpr_xth_end *)end;
     if (size == TPR_XTH_KEY && memcmp(answer, self->secret, TPR_XTH_KEY) == 0) return TPRPC_OK;
     return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
@@ -6960,7 +6960,7 @@ static tprpc_status tpr_xth_recv(void *end, tprpc_transfer *transfer, const tprp
     return TPRPC_OK;
 }
 
-static void tpr_xth_abort(void *end, tprpc_transfer *transfer, bool link_lost) {
+TPR_COLD static void tpr_xth_abort(void *end, tprpc_transfer *transfer, bool link_lost) {
     tpr_xth_transfer *self = (tpr_xth_transfer *)transfer->channel_data;
     tprpc_status status = link_lost ? TPRPC_ERROR_PEER : TPRPC_ERROR_CANCELLED;
     (void)end;
@@ -7579,7 +7579,7 @@ static inline const tprpc_transport_table *tpr_pipe_table(const tpr_pipe_conn *c
 }
 
 // What a message about this pipe calls its peer.
-static void tpr_pipe_peer(tprpc_pipe *pipe, char *out, size_t size) {
+TPR_COLD static void tpr_pipe_peer(tprpc_pipe *pipe, char *out, size_t size) {
     char peer[64] = "";
     if (pipe->now.conn) tpr_pipe_table(&pipe->now)->peer(pipe->now.conn, peer, sizeof peer);
     snprintf(out, size, "%s%s%s", pipe->now.entry ? pipe->now.entry->backend->name : "", peer[0] ? " " : "", peer);
@@ -8005,7 +8005,7 @@ static void tpr_pipe_transfer_refused(tpr_pipe_transfer *transfer) {
     transfer->pipe->refs--;            // the caller holds another
 }
 
-static void tpr_pipe_abort(tpr_pipe_transfer *transfer, bool link_lost) {
+TPR_COLD static void tpr_pipe_abort(tpr_pipe_transfer *transfer, bool link_lost) {
     tpr_pipe_channel *channel = transfer->pipe->channels[transfer->channel];
     channel->entry->backend->channel->abort(channel->end, &transfer->base.base, link_lost);
 }
@@ -9913,7 +9913,7 @@ TPR_COLD static void tpr_pipe_accepted_conn(tprpc_listen_owner *owner, void *con
 }
 
 // Stops listening; what is under way ends. Under the lock.
-static void tpr_pipe_listener_drop(tprpc_listener *listener) {
+TPR_COLD static void tpr_pipe_listener_drop(tprpc_listener *listener) {
     if (listener->closed) return;
     listener->closed = true;
     for (uint32_t i = 0; i < listener->count; i++)
@@ -10515,7 +10515,7 @@ static void tpr_store_release(tprpc_store *store) {
 }
 
 // The timer may be set but not on its way: it was deferred before the operation could end.
-static void tpr_store_complete(tprpc_store_op *op) {
+TPR_COLD static void tpr_store_complete(tprpc_store_op *op) {
     tprpc_store *store = op->store;
     op->completed = true;
     if (op->places) return;
@@ -10525,6 +10525,7 @@ static void tpr_store_complete(tprpc_store_op *op) {
     tpr_store_release(store);
 }
 
+TPR_COLD
 static void tpr_store_complete_run(tprpc_work *work) { tpr_store_complete(TPR_CONTAINER(work, tprpc_store_op, work)); }
 
 static const char *tpr_store_verb(int32_t kind) {
@@ -10609,14 +10610,14 @@ static void tpr_store_post(tprpc_store *store) {
     tpr_loop_defer(store->home, &store->work, false);
 }
 
-static void tpr_store_queue(tprpc_store *store, tprpc_store_op *op, tpr_base_list *ended) {
+TPR_COLD static void tpr_store_queue(tprpc_store *store, tprpc_store_op *op, tpr_base_list *ended) {
     (void)ended;
     tpr_base_list_remove(&op->node);
     tpr_base_list_add(&store->queue, &op->node);
     tpr_store_post(store);
 }
 
-static void tpr_store_work_run(tprpc_work *work) {
+TPR_COLD static void tpr_store_work_run(tprpc_work *work) {
     tprpc_store *store = TPR_CONTAINER(work, tprpc_store, work);
     for (;;) {
         tprpc_store_op *op = NULL;
@@ -10643,7 +10644,7 @@ static void tpr_store_why(tprpc_store *store, const char *why) {
 }
 
 // Asks that an operation end, with `cause`. It must not have completed.
-static void tpr_store_cancel_for(tprpc_store *store, tprpc_store_op *op, tprpc_status cause) {
+TPR_COLD static void tpr_store_cancel_for(tprpc_store *store, tprpc_store_op *op, tprpc_status cause) {
     tpr_base_list ended;
     tpr_base_list_init(&ended);
     tpr_os_lock_take(&store->lock);
@@ -10655,7 +10656,7 @@ static void tpr_store_cancel_for(tprpc_store *store, tprpc_store_op *op, tprpc_s
     tpr_store_flush(&ended);
 }
 
-static void tpr_store_timer_run(tprpc_work *work) {
+TPR_COLD static void tpr_store_timer_run(tprpc_work *work) {
     tprpc_store_op *op = TPR_CONTAINER(work, tprpc_store_op, timer);
     tpr_store_cancel_for(op->store, op, TPRPC_ERROR_TIMEOUT);
 }
@@ -10753,7 +10754,7 @@ static tpr_base_bytes tpr_store_key(const tprpc_store_op *op) {
     return tpr_store_bytes(op->request.key, strlen(op->request.key));
 }
 
-static bool tpr_store_number(tpr_base_bytes text, int64_t *out) {
+TPR_COLD static bool tpr_store_number(tpr_base_bytes text, int64_t *out) {
     char digits[24], *end;
     size_t sign = text.size > 0 && text.data[0] == '-';
     if (text.size <= sign || text.size >= sizeof digits || text.data[sign] < '0' || text.data[sign] > '9') return false;
@@ -10804,7 +10805,7 @@ static tprpc_status tpr_store_judge(const tprpc_store_op *op, tpr_base_bytes hel
 
 // ---- local
 
-static void tpr_store_local_submit(tprpc_store *store, tprpc_store_op *op, tpr_base_list *ended) {
+TPR_COLD static void tpr_store_local_submit(tprpc_store *store, tprpc_store_op *op, tpr_base_list *ended) {
     tpr_base_bytes key = tpr_store_key(op), none = tpr_base_bytes_none();
     tpr_store_entry *entry = tpr_store_map_find(&store->map, key, false);
     tpr_store_outcome outcome;
@@ -10831,7 +10832,7 @@ static void tpr_store_local_submit(tprpc_store *store, tprpc_store_op *op, tpr_b
     }
 }
 
-static void tpr_store_local_cancel(tprpc_store *store, tprpc_store_op *op, tpr_base_list *ended) {
+TPR_COLD static void tpr_store_local_cancel(tprpc_store *store, tprpc_store_op *op, tpr_base_list *ended) {
     tpr_base_list_remove(&op->link);
     tpr_store_map_tidy(&store->map, tpr_store_map_find(&store->map, tpr_store_key(op), false));
     tpr_store_end(op, TPRPC_ERROR_CANCELLED, tpr_base_bytes_none(), NULL, ended);
@@ -10844,11 +10845,11 @@ static const tpr_store_kind tpr_store_local = {tpr_store_local_submit, tpr_store
 
 // ---- a user's own: its functions are called without a lock, so through tasks, which whoever drives the loop runs
 
-static void tpr_store_place_over(tprpc_store_op *op) {
+TPR_COLD static void tpr_store_place_over(tprpc_store_op *op) {
     if (--op->places == 0 && op->completed) tpr_store_complete(op);
 }
 
-static void tpr_store_user_submit_run(tpr_loop_task *task) {
+TPR_COLD static void tpr_store_user_submit_run(tpr_loop_task *task) {
     tprpc_store_op *op = TPR_CONTAINER(task, tprpc_store_op, task);
     op->store->table->submit(op->store->user, op, &op->request);
 }
@@ -10857,7 +10858,7 @@ static void tpr_store_user_submit_over(tpr_loop_task *task) {
     tpr_store_place_over(TPR_CONTAINER(task, tprpc_store_op, task));
 }
 
-static void tpr_store_user_submit_place(tprpc_work *work) {
+TPR_COLD static void tpr_store_user_submit_place(tprpc_work *work) {
     tprpc_store_op *op = TPR_CONTAINER(work, tprpc_store_op, work);
     op->task.run = tpr_store_user_submit_run;
     op->task.done = tpr_store_user_submit_over;
@@ -10872,7 +10873,7 @@ static void tpr_store_user_submit(tprpc_store *store, tprpc_store_op *op, tpr_ba
     tprpc_defer(op->context, &op->work);
 }
 
-static void tpr_store_user_cancel_run(tpr_loop_task *task) {
+TPR_COLD static void tpr_store_user_cancel_run(tpr_loop_task *task) {
     tprpc_store_op *op = TPR_CONTAINER(task, tprpc_store_op, cancel_task);
     if (op->store->table->cancel && !TPR_ATOMIC_LOAD(&op->finished)) op->store->table->cancel(op->store->user, op);
 }
@@ -10881,7 +10882,7 @@ static void tpr_store_user_cancel_over(tpr_loop_task *task) {
     tpr_store_place_over(TPR_CONTAINER(task, tprpc_store_op, cancel_task));
 }
 
-static void tpr_store_user_cancel_place(tprpc_work *work) {
+TPR_COLD static void tpr_store_user_cancel_place(tprpc_work *work) {
     tprpc_store_op *op = TPR_CONTAINER(work, tprpc_store_op, cancel_work);
     op->cancel_task.run = tpr_store_user_cancel_run;
     op->cancel_task.done = tpr_store_user_cancel_over;
@@ -11059,7 +11060,7 @@ static bool tpr_store_server_reply(tpr_store_conn *c, uint64_t id, tprpc_status 
 
 static bool tpr_store_server_read(tpr_store_conn *c);
 
-static void tpr_store_served(tprpc_store_op *op, void *user) {
+TPR_COLD static void tpr_store_served(tprpc_store_op *op, void *user) {
     tpr_store_conn *c = (tpr_store_conn *)user;
     tpr_base_list_remove(&op->served);
     if (op->counted) c->busy--;
@@ -11165,7 +11166,7 @@ static bool tpr_store_server_read(tpr_store_conn *c) {
     return false;
 }
 
-static void tpr_store_server_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
+TPR_COLD static void tpr_store_server_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
     tpr_store_conn *c = TPR_CONTAINER(owner, tpr_store_conn, owner);
     (void)error;
     if (events & (uint32_t)TPRPC_EVENT_SEND) tpr_store_conn_flush(c);
@@ -11173,7 +11174,7 @@ static void tpr_store_server_event(tprpc_conn_owner *owner, uint32_t events, con
     if (events & (uint32_t)TPRPC_EVENT_LOST) tpr_store_server_drop(c, TPRPC_ERROR_PEER);
 }
 
-static void tpr_store_server_silent(tprpc_work *work) {
+TPR_COLD static void tpr_store_server_silent(tprpc_work *work) {
     tpr_store_conn *c = TPR_CONTAINER(work, tpr_store_conn, timer);
     TPR_LOG(&c->store->context->env.logger, TPRPC_LOG_WARNING, "store", "", "%.100s: a connection said nothing and is "
             "dropped",
@@ -11181,7 +11182,7 @@ static void tpr_store_server_silent(tprpc_work *work) {
     tpr_store_server_drop(c, TPRPC_ERROR_TIMEOUT);
 }
 
-static void tpr_store_server_accepted(tprpc_listen_owner *owner, void *conn) {
+TPR_COLD static void tpr_store_server_accepted(tprpc_listen_owner *owner, void *conn) {
     tprpc_store *store = TPR_CONTAINER(owner, tprpc_store, listen_owner);
     tpr_store_conn *c = NULL;
     if (store->unknown < store->context->limits.handshakes && store->conn_count < store->context->limits.pipes)
@@ -11202,7 +11203,7 @@ static void tpr_store_server_accepted(tprpc_listen_owner *owner, void *conn) {
     tpr_store_server_read(c);   // what came before it was ours
 }
 
-static void tpr_store_server_shut(tprpc_store *store) {
+TPR_COLD static void tpr_store_server_shut(tprpc_store *store) {
     store->transport->unlisten(store->listener);
     while (!tpr_base_list_empty(&store->conns))
         tpr_store_server_drop(TPR_CONTAINER(store->conns.next, tpr_store_conn, node), TPRPC_ERROR_CLOSED);
@@ -11304,7 +11305,7 @@ static void tpr_store_client_meet(tprpc_store *store) {
     tpr_store_client_send(store);
 }
 
-static void tpr_store_client_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
+TPR_COLD static void tpr_store_client_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
     tprpc_store *store = TPR_CONTAINER(owner, tpr_store_conn, owner)->store;
     tprpc_status status = TPRPC_PENDING;
     bool lost = (events & (uint32_t)TPRPC_EVENT_LOST) != 0;
@@ -11351,7 +11352,7 @@ static void tpr_store_client_connect(tprpc_store *store) {
     else tpr_store_client_retry(store, &error, false);
 }
 
-static void tpr_store_client_timer(tprpc_work *work) {
+TPR_COLD static void tpr_store_client_timer(tprpc_work *work) {
     tprpc_store *store = TPR_CONTAINER(work, tprpc_store, timer);
     tprpc_error error;
     if (store->state == TPR_STORE_PAUSED) {
@@ -11363,7 +11364,7 @@ static void tpr_store_client_timer(tprpc_work *work) {
     tpr_store_client_retry(store, &error, false);
 }
 
-static void tpr_store_client_begin(tprpc_store *store, tprpc_store_op *op, bool cancelled) {
+TPR_COLD static void tpr_store_client_begin(tprpc_store *store, tprpc_store_op *op, bool cancelled) {
     tpr_wire_store_frame frame = TPR_ZERO;
     tpr_base_list_remove(&op->link);
     if (cancelled) {
@@ -11378,7 +11379,7 @@ static void tpr_store_client_begin(tprpc_store *store, tprpc_store_op *op, bool 
     }
 }
 
-static void tpr_store_client_step(tprpc_store *store) {
+TPR_COLD static void tpr_store_client_step(tprpc_store *store) {
     tpr_store_client_send(store);
     if (store->state != TPR_STORE_IDLE || tpr_base_list_empty(&store->unsent)) return;
     store->deadline_us = tpr_context_deadline(tpr_loop_clock(store->home), store->timeout_ms);
@@ -11386,7 +11387,7 @@ static void tpr_store_client_step(tprpc_store *store) {
     tpr_store_client_connect(store);
 }
 
-static void tpr_store_client_shut(tprpc_store *store) {
+TPR_COLD static void tpr_store_client_shut(tprpc_store *store) {
     while (store->conn && !tpr_base_list_empty(&store->conn->ops)) tpr_base_list_remove(store->conn->ops.next);
     tpr_store_client_hang_up(store, TPRPC_ERROR_CLOSED);
     store->state = TPR_STORE_LOST;
@@ -11577,7 +11578,7 @@ static tprpc_status tpr_store_file_do(tprpc_store *store, tprpc_error *error) {
     return status;
 }
 
-static void tpr_store_file_step(tprpc_store *store) {
+TPR_COLD static void tpr_store_file_step(tprpc_store *store) {
     int64_t offset = store->offset, now = tpr_loop_clock(store->home);
     tprpc_error error = TPR_ZERO;
     tprpc_status status = tpr_store_file_do(store, &error);
@@ -11594,18 +11595,19 @@ static void tpr_store_file_step(tprpc_store *store) {
     if (store->look_us > TPR_STORE_LOOK_MOST_US) store->look_us = TPR_STORE_LOOK_MOST_US;
 }
 
+TPR_COLD
 static void tpr_store_file_timer(tprpc_work *work) { tpr_store_file_step(TPR_CONTAINER(work, tprpc_store, timer)); }
 
-static void tpr_store_file_begin(tprpc_store *store, tprpc_store_op *op, bool cancelled) {
+TPR_COLD static void tpr_store_file_begin(tprpc_store *store, tprpc_store_op *op, bool cancelled) {
     tpr_base_list_remove(&op->link);
     if (cancelled) tpr_store_finish(op, TPRPC_ERROR_CANCELLED, NULL, 0, NULL);
     else tpr_base_list_add(&store->active, &op->link);
     store->look_us = TPR_STORE_LOOK_LEAST_US;
 }
 
-static void tpr_store_file_shut(tprpc_store *store) { tpr_timer_cancel(&store->home->wheel, &store->timer); }
+TPR_COLD static void tpr_store_file_shut(tprpc_store *store) { tpr_timer_cancel(&store->home->wheel, &store->timer); }
 
-static void tpr_store_file_end(tprpc_store *store) {
+TPR_COLD static void tpr_store_file_end(tprpc_store *store) {
     tpr_os_close(store->fd);
     tpr_base_free(tpr_store_memory(store), store->buffer, TPR_STORE_FILE_BUFFER, (uint32_t)TPR_STORE_TAG);
 }
@@ -11689,7 +11691,7 @@ static void tpr_store_free(tprpc_store *store) {
     tpr_base_free(tpr_store_memory(store), store, store->bytes, (uint32_t)TPR_STORE_TAG);
 }
 
-static void tpr_store_ended(tpr_loop_task *task) {
+TPR_COLD static void tpr_store_ended(tpr_loop_task *task) {
     tprpc_store *store = TPR_CONTAINER(task, tprpc_store, task);
     store->kind->end(store);
     tpr_base_list_remove(&store->object.node);
@@ -11703,7 +11705,7 @@ static void tpr_store_user_close(tpr_loop_task *task) {
 }
 
 // The last reference was given back.
-static void tpr_store_end_run(tprpc_work *work) {
+TPR_COLD static void tpr_store_end_run(tprpc_work *work) {
     tprpc_store *store = TPR_CONTAINER(work, tprpc_store, end_work);
     store->task.run = tpr_store_user_close;
     store->task.done = tpr_store_ended;
@@ -11712,7 +11714,7 @@ static void tpr_store_end_run(tprpc_work *work) {
 }
 
 // Closes a store once, under its home loop's lock: what is pending ends with CLOSED, or, of a user's, is asked to.
-static void tpr_store_shut(tpr_loop_object *object) {
+TPR_COLD static void tpr_store_shut(tpr_loop_object *object) {
     tprpc_store *store = TPR_CONTAINER(object, tprpc_store, object);
     tpr_base_list ended, *lists[2];
     if (store->closed) return;
@@ -11872,7 +11874,7 @@ static tprpc_status tpr_store_start(tprpc_store *store, tprpc_store_op *op, tprp
 
 // Begins an operation. Any thread, with or without the lock of a loop of ctx. `done` runs under the lock of that loop
 // of ctx, later; the operation is freed after it, unless it sets `kept`. *out is for cancelling, until done runs.
-static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
+TPR_COLD static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
                                      const tprpc_store_request *request, void (*done)(tprpc_store_op *op, void *user),
                                      void *user, tprpc_store_op **out, tprpc_error *error) {
     tprpc_status status = tpr_store_check(store, request, error);
@@ -11892,7 +11894,7 @@ static void tpr_store_cancel(tprpc_store *store, tprpc_store_op *op) {
 
 // ---- asking and waiting
 
-static void tpr_store_callback_run(tpr_loop_task *task) {
+TPR_COLD static void tpr_store_callback_run(tpr_loop_task *task) {
     tprpc_store_op *op = TPR_CONTAINER(task, tprpc_store_op, task);
     op->callback(op->status, op->value, op->value_size, op->status == TPRPC_OK ? NULL : &op->error, op->user);
 }
@@ -11901,7 +11903,7 @@ static void tpr_store_callback_over(tpr_loop_task *task) {
     tpr_store_op_free(TPR_CONTAINER(task, tprpc_store_op, task));
 }
 
-static void tpr_store_callback(tprpc_store_op *op, void *user) {
+TPR_COLD static void tpr_store_callback(tprpc_store_op *op, void *user) {
     (void)user;
     op->kept = true;
     op->task.run = tpr_store_callback_run;
@@ -11933,7 +11935,7 @@ typedef struct tpr_store_waiter {
 
 static bool tpr_store_waiter_ready(void *arg) { return ((tpr_store_waiter *)arg)->done; }
 
-static void tpr_store_waiter_done(tprpc_store_op *op, void *user) {
+TPR_COLD static void tpr_store_waiter_done(tprpc_store_op *op, void *user) {
     tpr_store_waiter *w = (tpr_store_waiter *)user;
     w->done = true;
     w->status = op->status;
@@ -12515,7 +12517,7 @@ static void tpr_agent_unplace_run(tpr_loop_task *task) {
 }
 
 // The message failed: the user gets his memory back, on the callback thread. The message is freed here or after that.
-static void tpr_agent_unplace(tpr_agent_placing *placing, tpr_pipe_in *in) {
+TPR_COLD static void tpr_agent_unplace(tpr_agent_placing *placing, tpr_pipe_in *in) {
     if (!placing->unplaced || placing->status != TPRPC_OK) {
         tpr_pipe_in_free(in);
         tpr_agent_placing_free(placing);
@@ -12696,7 +12698,7 @@ static void tpr_agent_done_over(tpr_loop_task *task) {
 }
 
 // Asks the transfers of a message that is being received to end.
-static void tpr_agent_abort_in(tpr_pipe_in *in) {
+TPR_COLD static void tpr_agent_abort_in(tpr_pipe_in *in) {
     in->pending++;
     for (uint32_t k = 0; k < in->transfer_count; k++)
         if (in->transfers[k].base.done) tpr_pipe_abort(&in->transfers[k], false);
@@ -12883,7 +12885,7 @@ static void tpr_agent_count_pipe(tpr_agent_loop *on, const tprpc_pipe *pipe) {
     on->tensor_received += pipe->tensor_bytes_received;
 }
 
-static void tpr_agent_worker_ended(tpr_pipe_user *user) {
+TPR_COLD static void tpr_agent_worker_ended(tpr_pipe_user *user) {
     tpr_agent_worker *worker = (tpr_agent_worker *)(void *)user;
     tprpc_pipe *pipe = worker->pipe;
     tpr_base_list calls;
@@ -12926,7 +12928,7 @@ static void tpr_agent_worker_reach(tpr_agent_worker *worker) {
 }
 
 // The store's word on where a worker is.
-static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
+TPR_COLD static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
     tpr_agent_worker *worker = (tpr_agent_worker *)arg;
     worker->op = NULL;
     tpr_agent_on(worker->agent, worker->loop)->sends--;
@@ -13209,7 +13211,7 @@ static void tpr_agent_request_over(tpr_agent_request *request) {
     tpr_agent_request_unref(request);
 }
 
-static void tpr_agent_request_fail(tpr_agent_request *request, tprpc_status status, int32_t user_code,
+TPR_COLD static void tpr_agent_request_fail(tpr_agent_request *request, tprpc_status status, int32_t user_code,
                                    const char *text) {
     tpr_agent_server *server = request->server;
     if (request->answered) return;
@@ -13308,7 +13310,7 @@ static void tpr_agent_submit_place(tpr_loop_task *task) {
 }
 
 #ifndef TPRPC_NO_THREADS
-static void tpr_agent_thread_main(void *arg) {
+TPR_COLD static void tpr_agent_thread_main(void *arg) {
     tpr_agent_thread *self = (tpr_agent_thread *)arg;
     tprpc_agent *agent = self->agent;
     tprpc_context *ctx = agent->ctx;
@@ -13553,7 +13555,7 @@ static void tpr_agent_server_message(tpr_pipe_user *user, tpr_pipe_in *in) {
     tpr_agent_drop_in(in);             // after that, for it may end the pipe, and the server go with it
 }
 
-static void tpr_agent_server_ended(tpr_pipe_user *user) {
+TPR_COLD static void tpr_agent_server_ended(tpr_pipe_user *user) {
     tpr_agent_server *server = (tpr_agent_server *)(void *)user;
     tprpc_pipe *pipe = server->pipe;
     server->pipe = NULL;
@@ -13629,14 +13631,14 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
 
 // ---- the group: start and leave, through the store
 
-static void tpr_agent_ready_run(tpr_loop_task *task) {
+TPR_COLD static void tpr_agent_ready_run(tpr_loop_task *task) {
     tprpc_agent *agent = TPR_CONTAINER(task, tprpc_agent, ready_task);
     bool good = agent->ready_error.status == TPRPC_OK;
     if (agent->on_ready)
         agent->on_ready(agent->ready_error.status, NULL, good ? NULL : &agent->ready_error, agent->ready_user);
 }
 
-static void tpr_agent_ready_over(tpr_loop_task *task) {
+TPR_COLD static void tpr_agent_ready_over(tpr_loop_task *task) {
     tprpc_agent *agent = TPR_CONTAINER(task, tprpc_agent, ready_task);
     tpr_agent_on(agent, tpr_agent_home(agent))->sends--;
 }
@@ -13739,7 +13741,7 @@ static bool tpr_agent_claimed(tprpc_agent *agent, tprpc_store_op *op, const char
 
 // The start's time is over, whatever the store's is: what is still asked ends. Again a second later, for what was asked
 // of a store whose answer was on its way.
-static void tpr_agent_start_late(tprpc_work *work) {
+TPR_COLD static void tpr_agent_start_late(tprpc_work *work) {
     tprpc_agent *agent = TPR_CONTAINER(work, tprpc_agent, start_timer);
     for (uint32_t r = 0; r < (agent->is_static ? agent->world_size : 1); r++)
         if (agent->starts[r].op) tpr_store_cancel_for(agent->store, agent->starts[r].op, TPRPC_ERROR_TIMEOUT);
@@ -13949,9 +13951,9 @@ static tprpc_status tpr_agent_begin(tprpc_agent *agent, tprpc_done on_ready, voi
 
 static bool tpr_agent_no_calls(void *arg) { return ((tpr_agent_loop *)arg)->active == 0; }
 static bool tpr_agent_step_over(void *arg) { return ((tprpc_agent *)arg)->start_pending == 0; }
-static bool tpr_agent_start_over(void *arg) { return ((tprpc_agent *)arg)->starting_done; }
+TPR_COLD static bool tpr_agent_start_over(void *arg) { return ((tprpc_agent *)arg)->starting_done; }
 
-static void tpr_agent_left_peer(tprpc_store_op *op, void *arg) {
+TPR_COLD static void tpr_agent_left_peer(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     char text[160];
@@ -14231,6 +14233,7 @@ static tprpc_status tpr_agent_resolve(tprpc_agent *agent, const char *worker, co
     return *text ? TPRPC_OK : tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a method's name");
 }
 
+TPR_COLD
 static tprpc_status tpr_agent_refused(tprpc_status status, const tprpc_error *error, const tprpc_message *message,
                                       const tprpc_call_options *options) {
     if (status == TPRPC_OK) return status;
