@@ -726,8 +726,8 @@ TEST(hot_and_cold) {
     world_open(&w, "", TPRPC_NOW);
     for (int i = 0; i < COUNT; i++) b[i] = pair(&w, &a[i]);
     bool outside = false;
-    for (int round = 0; round < 700; round++) {
-        for (int i = 0; i < (round < 600 ? 4 : COUNT); i++) {
+    for (int round = 0; round < 320; round++) {
+        for (int i = 0; i < (round < 300 ? 4 : COUNT); i++) {
             b[i]->in = in;
             b[i]->got = 0;
             b[i]->want = 64;
