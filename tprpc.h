@@ -5386,7 +5386,7 @@ static void tpr_shm_process_leave(tpr_shm_conn *conn) {
 // harm: the socket then has ended, or, held by a child, tells nothing in either case.
 static void tpr_shm_process_watch(tpr_shm_conn *conn) {
     tpr_shm_instance *instance = conn->instance;
-    if (conn->pid <= 0 || conn->pid == tpr_os_pid()) return;
+    if (conn->process || conn->pid <= 0 || conn->pid == tpr_os_pid()) return;
     tpr_shm_process *process = (tpr_shm_process *)tpr_base_map_get(&instance->processes, (uint64_t)conn->pid);
     if (process && tpr_os_readable(process->fd)) process = NULL;   // dead, the number is another's now
     if (!process) {
@@ -5823,6 +5823,7 @@ TPR_COLD static void tpr_shm_connect_now(tpr_shm_conn *conn) {
     tpr_os_close(conn->memfd);
     conn->memfd = -1;
     tpr_shm_set_timer(conn, conn->deadline_us);
+    tpr_shm_process_watch(conn);       // from here on: its child may hold the listening socket, which nobody serves
 }
 
 // The connector's side of the answer: one byte, a status.
