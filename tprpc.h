@@ -3417,7 +3417,7 @@ enum { TPR_TIMER_IDLE = 0, TPR_TIMER_POSTED = 1, TPR_TIMER_SET = 2 };
 
 typedef struct tpr_timer_wheel {
     uint64_t    now, count;            // ms; timers set
-    uint64_t    soonest_us;            // nothing is due before
+    uint64_t    soonest_us;            // no slot opens before, so nothing is due before
     uint64_t    used[TPR_TIMER_WHEELS];
     tprpc_work *slots[TPR_TIMER_WHEELS][TPR_TIMER_SLOTS];
     tprpc_work *expired;               // taken out of the wheel and not run yet
@@ -3435,13 +3435,14 @@ static void tpr_timer_init(tpr_timer_wheel *wheel, int64_t now_us) {
 }
 
 static inline void tpr_timer_link(tpr_timer_wheel *wheel, tprpc_work *work, uint64_t due) {
-    uint64_t differ;
+    uint64_t differ, opens_us;
     uint32_t level, slot;
     if (due <= wheel->now) due = wheel->now + 1;   // it runs with the next tick
-    if (due * 1000 < wheel->soonest_us) wheel->soonest_us = due * 1000;
     differ = due ^ wheel->now;
     level = (uint32_t)(63 - __builtin_clzll((unsigned long long)differ)) / 6;
     slot = (uint32_t)(due >> (6 * level)) & (TPR_TIMER_SLOTS - 1);
+    opens_us = (due >> (6 * level) << (6 * level)) * 1000;
+    if (opens_us < wheel->soonest_us) wheel->soonest_us = opens_us;
     work->prev = NULL;
     work->next = wheel->slots[level][slot];
     if (work->next) work->next->prev = work;

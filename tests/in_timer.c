@@ -117,6 +117,8 @@ static void check_next(void) {
     if (!expired_count && sorted_count) REQUIRE(next == INT64_MAX || (uint64_t)next / 1000 > model_now);
     if (sorted_count && sorted[0]->tick <= INT64_MAX / 1000)      /* an advance that finds something is never left out */
         REQUIRE(tpr_timer_may_be_due(&wheel, (int64_t)sorted[0]->tick * 1000));
+    if (!expired_count && next != INT64_MAX)      /* nor one that a loop wakes for: it could not sleep again before it */
+        REQUIRE(tpr_timer_may_be_due(&wheel, next));
 }
 
 /* The clock is seen; until it goes on there is nothing more to find. */
