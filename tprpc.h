@@ -550,7 +550,8 @@ TPRPC_API tprpc_status tprpc_listen(tprpc_context *ctx, const tprpc_listener_des
                                     tprpc_error *error);
 
 // Asks for one incoming pipe; `done` runs once with it, or with an error (CLOSED when the listener is closed first).
-// The pipe belongs to the callee, who closes it. Connections wait, within limits.handshakes, until asked for.
+// The pipe belongs to the callee, who closes it. Connections wait, within limits.handshakes, until asked for; beyond
+// it, one that has said nothing yet is dropped for each that comes, the oldest first, and then those that come are.
 // Any thread.
 TPRPC_API tprpc_status tprpc_accept(tprpc_listener *listener, tprpc_accepted done, void *user);
 
@@ -5927,6 +5928,16 @@ static void tpr_shm_pause(tpr_shm_listener *listener) {
     tpr_loop_timer(instance->loop, &listener->timer, tpr_loop_clock(instance->loop) + TPR_SHM_PAUSE_US);
 }
 
+// The connection that has said nothing for longest makes room: who says nothing keeps nobody out.
+TPR_COLD static void tpr_shm_drop_silent(tpr_shm_instance *instance) {
+    if (tpr_base_list_empty(&instance->handshakes)) return;
+    tpr_shm_conn *oldest = TPR_CONTAINER(instance->handshakes.next, tpr_shm_conn, node);
+    TPR_LOG(&instance->ctx->env.logger, TPRPC_LOG_WARNING, "shm", oldest->listener->name,
+            "process %d is dropped, too many connections say nothing", (int)oldest->pid);
+    tpr_shm_refuse(oldest->fd, TPRPC_ERROR_LIMIT);
+    tpr_shm_conn_free(oldest);
+}
+
 // Returns false when no further connection can be accepted now.
 static bool tpr_shm_accept_one(tpr_shm_listener *listener) {
     tpr_shm_instance *instance = listener->instance;
@@ -5941,6 +5952,7 @@ static bool tpr_shm_accept_one(tpr_shm_listener *listener) {
     }
     if (tpr_shm_trusted(fd, &pid, &user)) {
         status = TPRPC_ERROR_LIMIT;
+        if (instance->handshake_count >= instance->ctx->limits.handshakes) tpr_shm_drop_silent(instance);
         if (instance->handshake_count < instance->ctx->limits.handshakes)
             conn = tpr_shm_conn_new(instance, TPR_SHM_ASKED, NULL, fd);
         if (conn && tpr_os_poller_set(instance->poller, fd, TPR_OS_READABLE, &conn->watch, false) == 0)
@@ -9894,6 +9906,12 @@ TPR_COLD static void tpr_pipe_accepted_conn(tprpc_listen_owner *owner, void *con
     tprpc_listener *listener = address->listener;
     const tprpc_transport_table *table = address->entry->backend->transport;
     tpr_pipe_greeting *greeting = NULL;
+    // The one that has been silent for longest makes room: who says nothing keeps nobody out.
+    if (listener->greetings >= listener->ctx->limits.handshakes && !tpr_base_list_empty(&listener->greeting_list)) {
+        TPR_LOG(&listener->ctx->env.logger, TPRPC_LOG_WARNING, "pipe", "",
+                "a silent incoming connection was dropped: %u are waiting", (unsigned)listener->greetings);
+        tpr_pipe_greeting_end(TPR_CONTAINER(listener->greeting_list.next, tpr_pipe_greeting, node), TPRPC_ERROR_LIMIT);
+    }
     if (listener->greetings < listener->ctx->limits.handshakes)
         greeting = (tpr_pipe_greeting *)tpr_context_alloc(listener->ctx, sizeof *greeting);
     if (!greeting) {
@@ -10388,7 +10406,8 @@ typedef struct tpr_store_kind {            // the kinds of stores; the lock is t
 
 typedef struct tpr_store_conn {            // one end of a connection of a tcp:// store; home
     tprpc_conn_owner owner;
-    tpr_base_list    node, ops;            // in store->conns; operations served, or sent and not replied to
+    tpr_base_list    node, ops;            // in the store's conns or strangers; operations served, or sent and not
+                                           // replied to
     tprpc_store     *store;
     void            *conn;
     tprpc_work       timer;                // a server's: until its hello
@@ -10427,8 +10446,8 @@ struct tprpc_store {
     const tprpc_transport_table *transport;   // tcp's; home
     void           *instance, *listener;
     tprpc_listen_owner listen_owner;
-    tpr_base_list   conns;                 // a server's
-    uint32_t        conn_count, unknown;   // unknown: have not said hello
+    tpr_base_list   conns, strangers;      // a server's: those that said hello, and those that did not
+    uint32_t        conn_count, unknown;   // of both; of strangers
     char            address[80];
     tpr_store_state state;                 // from here on a client's
     tpr_store_conn *conn;
@@ -11136,6 +11155,8 @@ static bool tpr_store_server_meet(tpr_store_conn *c) {
     if (status == TPRPC_PENDING) return true;
     if (c->known) {
         c->store->unknown--;
+        tpr_base_list_remove(&c->node);
+        tpr_base_list_add(&c->store->conns, &c->node);
         tpr_timer_cancel(&c->store->home->wheel, &c->timer);
         tpr_store_conn_greet(c, TPRPC_OK);
         return true;
@@ -11187,6 +11208,12 @@ TPR_COLD static void tpr_store_server_silent(tprpc_work *work) {
 TPR_COLD static void tpr_store_server_accepted(tprpc_listen_owner *owner, void *conn) {
     tprpc_store *store = TPR_CONTAINER(owner, tprpc_store, listen_owner);
     tpr_store_conn *c = NULL;
+    // The one that has been silent for longest makes room: who says nothing keeps nobody out.
+    if (store->unknown >= store->context->limits.handshakes && !tpr_base_list_empty(&store->strangers)) {
+        TPR_LOG(&store->context->env.logger, TPRPC_LOG_WARNING, "store", "", "%.100s: a silent connection is dropped, "
+                "too many are", store->name);
+        tpr_store_server_drop(TPR_CONTAINER(store->strangers.next, tpr_store_conn, node), TPRPC_ERROR_LIMIT);
+    }
     if (store->unknown < store->context->limits.handshakes && store->conn_count < store->context->limits.pipes)
         c = tpr_store_conn_new(store, tpr_store_server_event);
     if (!c) {
@@ -11199,7 +11226,7 @@ TPR_COLD static void tpr_store_server_accepted(tprpc_listen_owner *owner, void *
     c->timer.run = tpr_store_server_silent;
     store->conn_count++;
     store->unknown++;
-    tpr_base_list_add(&store->conns, &c->node);
+    tpr_base_list_add(&store->strangers, &c->node);
     tpr_loop_timer(store->home, &c->timer, tpr_loop_clock(store->home) + TPR_STORE_HELLO_US);
     store->transport->own(conn, &c->owner);
     tpr_store_server_read(c);   // what came before it was ours
@@ -11207,6 +11234,8 @@ TPR_COLD static void tpr_store_server_accepted(tprpc_listen_owner *owner, void *
 
 TPR_COLD static void tpr_store_server_shut(tprpc_store *store) {
     store->transport->unlisten(store->listener);
+    while (!tpr_base_list_empty(&store->strangers))
+        tpr_store_server_drop(TPR_CONTAINER(store->strangers.next, tpr_store_conn, node), TPRPC_ERROR_CLOSED);
     while (!tpr_base_list_empty(&store->conns))
         tpr_store_server_drop(TPR_CONTAINER(store->conns.next, tpr_store_conn, node), TPRPC_ERROR_CLOSED);
 }
@@ -11787,6 +11816,7 @@ static tprpc_store *tpr_store_new(tprpc_context *ctx, const tprpc_store_desc *de
     tpr_base_list_init(&store->ops);
     tpr_base_list_init(&store->queue);
     tpr_base_list_init(&store->conns);
+    tpr_base_list_init(&store->strangers);
     tpr_base_list_init(&store->unsent);
     tpr_base_list_init(&store->active);
     tpr_base_list_init(&store->waiting);
