@@ -2,6 +2,7 @@
 # make demo     the wave simulation; installs what it needs
 # make test     all tests; installs what they need
 # make bench    measurements against others; installs what it needs
+# make soak     the tests that are the better the longer they run, until stopped or for SOAK_SECONDS
 # make clean
 #
 # make test-plain, test-asan, test-tsan, test-compile, test-scripts, test-floors: a part of the tests, installing nothing
@@ -29,6 +30,11 @@ ASAN_IN  = $(ASAN) -O0
 TSAN_IN  = $(TSAN) -O0
 
 WAVE_ARGS  =
+# make soak runs these parts in turn, each for SOAK_TURN seconds; each alone runs for SOAK_SECONDS. 0: until stopped
+SOAK_PARTS   = soak-crash soak-load soak-slow soak-valgrind
+SOAK_SECONDS = 0
+SOAK_TURN    = 300
+
 BENCH      = tools/bench.py
 BENCH_ARGS =
 
@@ -64,7 +70,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all demo test bench clean asan tsan setup-demo setup-test setup-bench \
+.PHONY: all demo test bench soak $(SOAK_PARTS) clean asan tsan setup-demo setup-test setup-bench \
         test-plain test-asan test-tsan test-compile test-scripts test-floors
 
 all: build/libtprpc.a $(TOOLS) $(EXAMPLES)
@@ -97,10 +103,24 @@ test-tsan: $(tsan_tests)
 	@tests/run.sh $(call in_order,$^)
 test-compile:
 	@tests/run.sh tests/compile.sh
-test-scripts: $(TOOLS) $(EXAMPLES)
+test-scripts: $(TOOLS) $(EXAMPLES) build/tests/in_conformance
 	@tests/run.sh $(SCRIPTS)
 test-floors:
 	@tests/run.sh $(FLOORS)
+
+# ---- at length; programs find their seed in SOAK_SEED ----
+
+soak:
+	@tools/soak.sh $(SOAK_SECONDS) $(SOAK_PARTS:%='$(MAKE) % SOAK_SECONDS=$(SOAK_TURN)')
+soak-crash: build/tests/crash build/tests/stopped
+	@tools/soak.sh $(SOAK_SECONDS) 'CRASH_SEED=$$SOAK_SEED CRASH_MOMENTS=1000 TEST_LIMIT_SCALE=10 build/tests/crash' \
+	    'STOPPED_S=35 build/tests/stopped'
+soak-load: build/tests/load
+	@tools/soak.sh $(SOAK_SECONDS) 'LOAD_WORKERS=64 LOAD_SECONDS=$(if $(filter-out 0,$(SOAK_SECONDS)),$(SOAK_SECONDS),600) $<'
+soak-slow: build/tests/slow
+	@tools/soak.sh $(SOAK_SECONDS) $<
+soak-valgrind: build/tests/in_conformance
+	@tools/soak.sh $(SOAK_SECONDS) 'tests/valgrind.sh all'
 
 clean:
 	rm -rf build
