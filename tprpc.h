@@ -9159,10 +9159,24 @@ static void tpr_pipe_op_finish(tpr_pipe_op *op, tpr_base_list *list) {
     }
 }
 
-TPR_COLD static void tpr_pipe_op_fail(tpr_pipe_op *op, tpr_base_list *list) {
-    op->status = op->pipe->status;
-    op->error = op->pipe->error;
-    tpr_pipe_op_finish(op, list);
+// Ends the reads that have no message yet. On an ordered pipe the end of one lets those behind it go, so all are marked
+// before the first is let go.
+TPR_COLD static void tpr_pipe_fail_reads(tprpc_pipe *pipe) {
+    for (tpr_base_list *node = pipe->reads.next; node != &pipe->reads; node = node->next) {
+        tpr_pipe_op *op = TPR_CONTAINER(node, tpr_pipe_op, node);
+        if (op->finished || op->in) continue;
+        op->status = pipe->status;
+        op->error = pipe->error;
+        op->finished = true;
+    }
+    for (tpr_base_list *node = pipe->reads.next, *next; node != &pipe->reads; node = next) {
+        tpr_pipe_op *op = TPR_CONTAINER(node, tpr_pipe_op, node);
+        next = node->next;
+        if (!op->finished && pipe->ordered) return;
+        if (!op->finished) continue;
+        tpr_base_list_remove(node);
+        tpr_loop_post(pipe->loop, &op->task);
+    }
 }
 
 static void tpr_pipe_op_written(tpr_pipe_write *write) {
@@ -9307,11 +9321,7 @@ TPR_COLD static void tpr_pipe_end(tprpc_pipe *pipe, tprpc_status status, int32_t
         write->parked = NULL;
         tpr_pipe_write_done(write, pipe->status, &pipe->error);
     }
-    for (tpr_base_list *node = pipe->reads.next, *next; node != &pipe->reads; node = next) {
-        tpr_pipe_op *op = TPR_CONTAINER(node, tpr_pipe_op, node);
-        next = node->next;
-        if (!op->finished && !op->in) tpr_pipe_op_fail(op, &pipe->reads);
-    }
+    tpr_pipe_fail_reads(pipe);
     pipe->waiting = &pipe->reads;
     tpr_pipe_frame_over(pipe);
     for (uint32_t i = 0; i < pipe->handle_count; i++) tpr_os_close((int)pipe->handles[i]);
