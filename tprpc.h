@@ -1354,8 +1354,9 @@ static inline void tpr_atomic_prefetch(const void *p) { __builtin_prefetch(p); }
 
 #ifdef TPRPC_TEST_HOOKS
 // A test's hand on every system call and allocation: called before it with its name; returns 0 to let it happen or an
-// errno to fail it with. *size, where the call has a size or a time-out in ms, may be lowered; what fstatfs_type tells
-// of a memory descriptor may be any.
+// errno to fail it with. *size, where the call has a size or a time-out in us, may be lowered; what fstatfs_type tells
+// of a memory descriptor may be any. Calls that give something back (close, munmap, shutdown, epoll_del, futex_wake)
+// cannot fail: of them it is told.
 int (*tprpc_test_hook)(const char *call, int64_t *size);
 static int tpr_os_hooked(const char *call, int64_t *size) {
     int64_t none = 0;
@@ -1386,6 +1387,7 @@ TPR_UNUSED static int tpr_os_futex_wait(uint32_t *word, uint32_t value, int64_t 
 }
 
 TPR_COLD TPR_UNUSED static void tpr_os_futex_wake(uint32_t *word, int count) {
+    (void)TPR_OS_HOOKED("futex_wake", TPR_OS_NO_SIZE);
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
@@ -1481,13 +1483,17 @@ TPR_UNUSED static uint32_t *tpr_os_fork_page(void) {
 }
 
 TPR_UNUSED static void tpr_os_fork_page_free(uint32_t *page) {
-    if (page) munmap(page, (size_t)sysconf(_SC_PAGESIZE));
+    if (!page) return;
+    (void)TPR_OS_HOOKED("munmap", TPR_OS_NO_SIZE);
+    munmap(page, (size_t)sysconf(_SC_PAGESIZE));
 }
 
 // ---- files
 
 TPR_COLD TPR_UNUSED static void tpr_os_close(int fd) {
-    if (fd >= 0) close(fd);
+    if (fd < 0) return;
+    (void)TPR_OS_HOOKED("close", TPR_OS_NO_SIZE);
+    close(fd);
 }
 
 TPR_UNUSED static int tpr_os_duplicate(int fd) {
@@ -1521,7 +1527,7 @@ TPR_UNUSED static void tpr_os_boot_id(char *out, size_t size) {
         return;
     }
 #endif
-    if (uname(&name) == 0) snprintf(out, size, "%.36s", name.nodename);
+    if (!TPR_OS_HOOKED("uname", TPR_OS_NO_SIZE) && uname(&name) == 0) snprintf(out, size, "%.36s", name.nodename);
 }
 
 // A number that tells the network namespace `fd`'s socket is in from others of this boot; 0 where it cannot be told.
@@ -1584,7 +1590,9 @@ TPR_UNUSED static void *tpr_os_map(int fd, size_t size) {
 }
 
 TPR_UNUSED static void tpr_os_unmap(void *p, size_t size) {
-    if (p) munmap(p, size);
+    if (!p) return;
+    (void)TPR_OS_HOOKED("munmap", TPR_OS_NO_SIZE);
+    munmap(p, size);
 }
 
 // ---- readiness
@@ -1611,6 +1619,7 @@ TPR_UNUSED static int tpr_os_poller_set(int poller, int fd, uint32_t events, voi
 TPR_UNUSED static void tpr_os_poller_remove(int poller, int fd) {
     struct epoll_event event;
     memset(&event, 0, sizeof event);
+    (void)TPR_OS_HOOKED("epoll_del", TPR_OS_NO_SIZE);
     epoll_ctl(poller, EPOLL_CTL_DEL, fd, &event);
 }
 
@@ -1624,7 +1633,8 @@ TPR_UNUSED static int tpr_os_poller_wait(int poller, tpr_os_event *out, int coun
     ts.tv_sec = (time_t)(timeout_us / 1000000);
     ts.tv_nsec = (long)(timeout_us % 1000000 * 1000);
 #ifdef SYS_epoll_pwait2
-    if (timeout_us > 0) n = (int)syscall(SYS_epoll_pwait2, poller, events, count, &ts, NULL, (size_t)0);
+    if (timeout_us > 0 && !TPR_OS_HOOKED("epoll_pwait2", TPR_OS_NO_SIZE))
+        n = (int)syscall(SYS_epoll_pwait2, poller, events, count, &ts, NULL, (size_t)0);
     if (timeout_us <= 0 || (n < 0 && errno == ENOSYS))
 #endif
         n = epoll_wait(poller, events, count, timeout_us < 0 ? -1 : timeout_us > 2000000000 ? 2000000
@@ -1971,9 +1981,11 @@ TPR_UNUSED static int64_t tpr_os_tcp_silent_ms(int fd) {
 // Closes a connection so that what was sent still arrives: received bytes that nobody read would turn the close into a
 // reset, so what is there (at most 16 MiB) is thrown away first. The shutdown ends it even if a forked child holds it.
 TPR_UNUSED static void tpr_os_tcp_close(int fd) {
+    (void)TPR_OS_HOOKED("shutdown", TPR_OS_NO_SIZE);
     shutdown(fd, SHUT_WR);
-    for (int i = 0; i < 16 && recv(fd, NULL, 1 << 20, MSG_TRUNC | MSG_DONTWAIT) > 0; i++) {}
-    close(fd);
+    for (int i = 0; i < 16; i++)
+        if (TPR_OS_HOOKED("drain", TPR_OS_NO_SIZE) || recv(fd, NULL, 1 << 20, MSG_TRUNC | MSG_DONTWAIT) <= 0) break;
+    tpr_os_close(fd);
 }
 
 // The port in network order; the address, 4 or 16 bytes, into out.
@@ -2106,7 +2118,10 @@ TPR_UNUSED static bool tpr_os_readable(int fd) {
 }
 
 // Ends a socket for all who hold it, a forked child included.
-TPR_UNUSED static void tpr_os_shutdown(int fd) { shutdown(fd, SHUT_RDWR); }
+TPR_UNUSED static void tpr_os_shutdown(int fd) {
+    (void)TPR_OS_HOOKED("shutdown", TPR_OS_NO_SIZE);
+    shutdown(fd, SHUT_RDWR);
+}
 
 // ---- files that processes share
 
