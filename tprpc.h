@@ -3864,11 +3864,11 @@ static bool tpr_loop_run_callbacks(tpr_loop *loop, int64_t stop_us, bool (*ready
 }
 
 // Arms every source. False: one of them is busy, or there is other work for a thread that runs callbacks (`mine`) or
-// not.
-static bool tpr_loop_quiet(tpr_loop *loop, bool mine, int64_t *until_us) {
+// not. tprpc_wake is for who polls, not for who waits (`waits`).
+static bool tpr_loop_quiet(tpr_loop *loop, bool mine, bool waits, int64_t *until_us) {
     if (TPR_ATOMIC_LOAD(&loop->inbox) || loop->later.head || loop->places.head) return false;
     if (mine && tpr_loop_queue_ready(&loop->callbacks)) return false;
-    if (TPR_ATOMIC_LOAD(&loop->woken)) return false;
+    if (!waits && TPR_ATOMIC_LOAD(&loop->woken)) return false;
     int64_t timer = tpr_timer_next_us(&loop->wheel);
     if (timer < *until_us) *until_us = timer;
     for (uint32_t i = 0; i < loop->source_count; i++)
@@ -3876,13 +3876,16 @@ static bool tpr_loop_quiet(tpr_loop *loop, bool mine, int64_t *until_us) {
     return true;
 }
 
-// Sleeps in the poller until there is work or until_us (INT64_MAX: no limit).
+// Sleeps in the poller until there is work or until_us (INT64_MAX: no limit). Where it may not, for a source is busy
+// that yet did nothing, others get the lock for a moment. Who polls and follows a sleeper that waits is woken by it.
 TPR_COLD static void tpr_loop_sleep(tpr_loop *loop, int64_t until_us, bool mine, bool waits) {
     tpr_os_event events[TPR_LOOP_SOURCES];
+    bool slept = false;
     TPR_ATOMIC_STORE_FULL(&loop->asleep, 1u);
     loop->sleeping = true;
     loop->sleeper_waits = waits;
-    if (tpr_loop_quiet(loop, mine, &until_us)) {
+    if (waits && TPR_ATOMIC_LOAD(&loop->woken)) tpr_loop_wake_followers(loop, TPR_LOOP_ALL);
+    if (tpr_loop_quiet(loop, mine, waits, &until_us)) {
         int64_t left = until_us == INT64_MAX ? -1 : until_us - tpr_loop_clock(loop);
         loop->sleep_until = until_us;
         if (until_us == INT64_MAX || left > 0) {
@@ -3890,10 +3893,12 @@ TPR_COLD static void tpr_loop_sleep(tpr_loop *loop, int64_t until_us, bool mine,
             int n = tpr_os_poller_wait(loop->poller, events, TPR_LOOP_SOURCES, left);
             tpr_loop_enter(loop);
             for (int i = 0; i < n; i++) if (!events[i].user) tpr_os_bell_clear(loop->bell);
+            slept = true;
         }
     }
     loop->sleeping = false;
     TPR_ATOMIC_STORE_FULL(&loop->asleep, loop->armed ? 1u : 0u);
+    if (!slept) tpr_loop_give_way(loop);
     tpr_loop_clock(loop);
 }
 
@@ -3920,7 +3925,8 @@ static void tpr_loop_hand_on(tpr_loop *loop) {
     int64_t until = INT64_MAX;
     loop->driving = false;
     if (TPR_UNLIKELY(loop->sleeping || loop->armed)) {
-        if (!tpr_loop_quiet(loop, true, &until) || until < loop->sleep_until) tpr_os_bell_ring(loop->bell);
+        bool waits = loop->sleeping && loop->sleeper_waits;
+        if (!tpr_loop_quiet(loop, true, waits, &until) || until < loop->sleep_until) tpr_os_bell_ring(loop->bell);
     } else if (TPR_UNLIKELY(!tpr_base_list_empty(&loop->followers))) {
         tpr_loop_wake_followers(loop, TPR_LOOP_ONE);
     }
@@ -4275,7 +4281,7 @@ TPRPC_API bool tprpc_context_arm(tprpc_context *ctx, int64_t *deadline_us) {
     tpr_loop *loop = &ctx->loops[0];
     tpr_loop_enter(loop);
     TPR_ATOMIC_STORE_FULL(&loop->asleep, 1u);
-    loop->armed = tpr_loop_quiet(loop, true, &until);
+    loop->armed = tpr_loop_quiet(loop, true, false, &until);
     loop->sleep_until = until;
     if (loop->armed && until != INT64_MAX) {
         int64_t left = until - tpr_loop_clock(loop);

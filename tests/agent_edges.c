@@ -285,3 +285,102 @@ IN_MODES(group_over_ipv6, 0x49) {
     sides[1].methods = methods;
     group_run(sides, 2);
 }
+
+/* ---- tprpc_wake while a thread waits for its future ---- */
+
+enum { LONG_MS = 10000 };
+
+static void on_slow(tprpc_request request, const tprpc_message *message, void *user) {
+    (void)user;
+    ADD(&shared->handled, 1);
+    CHECK(until(NULL, &shared->go, 1));
+    test_sleep_us(20000);              /* by then the caller waits */
+    tprpc_reply(request, message);
+}
+
+static tprpc_request woken_kept;
+static void on_keep_one(tprpc_request request, const tprpc_message *message, void *user) {
+    (void)message; (void)user;
+    REQUIRE_EQ_INT(tprpc_request_keep(request), TPRPC_OK);
+    woken_kept = request;
+    ADD(&shared->handled, 1);
+}
+
+/* The waiting thread, which drives the loop, does not shut out the loop's own, whose handler wants to reply. */
+static void client_woken(side *s) {
+    tprpc_future future;
+    REQUIRE_EQ_INT(tprpc_call(s->agent, "ann", "slow", NULL, NULL, &future), TPRPC_OK);
+    CHECK(until(NULL, &shared->handled, 1));
+    tprpc_wake(s->ctx);
+    STORE(&shared->go, 1);
+    CHECK_EQ_INT(tprpc_future_wait(future, LONG_MS), TPRPC_OK);
+    tprpc_future_release(future);
+}
+
+static void without_spinning(side *s, tprpc_context_desc *context, tprpc_agent_desc *agent) {
+    (void)s; (void)agent;
+    context->spin_us = TPRPC_NOW;
+}
+
+IN_MODES(woken_while_waiting, 0x38) {
+    static const tprpc_method_desc methods[] = {{"slow", on_slow, NULL, NULL, NULL, 0}, {0}};
+    side sides[2] = {{0}};
+    sides[0].mode = with;
+    sides[0].main = client_woken;
+    sides[0].tune = without_spinning;
+    sides[0].methods = methods;
+    group_run(sides, 2);
+}
+
+typedef struct waiter { tprpc_future future; int64_t cpu_us; int begun; } waiter;
+
+static int64_t cpu_now_us(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+static void *waits(void *arg) {
+    waiter *w = (waiter *)arg;
+    STORE(&w->begun, 1);
+    CHECK_EQ_INT(tprpc_future_wait(w->future, LONG_MS), TPRPC_OK);
+    w->cpu_us = cpu_now_us();
+    return NULL;
+}
+
+static void *wakes(void *arg) {
+    test_sleep_us(30000);              /* by then it polls */
+    tprpc_wake((tprpc_context *)arg);
+    return NULL;
+}
+
+/* A poll that follows the thread which waits is ended too; and where nobody polls, that thread goes on sleeping. */
+static void client_wakes_poll(side *s) {
+    waiter w = {{NULL, 0}, 0, 0};
+    pthread_t waiting, waking;
+    REQUIRE_EQ_INT(tprpc_call(s->agent, "ann", "keep", NULL, NULL, &w.future), TPRPC_OK);
+    CHECK(until(s, &shared->handled, 1));
+    REQUIRE_EQ_INT(pthread_create(&waiting, NULL, waits, &w), 0);
+    CHECK(until(NULL, &w.begun, 1));
+    test_sleep_us(30000);              /* by then it sleeps */
+    REQUIRE_EQ_INT(pthread_create(&waking, NULL, wakes, s->ctx), 0);
+    const int64_t begin = test_now_us();
+    tprpc_poll(s->ctx, (int64_t)LONG_MS * 1000, 0);
+    CHECK_LE_INT(test_now_us() - begin, (int64_t)LONG_MS * 500);
+    pthread_join(waking, NULL);
+    tprpc_wake(s->ctx);
+    test_sleep_us(500000);
+    tprpc_reply(woken_kept, NULL);
+    pthread_join(waiting, NULL);
+    CHECK_LE_INT(w.cpu_us, 250000);
+    tprpc_future_release(w.future);
+}
+
+IN_MODES(wake_ends_a_poll_that_follows, 0x44) {
+    static const tprpc_method_desc methods[] = {{"keep", on_keep_one, NULL, NULL, NULL, 0}, {0}};
+    side sides[2] = {{0}};
+    sides[0].mode = with;
+    sides[0].main = client_wakes_poll;
+    sides[0].methods = methods;
+    group_run(sides, 2);
+}
