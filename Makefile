@@ -28,6 +28,8 @@ TSAN  = -O1 -g -fno-omit-frame-pointer -fsanitize=thread
 PLAIN_IN = $(PLAIN) -O1
 ASAN_IN  = $(ASAN) -O0
 TSAN_IN  = $(TSAN) -O0
+# The counters are mapped from the profile's file, so that they are there however a process ends, by _exit or killed.
+COVERAGE = -O1 -g -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation
 
 WAVE_ARGS  =
 # make soak runs these parts in turn, each for SOAK_TURN seconds; each alone runs for SOAK_SECONDS. 0: until stopped
@@ -160,6 +162,7 @@ endef
 $(eval $(call variant,build,$$(CC),$$(CXX),$$(PLAIN),$$(PLAIN_IN)))
 $(eval $(call variant,build/asan,$$(SAN_CC),$$(SAN_CXX),$$(ASAN),$$(ASAN_IN)))
 $(eval $(call variant,build/tsan,$$(SAN_CC),$$(SAN_CXX),$$(TSAN),$$(TSAN_IN)))
+$(eval $(call variant,build/coverage,$$(SAN_CC),$$(SAN_CXX),$$(COVERAGE),$$(COVERAGE) -O0))
 
 # ---- the library, tools and examples: a program that does not compile the implementation itself gets the library ----
 
