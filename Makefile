@@ -3,9 +3,12 @@
 # make test     all tests; installs what they need
 # make bench    measurements against others; installs what it needs
 # make soak     the tests that are the better the longer they run, until stopped or for SOAK_SECONDS
+# make fuzz     the fuzz targets, until stopped or for FUZZ_SECONDS
+# make coverage line coverage by section, of the tests and the fuzz targets' corpora; installs what it needs
 # make clean
 #
-# make test-plain, test-asan, test-tsan, test-compile, test-scripts, test-floors: a part of the tests, installing nothing
+# make test-plain, test-asan, test-tsan, test-compile, test-scripts, test-fuzz, test-floors: a part of the tests,
+#               installing nothing
 # make asan, make tsan: the tests' programs, built with a sanitizer
 
 CC  = gcc
@@ -29,7 +32,9 @@ PLAIN_IN = $(PLAIN) -O1
 ASAN_IN  = $(ASAN) -O0
 TSAN_IN  = $(TSAN) -O0
 # The counters are mapped from the profile's file, so that they are there however a process ends, by _exit or killed.
-COVERAGE = -O1 -g -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation
+COVERAGE = -O1 -g -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation \
+           -Wno-unused-command-line-argument
+FUZZ     = -O1 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 
 WAVE_ARGS  =
 # make soak runs these parts in turn, each for SOAK_TURN seconds; each alone runs for SOAK_SECONDS. 0: until stopped
@@ -39,12 +44,19 @@ SOAK_TURN    = 300
 
 BENCH      = tools/bench.py
 BENCH_ARGS =
+FUZZ_SECONDS  = 0
+COVERAGE_ARGS =
 
-HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tools/*.h examples/*.h) tests/toys.c
+HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tests/fuzz/*.h tools/*.h examples/*.h) \
+            tests/toys.c
 TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c,$(wildcard tests/*.c)))
 TESTS_CXX = $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
-SCRIPTS   = $(filter-out tests/run.sh tests/compile.sh,$(wildcard tests/*.sh))
-FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py
+SCRIPTS   = $(filter-out tests/run.sh tests/compile.sh tests/fuzz.sh,$(wildcard tests/*.sh))
+FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py "tools/coverage.py --self-test"
+FUZZERS   = $(patsubst tests/fuzz/%.c,build/fuzz/%,$(wildcard tests/fuzz/*.c))
+# Not what counts the cost of a million calls, which takes minutes with counters in it and runs nothing else.
+COVERED   = $(patsubst %,build/coverage/tests/%,$(filter-out agent_cost,$(TESTS_C))) \
+            $(FUZZERS:build/%=build/coverage/%)
 TOOLS     = $(patsubst tools/%.c,build/%,$(wildcard tools/*.c))
 EXAMPLES  = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c)) \
             $(patsubst examples/%.cpp,build/%,$(wildcard examples/*.cpp))
@@ -64,16 +76,17 @@ tsan_tests  := $(san_tests:%=build/tsan/tests/%)
 # What needs the machine to itself runs last, alone: it counts what a million calls cost while both ends spin.
 in_order = $(filter-out %/agent_cost,$(1)) -- $(filter %/agent_cost,$(1))
 
-# make test and make demo compile on all cores without being asked to.
-ifneq ($(filter demo test,$(MAKECMDGOALS)),)
+# make test, demo and coverage compile on all cores without being asked to.
+ifneq ($(filter demo test coverage,$(MAKECMDGOALS)),)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 endif
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all demo test bench soak $(SOAK_PARTS) clean asan tsan setup-demo setup-test setup-bench \
-        test-plain test-asan test-tsan test-compile test-scripts test-floors
+.PHONY: all demo test bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
+        setup-demo setup-test setup-bench setup-coverage \
+        test-plain test-asan test-tsan test-compile test-scripts test-fuzz test-floors
 
 all: build/libtprpc.a $(TOOLS) $(EXAMPLES)
 asan: $(asan_tests)
@@ -81,21 +94,28 @@ tsan: $(tsan_tests)
 
 # ---- what installs: before the first compilation, hence the order-only $(SETUP) below ----
 
-SETUP = $(patsubst %,setup-%,$(filter demo test bench,$(MAKECMDGOALS)))
+SETUP = $(patsubst %,setup-%,$(filter demo test bench coverage,$(MAKECMDGOALS)))
 
-setup-demo setup-test setup-bench:
+setup-demo setup-test setup-bench setup-coverage:
 	@tools/setup.sh $(@:setup-%=%)
 
 demo: build/wave
 	build/wave $(WAVE_ARGS)
 
-test: $(plain_tests) $(asan_tests) $(tsan_tests) $(TOOLS) $(EXAMPLES)
-	@tests/run.sh $(call in_order,$(FLOORS) tests/compile.sh $(plain_tests) $(SCRIPTS) $(asan_tests) $(tsan_tests))
+test: $(plain_tests) $(asan_tests) $(tsan_tests) $(TOOLS) $(EXAMPLES) $(FUZZERS)
+	@tests/run.sh $(call in_order,$(FLOORS) tests/compile.sh tests/fuzz.sh $(plain_tests) $(SCRIPTS) $(asan_tests) \
+	              $(tsan_tests))
 
 bench: all
 	$(BENCH) $(BENCH_ARGS)
 
+coverage: $(COVERED)
+	tools/coverage.py $(COVERAGE_ARGS) $(COVERED)
+
 # ---- what does not ----
+
+fuzz: $(FUZZERS)
+	tests/fuzz.sh --long $(FUZZ_SECONDS)
 
 test-plain: $(plain_tests)
 	@tests/run.sh $(call in_order,$^)
@@ -107,6 +127,8 @@ test-compile:
 	@tests/run.sh tests/compile.sh
 test-scripts: $(TOOLS) $(EXAMPLES) build/tests/in_conformance
 	@tests/run.sh $(SCRIPTS)
+test-fuzz: $(FUZZERS)
+	@tests/run.sh tests/fuzz.sh
 test-floors:
 	@tests/run.sh $(FLOORS)
 
@@ -163,6 +185,16 @@ $(eval $(call variant,build,$$(CC),$$(CXX),$$(PLAIN),$$(PLAIN_IN)))
 $(eval $(call variant,build/asan,$$(SAN_CC),$$(SAN_CXX),$$(ASAN),$$(ASAN_IN)))
 $(eval $(call variant,build/tsan,$$(SAN_CC),$$(SAN_CXX),$$(TSAN),$$(TSAN_IN)))
 $(eval $(call variant,build/coverage,$$(SAN_CC),$$(SAN_CXX),$$(COVERAGE),$$(COVERAGE) -O0))
+
+# ---- the fuzz targets, each with an implementation of its own; clang alone has libFuzzer ----
+
+build/fuzz/%: tests/fuzz/%.c $(HEADERS) | $(SETUP)
+	@mkdir -p $(@D)
+	$(SAN_CC) $(C_FLAGS) $(FUZZ) -D_GNU_SOURCE $< $(LIBRARIES) -o $@
+
+build/coverage/fuzz/%: tests/fuzz/%.c $(HEADERS) | $(SETUP)
+	@mkdir -p $(@D)
+	$(SAN_CC) $(C_FLAGS) $(COVERAGE) -fsanitize=fuzzer -D_GNU_SOURCE $< $(LIBRARIES) -o $@
 
 # ---- the library, tools and examples: a program that does not compile the implementation itself gets the library ----
 

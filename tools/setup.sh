@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what a purpose needs and this machine lacks:  tools/setup.sh demo|test|bench
+# Installs what a purpose needs and this machine lacks:  tools/setup.sh demo|test|coverage|bench
 #
 # What counts is whether a thing works here, not whether dpkg knows it: a machine that has it, from wherever, needs
 # neither dpkg nor a network. What lacks is installed with apt-get where this user is root, or sudo asks no password, or
@@ -13,12 +13,19 @@ compiles() {        # compiles COMPILER SOURCE [FLAG...]
     shift 2
     has "$compiler" && printf '%s\n' "$source" | "$compiler" "$@" -o /dev/null - >/dev/null 2>&1
 }
-links_sanitizer() { # links a program to a real file, for some linkers refuse /dev/null
+links() {           # links SOURCE FLAG: a program to a real file, for some linkers refuse /dev/null
     out=$(mktemp) || return 1
-    compiles clang 'int main(void) { return 0; }' -x c "-fsanitize=$1" -o "$out"
+    compiles clang "$1" -x c "$2" -o "$out"
     rc=$?
     rm -f "$out"
     return $rc
+}
+links_sanitizer() { links 'int main(void) { return 0; }' "-fsanitize=$1"; }
+links_fuzzer() {
+    links 'int LLVMFuzzerTestOneInput(const char *data, unsigned long size) { return !data && size; }' -fsanitize=fuzzer
+}
+has_llvm() {        # a tool of LLVM's, clang's own or on the path
+    has "$(clang "-print-prog-name=$1" 2>/dev/null)"
 }
 
 missing_for() {
@@ -29,7 +36,7 @@ missing_for() {
     [ "$1" = demo ] && return
     has clang                                                           || echo clang
     compiles g++ '#include <string>' -x c++ -c                          || echo g++
-    { links_sanitizer address,undefined && links_sanitizer thread; }    || echo libclang-rt-dev
+    { links_sanitizer address,undefined && links_sanitizer thread && links_fuzzer; } || echo libclang-rt-dev
     has nm                                                              || echo binutils
     has python3                                                         || echo python3
     has ip                                                              || echo iproute2
@@ -38,12 +45,16 @@ missing_for() {
     has aarch64-linux-gnu-gcc                                           || echo gcc-aarch64-linux-gnu
     compiles aarch64-linux-gnu-gcc '#include <pthread.h>' -x c -c       || echo libc6-dev-arm64-cross
     [ "$1" = test ] && return
+    if [ "$1" = coverage ]; then
+        { has_llvm llvm-profdata && has_llvm llvm-cov; }                || echo llvm
+        return
+    fi
     has ucx_perftest                                                    || echo ucx-utils
 }
 
 case ${1-} in
-demo|test|bench) purpose=$1 ;;
-*) echo "usage: tools/setup.sh demo|test|bench" >&2; exit 2 ;;
+demo|test|coverage|bench) purpose=$1 ;;
+*) echo "usage: tools/setup.sh demo|test|coverage|bench" >&2; exit 2 ;;
 esac
 
 missing=$(missing_for "$purpose" | tr '\n' ' ')

@@ -597,6 +597,16 @@ static void line_connect(line *l, bool shm, uint8_t flags) {
     for (uint32_t i = 0; live.agent && i < live.agent->self.address_count; i++)
         if (strncmp(live.agent->self.addresses[i], shm ? "shm" : "tcp", 3) == 0)
             address = live.agent->self.addresses[i];
+    static tpr_wire_hello hello;       /* where it listens for a pipe that moves, it said in its hello */
+    static char offered[TPR_WIRE_ADDRESS + 8];
+    if (!address && known.hello_size && tpr_wire_read_hello(known.hello, known.hello_size, &hello)) {
+        const char *name = shm ? "shm" : "tcp";
+        for (uint32_t i = 0; i < hello.offer_count; i++) {
+            if (strcmp(hello.offers[i].name, name) != 0 || !hello.offers[i].address[0]) continue;
+            snprintf(offered, sizeof offered, "%s://%s", name, hello.offers[i].address);
+            address = offered;
+        }
+    }
     if (!address) return;
     l->shm = shm;
     l->fd = socket(shm ? AF_UNIX : AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);

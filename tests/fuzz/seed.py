@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Seeds for the fuzz targets, from the sessions recorded in tests/wire:  tests/fuzz/seed.py FOLDER
+
+Writes FOLDER/wire, FOLDER/tcp, FOLDER/shm and FOLDER/store, an input per file. How an input is read is said in the
+targets; the numbers below are theirs.
+"""
+import os
+import struct
+import sys
+
+WIRE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "wire")
+# The decoders of wire.c, in its order.
+HELLO, MOVE, AGREE, BYE, FRAME, SHORT, MESSAGE, CALL, ERROR, INTRO, WORKER, STORE_HELLO, STORE, RECORDS, WRITERS = range(15)
+BY_KIND = {1: HELLO, 2: MOVE, 3: MOVE, 4: AGREE, 5: MESSAGE, 9: BYE}
+RAW, POLL = 1, 0                        # deeds of live.h and store.c
+
+
+def tape(name):
+    """[(direction, bytes)] of a recording."""
+    with open(os.path.join(WIRE, name), "rb") as file:
+        data = file.read()
+    at, frames = 6, []
+    while at < len(data):
+        way, size = struct.unpack_from("<BI", data, at)
+        at += 5
+        frame = b""
+        while len(frame) < size:
+            piece, = struct.unpack_from("<I", data, at)
+            n = piece & 0x7FFFFFFF
+            if piece >> 31:
+                frame += data[at + 4:at + 5] * n
+                at += 5
+            else:
+                frame += data[at + 4:at + 4 + n]
+                at += 4 + n
+        frames.append((way, frame))
+    return frames
+
+
+def raw(data):
+    """Deeds that say those bytes."""
+    return b"".join(bytes([RAW, len(data[i:i + 127])]) + data[i:i + 127] for i in range(0, len(data), 127)) + bytes([POLL, 1])
+
+
+def main():
+    for target in "wire", "tcp", "shm", "store":
+        os.makedirs(os.path.join(sys.argv[1], target), exist_ok=True)
+    count = 0
+
+    def put(target, data):
+        nonlocal count
+        count += 1
+        with open(os.path.join(sys.argv[1], target, "seed-%d" % count), "wb") as file:
+            file.write(data[:4096])
+
+    sessions = [name for name in sorted(os.listdir(WIRE)) if name.endswith((".bin", ".frames"))]
+    for name in sessions:
+        frames = tape(name)
+        for way, frame in frames:
+            kind = frame[4]
+            put("wire", bytes([FRAME]) + frame[:8])
+            if kind in BY_KIND:
+                put("wire", bytes([BY_KIND[kind]]) + frame[8:])
+            if kind == 5 and len(frame) >= 24:
+                put("wire", bytes([SHORT]) + frame[:24])
+                metadata, = struct.unpack_from("<I", frame, 8)
+                prefix = frame[24:24 + frame[17]]
+                if len(prefix) >= 24 and prefix[0] in (3, 5) and frame[12:16] == bytes(4):
+                    body = frame[24 + len(prefix):24 + len(prefix) + metadata]
+                    put("wire", bytes([ERROR if prefix[0] == 3 else INTRO]) + body)
+                if len(prefix) >= 24:
+                    put("wire", bytes([CALL]) + prefix)
+        for role, way in (0, 0), (1, 1):
+            session = b"".join(raw(frame) for at, frame in frames if at == way)
+            for target in "tcp", "shm":
+                put(target, bytes([2 if role == 0 and name.startswith("agent") else role, 0]) + session)
+    for role in range(4):                # a good handshake, and one of each deed
+        for target in "tcp", "shm":
+            deeds = b"".join(bytes([deed, 17 * deed & 255, 3, 1, 9, 0, 4, 2]) for deed in range(28))
+            put(target, bytes([role | 8, 31]) + deeds)
+    hear, poll, polite = bytes([14]), bytes([POLL, 1]), bytes([24, 12])
+    talk = (poll + hear) * 5 + b"".join(bytes([22, deed, 1, 60, 3]) + poll + hear for deed in range(8))
+    for end in 0, 31:                    # a pipe that moves to shared memory, as either end; then both talk
+        put("tcp", bytes([1 | 4, end, 0]) + poll + hear + bytes([2, 1]) + poll + bytes([19, 1]) + polite + talk)
+        put("tcp", bytes([0 | 4, end, 0, 2, 0]) + poll + hear + bytes([19, 1, 24, 96, 0]) + poll + polite + bytes([3, 0])
+            + talk)
+        for role in range(4):            # a call or message of each kind, each deed of the user's, bulk, credit
+            for target in "tcp", "shm":
+                said = b"".join(bytes([4, 2 * k, 3, 1, 40, 0, 10, 1, 200, 9, 0, 6, 5 * k, k, 0, 80]) + poll + hear +
+                                bytes([25, 200, 10, k & 3, 1, 22, k]) for k in range(8))
+                put(target, bytes([role | 8, end]) + said + talk)
+    for name in sorted(os.listdir(WIRE)):
+        if name.endswith(".tape"):
+            segments = tape(name)
+            for way in 0, 1:
+                stream = b"".join(data for at, data in segments if at & 1 == way)
+                put("wire", bytes([STORE_HELLO]) + stream[:16])
+                put("wire", bytes([STORE]) + stream[16:])
+                put("store", bytes([way]) + raw(stream))
+        if name.endswith(".file"):
+            with open(os.path.join(WIRE, name), "rb") as file:
+                data = file.read()
+            put("wire", bytes([RECORDS, 1]) + data[8:])
+            put("wire", bytes([RECORDS, 0]) + data[8:])
+            put("store", bytes([2]) + bytes([7, 0, 15, 3, len(data[8:])]) + data[8:])
+    for role in range(4):
+        put("store", bytes([role | 8]) + b"".join(bytes([deed, 31 * deed & 255, 5, 1, 0, 2]) for deed in range(20)))
+
+
+if __name__ == "__main__":
+    main()
