@@ -14268,6 +14268,7 @@ static void tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
     while (!tpr_loop_wait(loop, tpr_agent_loop_idle, on, tpr_loop_clock(loop) + 10000) ||
            TPR_ATOMIC_LOAD(&agent->jobs)) {
+        tpr_loop_give_way(loop);   // to the loop's thread, whose callback is waited for
         if (!TPR_ATOMIC_LOAD(&agent->jobs)) continue;
         tpr_loop_leave(loop);
         tpr_os_futex_wait(&agent->jobs, TPR_ATOMIC_LOAD(&agent->jobs), 1000);
