@@ -3,12 +3,19 @@
    or because another way was found; nothing is lost, leaked or hung.
 
        HOOKS_ONLY="send 12 104 once" build/tests/hooks -v whole_tcp_polled     one failure, as a report names it
-       HOOKS_CODES=1 build/tests/hooks       every code that is known for a call, not one in turn */
+       HOOKS_ALL=1 build/tests/hooks     every code that is known for a call, not one in turn; two loops; and under a
+                                         sanitizer every failure, not one in TEST_SLOWDOWN */
 #include "agent_help.h"
 #include <signal.h>
 extern int (*tprpc_test_hook)(const char *call, int64_t *size);
 
-enum { PATIENCE_MS = 1500, NAMES = 128, WORKERS = 4, MOST_OF_ONE = 600 };
+enum { PATIENCE_MS = 1500, NAMES = 128, WORKERS = 6, MOST_OF_ONE = 600 };
+
+/* ---- time: while nothing goes on but failures it runs faster, so that nobody sits out what ends by a time-out ---- */
+
+enum { IDLE_US = 300, SKIPPED_US = 10000, MANY_FAILED = 100, FAILED_US = 2000 };
+static int64_t skipped_us;
+static int64_t clock_us(void *user) { (void)user; return test_now_us() + LOAD(&skipped_us); }
 
 /* ---- the hook ---- */
 
@@ -34,7 +41,7 @@ static int on_call(const char *call, int64_t *size) {
     }
     const int n = ++calls[i].calls;
     fails = failing && strcmp(call, failing) == 0 && (failing_once ? n == failing_at : n >= failing_at);
-    if (fails) failed++;
+    if (fails && ADD(&failed, 1) > MANY_FAILED) ADD(&skipped_us, FAILED_US);
     pthread_mutex_unlock(&lock);
     return failing_too && strcmp(call, failing_too) == 0 ? EPERM : fails ? failing_with : 0;
 }
@@ -97,12 +104,6 @@ static void reserve_port(void) {
     REQUIRE(getsockname(fd, (struct sockaddr *)(void *)&at, &size) == 0);
     reserved_port = ntohs(at.sin_port);
 }
-
-/* ---- time: while nothing goes on it runs faster, so that nobody sits out what ends by a time-out ---- */
-
-enum { IDLE_US = 300, SKIPPED_US = 10000 };
-static int64_t skipped_us;
-static int64_t clock_us(void *user) { (void)user; return test_now_us() + LOAD(&skipped_us); }
 
 /* ---- what is done meanwhile: each returns whether it worked ---- */
 
@@ -431,7 +432,7 @@ static void on_changed(tprpc_status status, const tprpc_message *reply, const tp
 static void on_refused(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
     (void)reply;
     CHECK(status != TPRPC_OK);
-    if (status == TPRPC_ERROR_REMOTE) CHECK_EQ_INT(error->user_code, 42);
+    if (status == TPRPC_ERROR_REMOTE && !strstr(error->text, "no memory")) CHECK_EQ_INT(error->user_code, 42);
     told(error, status);
     ADD(&((ends *)user)->good, status == TPRPC_ERROR_REMOTE);
     ADD(&((ends *)user)->outcomes, 1);
@@ -657,15 +658,19 @@ static void on_alarm(int number) {
     (void)number;
     ssize_t n = write(2, text, sizeof text - 1);
     (void)n;
+    if (getenv("HOOKS_PAUSE")) for (;;) pause();   /* for a debugger */
     abort();
 }
 
 static void one_failure(sweeping *s, const char *name, int at, int with, bool once) {
     struct told_of *told_of = &s->told[s->worker];
     snprintf(told_of->doing, sizeof told_of->doing, "%s %d %d %s", name, at, with, once ? "once" : "on");
-    alarm(60 * TEST_SLOWDOWN);
+    const int64_t begin = test_now_us();
+    alarm(30 * TEST_SLOWDOWN);
     run_failing(s->scenario, name, at, with, once, s->harmless);
     alarm(0);
+    if (getenv("HOOKS_TIMES"))
+        printf("%8lld us %s\n", (long long)(test_now_us() - begin), told_of->doing);
     told_of->runs++;
     told_of->reached += failed > 0;
 }
@@ -673,7 +678,7 @@ static void one_failure(sweeping *s, const char *name, int at, int with, bool on
 /* One in WORKERS of all the failures. What is waited for is mostly time, so there are more workers than processors. */
 static void sweep_part(void *arg) {
     sweeping *s = (sweeping *)arg;
-    const bool all = getenv("HOOKS_CODES") != NULL;
+    const bool all = getenv("HOOKS_ALL") != NULL;
     static seen counted[NAMES];
     const size_t count = call_count;
     int job = 0;
@@ -688,7 +693,7 @@ static void sweep_part(void *arg) {
         for (int at = 1; at <= counted[i].calls + 1 && at <= s->most; at++)
             for (int once = is_in(counted[i].name, FAIL_ONCE); once < 2; once++)
                 for (int c = 0; c < (all || counted[i].calls < 4 ? code_count(codes) : 1); c++)
-                    if (job++ % WORKERS == s->worker)
+                    if (++job % WORKERS == s->worker && (all || job / WORKERS % TEST_SLOWDOWN == 0))
                         one_failure(s, counted[i].name, at, codes[(at + once + c) % code_count(codes)], once);
     }
     CHECK_EQ_INT(count_mappings(), mappings);
@@ -737,7 +742,7 @@ static void sweep(bool (*scenario)(void), const char *must, const char *harmless
         reached += s.told[i].reached;
     }
     printf("%d runs, in %d of them a call failed\n", runs, reached);
-    CHECK(reached > runs * 9 / 10);
+    CHECK(reached > runs * 3 / 4);
     munmap(memory, WORKERS * sizeof *s.told);
 }
 
@@ -774,6 +779,6 @@ static void whole_sweep(void *arg) {
     sweep(whole_run, "alloc send recv epoll_ctl", "", MOST_OF_ONE);
 }
 TESTS(whole) {
-    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0] - (getenv("HOOKS_ALL") == NULL); i++)
         test_add(shapes[i].name, whole_sweep, (void *)(uintptr_t)&shapes[i], 600);
 }
