@@ -1446,9 +1446,8 @@ TPR_UNUSED static int64_t tpr_os_now_us(void) {
 // ---- the process
 
 TPR_UNUSED static int tpr_os_random(void *out, size_t size) {
-    if (TPR_OS_HOOKED("getrandom", TPR_OS_NO_SIZE)) return -1;
     for (int i = 0; i < TPR_OS_RETRIES; i++) {
-        ssize_t n = getrandom(out, size, 0);
+        ssize_t n = TPR_OS_HOOKED("getrandom", TPR_OS_NO_SIZE) ? -1 : getrandom(out, size, 0);
         if (n == (ssize_t)size) return 0;
         if (n < 0 && errno != EINTR) return -1;
     }
