@@ -11332,6 +11332,19 @@ static void tpr_store_client_send(tprpc_store *store) {
     }
 }
 
+// Whether a reply shows what its operation has to: callbacks read a sum, or a value that is there.
+static bool tpr_store_client_fits(const tprpc_store_op *op, const tpr_wire_store_frame *frame) {
+    bool present = (frame->flags & TPR_WIRE_STORE_PRESENT) != 0;
+    if (frame->status != (uint32_t)TPRPC_OK) return true;
+    switch (op->request.kind) {
+    case TPRPC_STORE_SET: return !present;
+    case TPRPC_STORE_GET: return present;
+    case TPRPC_STORE_ADD: return present && frame->value.size == sizeof(int64_t);
+    case TPRPC_STORE_DELETE: return present && frame->value.size == 1;
+    default: return true;
+    }
+}
+
 // Takes the replies that have come. Returns PENDING, or why there can be no more.
 static tprpc_status tpr_store_client_read(tprpc_store *store) {
     tpr_wire_store_frame frame;
@@ -11343,6 +11356,7 @@ static tprpc_status tpr_store_client_read(tprpc_store *store) {
         for (tpr_base_list *i = store->conn->ops.next; i != &store->conn->ops && !op; i = i->next)
             if (TPR_CONTAINER(i, tprpc_store_op, link)->id == frame.id) op = TPR_CONTAINER(i, tprpc_store_op, link);
         if (!op) continue;   // cancelled meanwhile
+        if (!tpr_store_client_fits(op, &frame)) return TPRPC_ERROR_PROTOCOL;
         tpr_base_list_remove(&op->link);
         tprpc_error_set(&error, (tprpc_status)frame.status, frame.os_code, "%.*s", (int)frame.text.size,
                         (const char *)frame.text.data);

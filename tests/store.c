@@ -986,6 +986,59 @@ TEST(a_server_that_is_no_store) {
     CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
 }
 
+/* A server that answers each request by OK, with that many bytes for a value, or none. */
+typedef struct liar { int fd, value; } liar;
+static void *run_liar(void *arg) {
+    static const unsigned char hello[16] = {'T', 'P', 'R', 'S', 1, 0, 0, 0};
+    liar *l = (liar *)arg;
+    unsigned char request[16 + 512] = {0}, reply[16 + 48 + 16] = {0};
+    int fd = accept(l->fd, NULL, NULL), shown = l->value < 0 ? 0 : l->value;
+    ssize_t have = 0, n;
+    memcpy(reply, hello, sizeof hello);
+    CHECK_EQ_INT(send(fd, reply, 16, MSG_NOSIGNAL), 16);
+    while (have < 16 + 48 && (n = read(fd, request + have, sizeof request - (size_t)have)) > 0) have += n;
+    reply[16] = (unsigned char)(44 + shown);
+    reply[20] = 3;                     /* a reply */
+    reply[22] = l->value < 0 ? 0 : 4;  /* a value is there */
+    memcpy(reply + 32, request + 32, 8);   /* the request's id */
+    reply[52] = (unsigned char)shown;
+    send(fd, reply + 16, (size_t)(48 + shown), MSG_NOSIGNAL);
+    while (read(fd, request, sizeof request) > 0) {}
+    close(fd);
+    return NULL;
+}
+
+/* Callbacks read what the contract of an operation says: a server that shows something else is none. */
+TEST(a_server_that_shows_something_else) {
+    static const struct { int kind, value; tprpc_status status; } replies[] = {
+        {TPRPC_STORE_SET, -1, TPRPC_OK}, {TPRPC_STORE_SET, 1, TPRPC_ERROR_PROTOCOL},
+        {TPRPC_STORE_GET, 0, TPRPC_OK}, {TPRPC_STORE_GET, -1, TPRPC_ERROR_PROTOCOL},
+        {TPRPC_STORE_ADD, 8, TPRPC_OK}, {TPRPC_STORE_ADD, 7, TPRPC_ERROR_PROTOCOL},
+        {TPRPC_STORE_ADD, 9, TPRPC_ERROR_PROTOCOL}, {TPRPC_STORE_ADD, -1, TPRPC_ERROR_PROTOCOL},
+        {TPRPC_STORE_COMPARE_SET, -1, TPRPC_OK}, {TPRPC_STORE_COMPARE_SET, 5, TPRPC_OK},
+        {TPRPC_STORE_DELETE, 1, TPRPC_OK}, {TPRPC_STORE_DELETE, 0, TPRPC_ERROR_PROTOCOL},
+        {TPRPC_STORE_DELETE, -1, TPRPC_ERROR_PROTOCOL},
+    };
+    char url[64];
+    liar l = {socket_listen_at(url, sizeof url), 0};
+    tprpc_context *ctx = new_context(0);
+    for (size_t i = 0; i < sizeof replies / sizeof replies[0]; i++) {
+        tprpc_store_request r = {.size = sizeof r, .kind = replies[i].kind, .key = "k"};
+        tprpc_error error = {0};
+        pthread_t thread;
+        l.value = replies[i].value;
+        REQUIRE(pthread_create(&thread, NULL, run_liar, &l) == 0);
+        tprpc_store *store = open_store(ctx, url, false, 2000);
+        CHECK_EQ_INT(tprpc_store_wait(store, &r, 0, NULL, NULL, &error), replies[i].status);
+        if (replies[i].status != TPRPC_OK) CHECK_CONTAINS(error.text, "lost its server");
+        tprpc_store_close(store);
+        for (int j = 0; j < 3; j++) tprpc_poll(ctx, 1000, 0);
+        pthread_join(thread, NULL);
+    }
+    close(l.fd);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+}
+
 TEST(beyond_loopback_it_needs_consent) {
     tprpc_context *ctx = new_context(0);
     tprpc_error error = {0};
