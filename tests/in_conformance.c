@@ -920,8 +920,8 @@ static void away_echo(rig *r, end *e) {
 
 static void away_main(void *arg) {
     away *a = (away *)arg;
-    uint8_t domain[65], bytes[AWAY_BYTES], word;
-    char address[128];
+    uint8_t domain[65] = {0}, bytes[AWAY_BYTES], word = 0;   /* whole arrays are sent: memcheck looks at all of them */
+    char address[128] = "";
     rig r;
     end e;
     door d;
@@ -1391,7 +1391,7 @@ static void victim_main(void *arg) {
 
 /* Whether the channel's domain is the same in another process of this host. */
 static bool channel_leaves(const tprpc_channel_table *t) {
-    uint8_t there[65];
+    uint8_t there[65] = {0};
     int way[2];
     pid_t pid;
     REQUIRE(pipe(way) == 0);
@@ -1420,7 +1420,7 @@ static void c_killed(void *arg) {
         batch *b = (batch *)calloc(2, sizeof(batch));
         tprpc_listener_desc listening;
         tprpc_error error = TPR_ZERO;
-        char text[128], byte;
+        char text[128] = "", byte;
         const char *given = text;
         pid_t pid;
         int i;

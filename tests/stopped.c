@@ -131,7 +131,7 @@ static void leave(busy *b) {
     while (busy_active(b) && test_now_us() < end) keep_busy(b, "", 0, false);
     ADD(&on->idle, 1);
     while (LOAD(&on->idle) < 2 && test_now_us() < end) keep_busy(b, "", 0, false);
-    CHECK_EQ_INT(b->bad, 0);
+    CHECK_EQ_INT(LOAD(&b->bad), 0);
     if (!CHECK_EQ_INT(tprpc_agent_leave(b->agent, WAIT_MS, &error), TPRPC_OK)) fprintf(stderr, "%s\n", error.text);
     busy_close(b);
 }
@@ -141,7 +141,7 @@ static void bob_main(void *arg) {
     (void)arg;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     side_of(&b, "bob", 1);
-    while (b.good < 10) keep_busy(&b, "ann", 0, true);
+    while (LOAD(&b.good) < 10) keep_busy(&b, "ann", 0, true);
     each_socket(make_small);
     while (!LOAD(&on->over)) keep_busy(&b, "ann", 0, true);
     leave(&b);
@@ -151,12 +151,12 @@ static void ann_main(void *arg) {
     static busy b;
     (void)arg;
     side_of(&b, "ann", 0);
-    while (b.good < 10) keep_busy(&b, "bob", 1, true);
+    while (LOAD(&b.good) < 10) keep_busy(&b, "bob", 1, true);
     int small = each_socket(make_small);
     if (strcmp(set->transports, "tcp") == 0) CHECK(small > 0);
     for (int round = 1; round <= rounds(); round++) stop_once(&b, round);
     STORE(&on->over, 1);
-    fprintf(stderr, "%s: %lld calls each way or more, none failed\n", set->name, (long long)b.good);
+    fprintf(stderr, "%s: %lld calls each way or more, none failed\n", set->name, (long long)LOAD(&b.good));
     leave(&b);
 }
 

@@ -41,6 +41,7 @@ missing_for() {
     has python3                                                         || echo python3
     has ip                                                              || echo iproute2
     { has unshare && has setpriv; }                                     || echo util-linux
+    has valgrind                                                        || echo valgrind
     # The cross compiler recommends the libc it compiles against, and recommended packages are not installed here.
     has aarch64-linux-gnu-gcc                                           || echo gcc-aarch64-linux-gnu
     compiles aarch64-linux-gnu-gcc '#include <pthread.h>' -x c -c       || echo libc6-dev-arm64-cross
