@@ -30,7 +30,8 @@ static bool polite;                    /* he answers a handshake as he should */
 /* What he learned of the live end. */
 static struct {
     uint8_t token[16], nonce[16], hello[TPR_WIRE_FIRST];
-    uint32_t hello_size, step, granted;
+    uint32_t hello_size, step;
+    uint64_t granted;
     bool open;
     uint64_t ready[IDS], sending[IDS], calls[IDS], cost;   /* transfers asked for; offered; calls */
     uint32_t ready_count, sending_count, call_count;
@@ -57,7 +58,7 @@ static struct {
 } live;
 
 /* Each operation of the user's, by its number. */
-typedef struct operation { bool begun, ended; uint8_t *memory; } operation;
+typedef struct operation { bool begun, ended, places; uint8_t *memory; } operation;
 static operation operations[OPERATIONS];
 static uint32_t operation_count;
 
@@ -282,11 +283,12 @@ static void say_agree(uint32_t step, uint8_t flags) {
     say_frame(TPR_WIRE_AGREE, body_size(&w), 0);
 }
 
-static void say_move(uint8_t kind) {
+static void say_move(uint8_t kind, bool wrong) {
     tpr_wire_move move;
     memcpy(move.token, known.token, 16);
     memcpy(move.nonce, known.nonce, 16);
-    if (fuzz_u8() & 1) move.token[fuzz_below(16)] ^= fuzz_u8();
+    if (wrong) move.token[fuzz_below(16)] ^= fuzz_u8();
+    if (wrong) move.nonce[fuzz_below(16)] ^= fuzz_u8();
     tpr_wire_writer w = frame_body();
     tpr_wire_write_move(&w, &move);
     say_frame(kind, body_size(&w), 0);
@@ -303,6 +305,23 @@ static void say_control(uint8_t kind, uint64_t id) {
     body[0] = kind;
     tpr_base_store_le64(body + 8, id);
     say_frame(TPR_WIRE_CHANNEL, 16, 0);
+}
+
+static void say_credit(uint64_t consumed) {
+    tpr_base_store_le64(frame + TPR_WIRE_HEADER, consumed);
+    say_frame(TPR_WIRE_CREDIT, 8, 0);
+}
+
+/* Many messages, one after the other, so that windows and rings fill. */
+static void say_flood(void) {
+    uint8_t how = fuzz_u8();
+    size_t size = how & 1 ? 60000 : how & 2 ? 4000 : 100;
+    for (uint32_t i = 0; i < 1 + (how >> 3); i++) {
+        memset(frame, 0, TPR_WIRE_SHORT + size);
+        tpr_wire_put_short(frame, (uint32_t)size, 0);
+        say(frame, TPR_WIRE_SHORT + size);
+        if (how & 4) turn(1);
+    }
 }
 
 /* A prefix as agents have it. */
@@ -457,7 +476,7 @@ static void heard(const tpr_wire_frame *head, const uint8_t *body) {
         if (!tpr_wire_read_move(body, head->size, &move)) return;
         memcpy(known.nonce, move.nonce, 16);
         memcpy(known.token, move.token, 16);
-        if (polite) say_move(TPR_WIRE_MOVED);
+        if (polite) say_move(TPR_WIRE_MOVED, false);
         return;
     case TPR_WIRE_AGREE:
         memset(&agree, 0, sizeof agree);
@@ -482,8 +501,11 @@ static void heard(const tpr_wire_frame *head, const uint8_t *body) {
         for (int i = 0; i < message.tensors; i++) tpr_wire_read_tensor(&r, &item, message.transfers);
         for (int i = 0; i < message.transfers; i++) {
             tpr_wire_read_transfer(&r, &transfer);
-            if (!r.failed) known.sending[known.sending_count++ % IDS] = transfer.id;
+            if (r.failed) break;
+            known.sending[known.sending_count++ % IDS] = transfer.id;
+            if (polite) say_control(TPR_BASIC_READY, transfer.id);
         }
+        if (polite && known.cost - known.granted > 100000) say_credit(known.granted = known.cost);
         tpr_base_bytes prefix = tpr_wire_read_raw(&r, message.prefix_size);
         if (!r.failed && tpr_wire_get_call(prefix.data, prefix.size, &call) && call.kind == TPR_WIRE_CALL)
             known.calls[known.call_count++ % IDS] = call.id;
@@ -670,7 +692,7 @@ static uint32_t operation_begin(size_t memory) {
     FUZZ_CHECK(operation_count < OPERATIONS);
     operation *o = &operations[operation_count];
     o->begun = true;
-    o->ended = false;
+    o->ended = o->places = false;
     o->memory = memory ? (uint8_t *)malloc(memory) : NULL;
     if (memory) memset(o->memory, 7, memory);
     return operation_count++;
@@ -885,44 +907,55 @@ static void handle_fail(tprpc_request request, const tprpc_message *message, voi
     tprpc_fail(request, 3, "no");
 }
 
-static int placed;                     /* memory given by place that has not come back */
+static uint8_t *placed[OPERATIONS];    /* memory given by place that has not come back */
+static uint32_t placed_count;
+
+static void place_back(const void *memory) {
+    for (uint32_t i = 0; i < placed_count; i++) {
+        if (placed[i] != memory) continue;
+        free(placed[i]);
+        placed[i] = placed[--placed_count];
+        return;
+    }
+    FUZZ_CHECK(memory == NULL && placed_count > OPERATIONS);   /* it was not given by place */
+}
 
 static tprpc_status on_place(tprpc_placement *placement, void *user) {
     size_t total = 1, at = 0;
     (void)user;
     if (live.policy & 1) return TPRPC_ERROR_MEMORY;
     for (size_t i = 0; i < placement->descriptor->tensor_count; i++) total += placement->descriptor->tensors[i].size;
-    if (total > 4 << 20) return TPRPC_ERROR_LIMIT;
+    if (total > 4 << 20 || placed_count == OPERATIONS) return TPRPC_ERROR_LIMIT;
     uint8_t *memory = (uint8_t *)malloc(total);
     FUZZ_CHECK(memory != NULL);
+    memset(memory, 0, total);
+    placed[placed_count++] = memory;
     for (size_t i = 0; i < placement->descriptor->tensor_count; i++) {
         placement->tensors[i].data = memory + at;
         at += placement->tensors[i].size;
     }
     placement->cookie = memory;
-    placed++;
     return TPRPC_OK;
 }
 
 static void on_unplaced(const tprpc_placement *placement, void *user) {
     (void)user;
-    free(placement->cookie);
-    placed--;
+    place_back(placement->cookie);
 }
 
-/* The memory that was placed is found again by its first tensor. */
+/* The memory that was placed begins with the first tensor. */
 static void handle_place(tprpc_request request, const tprpc_message *message, void *user) {
     (void)user;
     look(message);
-    uint8_t *memory = message->tensor_count ? (uint8_t *)message->tensors[0].data : NULL;
+    const void *memory = message->tensor_count ? message->tensors[0].data : NULL;
     tprpc_reply(request, NULL);
-    free(memory);
-    placed -= memory != NULL;
+    if (memory) place_back(memory);
 }
 
 static void call_done(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
     FUZZ_CHECK((status == TPRPC_OK) == (error == NULL));
     if (reply) look(reply);
+    if (reply && operations[(uintptr_t)user].places && reply->tensor_count) place_back(reply->tensors[0].data);
     operation_end(user);
 }
 
@@ -948,6 +981,11 @@ static void user_calls(void) {
     options.user = (void *)(uintptr_t)number;
     options.timeout_ms = how & 16 ? 1 + fuzz_u8() : 0;
     options.lane = how >> 5 & 1;
+    if (how & 4) {
+        options.place = on_place;
+        options.on_unplaced = on_unplaced;
+        operations[number].places = true;
+    }
     options.flags = how & 64 ? TPRPC_CALL_ONE_WAY : 0;
     if (options.flags) options.on_done = NULL;
     tprpc_status status = tprpc_call(live.agent, how & 128 ? "nobody" : "evil", "echo", &message, &options,
@@ -1116,7 +1154,8 @@ static void socket_deed(void) {
 static void deed(void) {
     uint8_t which = fuzz_u8();
     size_t size;
-    switch (which % 28) {
+    int64_t deadline_us;
+    switch (which % 30) {
     case 0: turn(1 + fuzz_below(8)); break;
     case 1:
         size = fuzz_size(300);
@@ -1169,11 +1208,13 @@ static void deed(void) {
         fuzz_piece = size & 2 ? 1 + fuzz_u8() : 0;
         if (size & 4) polite = size & 8;
         if (size & 16) fuzz_alloc_fails = 1 + fuzz_u8();
-        if (size & 32) say_move(size & 64 ? TPR_WIRE_MOVE : TPR_WIRE_MOVED);
+        if (size & 32) say_move(size & 64 ? TPR_WIRE_MOVE : TPR_WIRE_MOVED, size & 128);
         break;
     case 25: say_bulk(1 + fuzz_size(200000)); break;
     case 26: scribble_deed(); break;
-    default: socket_deed(); break;
+    case 27: socket_deed(); break;
+    case 28: say_flood(); break;
+    default: look_sum += tprpc_context_arm(live.ctx, &deadline_us); break;
     }
 }
 
@@ -1202,7 +1243,7 @@ static void fuzz_one(void) {
     memset(&scribble, 0, sizeof scribble);
     operation_count = 0;
     cut = 0;
-    placed = 0;
+    placed_count = 0;
     next_bulk = 0;
     polite = false;
     now = &lines[0];
@@ -1216,6 +1257,6 @@ static void fuzz_one(void) {
     for (int i = 0; i < DEEDS && fuzz_left() && operation_count < OPERATIONS - 200; i++) deed();
     live_end(end);
     for (uint32_t i = 0; i < operation_count; i++) FUZZ_CHECK(operations[i].ended);
-    FUZZ_CHECK(placed == 0);
+    FUZZ_CHECK(placed_count == 0);
     FUZZ_CHECK(fuzz_lowest_fd() == lowest);
 }

@@ -76,7 +76,7 @@ def main():
                 put(target, bytes([2 if role == 0 and name.startswith("agent") else role, 0]) + session)
     for role in range(4):                # a good handshake, and one of each deed
         for target in "tcp", "shm":
-            deeds = b"".join(bytes([deed, 17 * deed & 255, 3, 1, 9, 0, 4, 2]) for deed in range(28))
+            deeds = b"".join(bytes([deed, 17 * deed & 255, 3, 1, 9, 0, 4, 2]) for deed in range(30))
             put(target, bytes([role | 8, 31]) + deeds)
     hear, poll, polite = bytes([14]), bytes([POLL, 1]), bytes([24, 12])
     talk = (poll + hear) * 5 + b"".join(bytes([22, deed, 1, 60, 3]) + poll + hear for deed in range(8))
@@ -89,6 +89,24 @@ def main():
                 said = b"".join(bytes([4, 2 * k, 3, 1, 40, 0, 10, 1, 200, 9, 0, 6, 5 * k, k, 0, 80]) + poll + hear +
                                 bytes([25, 200, 10, k & 3, 1, 22, k]) for k in range(8))
                 put(target, bytes([role | 8, end]) + said + talk)
+    for role in range(4):                # both talk, and the stranger takes and gives what is asked for; or nothing
+        for manners in bytes([24, 12]), bytes([24, 4]):
+            for target in "tcp", "shm":
+                much = b"".join(bytes([22, 0, 8 * (k & 1) + k % 8, 200 + 7 * k, 0]) + poll + hear for k in range(8))
+                put(target, bytes([role | 8, 0]) + manners + much + bytes([28, 250, 29, 28, 41, 28, 250]) + talk + much)
+    # Calls to each method, with tensors within and by bulk; and replies and errors to calls, likewise.
+    serve, answer = bytes([24, 12]), bytes([24, 12])
+    for k in range(4):
+        serve += bytes([6, 16, 32 * k | 1, 5 + k, 2, 0, 0, 10, 100, 100]) + poll + hear
+        serve += bytes([6, 16, 32 * k | 1, 9 + k, 1, 1, 0, 10, 1, 200, 1]) + poll + hear + bytes([25, 255]) + poll + hear
+        answer += bytes([22, 0, 4 * (k & 1), 60]) + poll + hear
+        answer += (bytes([6, 16, 2, 1 + 2 * k, 2, 0, 0, 10, 100, 100]) if k < 2 else
+                   bytes([6, 16, 2, 1 + 2 * k, 1, 1, 0, 10, 1, 200, 1]) + poll + hear + bytes([25, 255])) + poll + hear
+        answer += bytes([22, 0, 0, 60]) + poll + hear + bytes([6, 2, 3, 3 + 2 * k, 16, 5, 3]) + poll
+    for target in "tcp", "shm":
+        for end in 0, 1, 31:
+            put(target, bytes([2 | 8, end]) + serve + bytes([22, 2, 22, 3, 22, 6]))
+            put(target, bytes([3 | 8, end]) + answer + bytes([22, 4, 22, 5, 22, 6, 22, 0, 64, 60, 0, 1]))
     for name in sorted(os.listdir(WIRE)):
         if name.endswith(".tape"):
             segments = tape(name)
