@@ -356,7 +356,8 @@ static size_t fill_metadata(uint8_t kind, uint8_t *out) {
 static uint64_t next_bulk;
 
 static uint64_t offer_bulk(uint64_t total) {
-    uint64_t id = fuzz_u8() & 7 ? next_bulk++ : fuzz_number();
+    uint8_t how = fuzz_u8() & 7;       /* mostly a new one; any; the last one, which may be under way */
+    uint64_t id = how == 0 ? fuzz_number() : how == 7 && next_bulk ? next_bulk - 1 : next_bulk++;
     known.bulk[known.bulk_count % IDS].id = id;
     known.bulk[known.bulk_count % IDS].total = total;
     known.bulk[known.bulk_count++ % IDS].sent = 0;
