@@ -140,7 +140,7 @@ soak-crash: build/tests/crash build/tests/stopped
 	@tools/soak.sh $(SOAK_SECONDS) 'CRASH_SEED=$$SOAK_SEED CRASH_MOMENTS=1000 TEST_LIMIT_SCALE=10 build/tests/crash' \
 	    'STOPPED_S=35 build/tests/stopped'
 soak-load: build/tests/load
-	@tools/soak.sh $(SOAK_SECONDS) 'LOAD_WORKERS=64 LOAD_SECONDS=$(if $(filter-out 0,$(SOAK_SECONDS)),$(SOAK_SECONDS),600) $<'
+	@tools/soak.sh $(SOAK_SECONDS) 'LOAD_WORKERS=64 LOAD_SECONDS=$(patsubst 0,600,$(SOAK_SECONDS)) $<'
 soak-slow: build/tests/slow
 	@tools/soak.sh $(SOAK_SECONDS) $<
 soak-valgrind: build/tests/in_conformance

@@ -1,5 +1,5 @@
-/* A worker that is busy: it makes calls of every kind to its peers and serves theirs, and keeps a ledger. Every call ends
-   once, every lent buffer and every place comes back once, and bytes are as they were sent. */
+/* A worker that is busy: it makes calls of every kind to its peers and serves theirs, and keeps a ledger. Every call
+   ends once, every lent buffer and every place comes back once, and bytes are as they were sent. */
 #ifndef TPRPC_TESTS_BUSY_H
 #define TPRPC_TESTS_BUSY_H
 
@@ -22,7 +22,9 @@ static inline uint64_t busy_next(uint64_t *state) {     /* splitmix64 */
     return z ^ z >> 31;
 }
 
-static inline uint32_t busy_below(uint64_t *state, uint32_t bound) { return (uint32_t)(busy_next(state) >> 32) % bound; }
+static inline uint32_t busy_below(uint64_t *state, uint32_t bound) {
+    return (uint32_t)(busy_next(state) >> 32) % bound;
+}
 
 static inline const uint8_t *busy_window(uint64_t id, size_t at) {
     uint64_t state = id * 31 + at / BUSY_BLOCK;
@@ -56,7 +58,7 @@ typedef struct busy_op {               /* a call begun here; `parts` of it are s
     uint8_t *out, *in;
 } busy_op;
 
-typedef struct busy_place { struct busy *of; int taken; uint8_t *memory; } busy_place;   /* where a request's tensor goes */
+typedef struct busy_place { struct busy *of; int taken; uint8_t *memory; } busy_place;   /* of a request's tensor */
 
 typedef struct busy {
     const char *name, *url, *transports;
@@ -219,7 +221,8 @@ static inline bool busy_call(busy *b, const char *worker, int peer) {
     b->begun++;
     tprpc_status status = tprpc_call(b->agent, worker, busy_methods[kind], &message, &options, NULL);
     if (status == TPRPC_OK) return true;
-    if (!busy_forgives(b, status)) harness_fail(__FILE__, __LINE__, "%s cannot call %s: %s", b->name, worker, error.text);
+    if (!busy_forgives(b, status))
+        harness_fail(__FILE__, __LINE__, "%s cannot call %s: %s", b->name, worker, error.text);
     CHECK_EQ_INT(LOAD(&op->releases), message.release != NULL);   /* it has run, and nothing else follows */
     CHECK_EQ_INT(LOAD(&op->outcomes), 0);
     ADD(&b->bad, 1);

@@ -1,7 +1,7 @@
 /* Crashes for real: two processes in a busy exchange of calls and messages, of which one is killed at moments that come
-   from a seed. A moment is a count of events, not a time: the n-th system call or allocation of the one that dies, which
-   dies within it; the n-th of its callbacks, likewise; or the n-th callback of the survivor, who kills it then. The
-   survivor's operations end within a second, nothing of the dead is left, and it connects to the next one.
+   from a seed. A moment is a count of events, not a time: the n-th system call or allocation of the one that dies, within
+   it; the n-th of its callbacks, likewise; or the n-th callback of the survivor, who kills it then. The survivor's
+   operations end within a second, nothing of the dead is left, and it connects to the next one.
 
        CRASH_MOMENTS=2000 CRASH_SEED=7 build/tests/crash moments
 
@@ -19,10 +19,11 @@ typedef struct plan { int by, n; bool joining, forks; int threads; int64_t spin_
 /* What ann, bob and the test see of each other. */
 typedef struct stage {
     int round;                         /* that ann wants a bob for */
-    int ready, go, buried, over, gone;       /* the round that bob has joined in, may die in, is dead in; that ann is done with */
+    int ready, go, buried, over;       /* the round that bob has joined in, may die in, is dead in; that ann has done */
+    int gone;                          /* ann may end */
     pid_t bob, child;                  /* child: bob's, which outlives it */
     int64_t died_us;
-    char url[300], address[2][128];    /* the store; ann's listener for pipes beside */
+    char url[300], address[128];       /* the store; ann's listener for pipes beside */
     int kinds[BY_KINDS], joining, forked, proofs;
     int64_t worst_us;
 } stage;
@@ -58,7 +59,7 @@ typedef struct line {
     tprpc_pipe *pipe;
     int writing, reading, lent, failed;
     uint32_t sent, received;
-    uint8_t *out[PIPE_OPS], *in;
+    uint8_t *in;
     struct line_write { struct line *of; int busy, parts; uint8_t *memory; } writes[PIPE_OPS];
 } line;
 
@@ -262,7 +263,7 @@ static void bob_main(void *arg) {
     if (bobs.by == BY_CALL) tprpc_test_hook = bob_hook;
     busy_open(&b);
     bob_join(&b);
-    desc.address = on->address[0];
+    desc.address = on->address;
     REQUIRE_EQ_INT(tprpc_connect(b.ctx, &desc, &pipe, NULL), TPRPC_OK);
     line *l = line_new(&b, pipe);
     STORE(&on->bob, getpid());
@@ -295,8 +296,8 @@ static void ann_event(busy *b) {
 static void ann_accepted(tprpc_status status, tprpc_pipe *pipe, const tprpc_error *error, void *user) {
     (void)user;
     STORE(&accepting, 0);
-    CHECK(status == TPRPC_OK || status == TPRPC_ERROR_PEER || status == TPRPC_ERROR_CLOSED);
-    if (status != TPRPC_OK) fprintf(stderr, "accepting: %s\n", error->text);
+    if (!CHECK(status == TPRPC_OK || status == TPRPC_ERROR_PEER || status == TPRPC_ERROR_CLOSED))
+        fprintf(stderr, "accepting: %s\n", error->text);
     if (!pipe) return;
     line *l = line_new(&anns, pipe);
     pthread_mutex_lock(&line_lock);
@@ -420,8 +421,9 @@ static void ann_round(int round, tprpc_listener *listener, const holding *before
     on->kinds[p.by]++;
     on->joining += p.joining;
     on->forked += p.forks;
-    if (harness_failures) fprintf(stderr, "in round %d: CRASH_SEED=%ld, by %d at %d, joining %d, threads %d, forks %d\n",
-                                  round, number_of("CRASH_SEED", 1), p.by, p.n, p.joining, p.threads, p.forks);
+    if (harness_failures)
+        fprintf(stderr, "in round %d: CRASH_SEED=%ld, by %d at %d, joining %d, threads %d, forks %d\n", round,
+                number_of("CRASH_SEED", 1), p.by, p.n, p.joining, p.threads, p.forks);
     REQUIRE_EQ_INT(harness_failures, 0);
     STORE(&on->over, round);
 }
@@ -445,7 +447,7 @@ static void ann_main(void *arg) {
     desc.addresses = &address;
     desc.address_count = 1;
     REQUIRE_EQ_INT(tprpc_listen(anns.ctx, &desc, &listener, NULL), TPRPC_OK);
-    snprintf(on->address[0], sizeof on->address[0], "%s", tprpc_listener_address(listener, NULL));
+    snprintf(on->address, sizeof on->address, "%s", tprpc_listener_address(listener, NULL));
     REQUIRE_EQ_INT(tprpc_agent_wait_ready(anns.agent, WAIT_MS, NULL), TPRPC_OK);
     before = ann_holds();
     for (int round = 1; round <= moments; round++) {
@@ -480,7 +482,8 @@ static void moments_run(void *arg) {
     void *memory = mmap(NULL, sizeof *on, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     REQUIRE(memory != MAP_FAILED);
     on = (stage *)memory;
-    if (strcmp(set->transports, "tcp") == 0) snprintf(on->url, sizeof on->url, "tcp://127.0.0.1:%d", socket_free_port());
+    if (strcmp(set->transports, "tcp") == 0)
+        snprintf(on->url, sizeof on->url, "tcp://127.0.0.1:%d", socket_free_port());
     else snprintf(on->url, sizeof on->url, "file://%s", test_temp_path(path, sizeof path));
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     const int64_t began_us = test_now_us();
@@ -508,8 +511,8 @@ static void moments_run(void *arg) {
     }
     STORE(&on->gone, 1);
     CHECK_EQ_INT(test_wait_child(ann, 30), 0);
-    printf("%s: %d moments in %.1f s: %d in its calls (%d of them while joining), %d in its callbacks, %d by the survivor's; "
-           "%d with a child that lives on; %d times connected anew; the worst took %.1f ms\n", set->name, moments,
+    printf("%s: %d moments in %.1f s: %d in its calls (%d of them while joining), %d in its callbacks, %d by the "
+           "survivor's; %d with a child that lives on; %d times connected anew; the worst took %.1f ms\n", set->name, moments,
            (double)(test_now_us() - began_us) / 1e6, on->kinds[BY_CALL], on->joining, on->kinds[BY_EVENT],
            on->kinds[BY_SURVIVOR], on->forked, on->proofs, (double)on->worst_us / 1e3);
 }

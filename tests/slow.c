@@ -1,5 +1,5 @@
-/* Peers that are slow, or silent: thousands of connections that nothing comes from, and such as say hello a byte a second.
-   They cost a bounded sum of memory, are dropped in time, and keep no honest peer from being served meanwhile. The same
+/* Peers that are slow, or silent: thousands of connections that nothing comes from, and such as say hello a byte a
+   second. They cost a bounded sum of memory, are dropped in time, and keep no honest peer from being served meanwhile. The same
    for a store's server. */
 #include "agent_help.h"
 #include <sys/un.h>
@@ -140,8 +140,8 @@ static void serve_honest(target *t) {
 
 /* ---- strangers ---- */
 
-/* Connects as a stranger to where the target listens; the n-th of many, who have an address of their own by the thousand,
-   so that no run of these leaves ports in use to the next. */
+/* Connects as a stranger to where the target listens; the n-th of many, who have an address of their own by the
+   thousand, so that no run of these leaves ports in use to the next. */
 static int stranger_connect(const target *t, int n) {
     struct sockaddr_in from, to;
     const struct linger at_once = {1, 0};
@@ -229,7 +229,8 @@ static void half_open(target *t) {
         crowd_size = left < most ? left : most;
         pids[processes++] = test_fork_run(crowd_main, NULL);
     }
-    for (int64_t end = test_now_us() + 2 * (int64_t)WAIT_MS * 1000; LOAD(&crowds->begun) < count && test_now_us() < end;) {
+    const int64_t end = test_now_us() + 2 * (int64_t)WAIT_MS * 1000;
+    while (LOAD(&crowds->begun) < count && test_now_us() < end) {
         serve_honest(t);
         served++;
         if (t->heap.bytes > peak) peak = t->heap.bytes;
@@ -246,8 +247,7 @@ static void half_open(target *t) {
     STORE(&crowds->over, 1);
     for (int i = 0; i < processes; i++) CHECK_EQ_INT(test_wait_child(pids[i], 30), 0);
     CHECK(crowds->dropped >= count - HANDSHAKES);
-    for (int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000; test_count_fds() > before_fds && test_now_us() < end;)
-        turns(t, 1);
+    while (test_count_fds() > before_fds && test_now_us() < end) turns(t, 1);
     CHECK_LE_INT(test_count_fds(), before_fds);
     printf("%s: %d half-open connections of %d processes, %d honest peers served meanwhile, at most %d descriptors and "
            "%lld bytes for them; %d dropped\n", t->name, count, processes, served, peak_fds - before_fds,

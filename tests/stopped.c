@@ -1,6 +1,6 @@
-/* A peer that stands still is not dead: stopped for 30 s and more in a busy exchange, in a debugger say, it fails nothing,
-   though the way to it fills up; and when it goes on, nothing was lost. By day the stop is short and the clocks of both
-   ends jump; STOPPED_S=35 build/tests/stopped really waits so long. */
+/* A peer that stands still is not dead: stopped for 30 s and more in a busy exchange, in a debugger say, it fails
+   nothing, though the way to it fills up; and when it goes on, nothing was lost. By day the stop is short and the clocks
+   of both ends jump; STOPPED_S=35 build/tests/stopped really waits so long. */
 #include "busy.h"
 #include <poll.h>
 
@@ -186,8 +186,10 @@ static void stopped_run(void *arg) {
     CHECK_EQ_INT(test_wait_child(bob, WAIT_MS / 1000), 0);
 }
 
-static const setting settings[] = {{"stopped_tcp", "tcp", 0}, {"stopped_shm", "shm", 0}, {"stopped_tcp_threads", "tcp", 1},
-                                   {"stopped_shm_threads", "shm", 1}};
+static const setting settings[] = {
+    {"stopped_tcp", "tcp", 0}, {"stopped_shm", "shm", 0}, {"stopped_tcp_threads", "tcp", 1},
+    {"stopped_shm_threads", "shm", 1},
+};
 
 TESTS(stopped) {
     const char *real = getenv("STOPPED_S");
