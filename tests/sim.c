@@ -9,10 +9,8 @@
    ledger in which every operation stands). */
 #include "sim_work.h"
 
-enum { SIM_FLOOR = 100 };              /* of operations and faults of each kind, in what is run by default */
-
-/* Seeds that were red once, each with what was wrong. */
-static const uint64_t sim_once_red[] = {0};
+enum { SIM_FLOOR = 100, SIM_FAULTS_S = 60 };   /* of operations and faults of each kind, in what is run by default; when
+                                                  at the latest a seed's faults end */
 
 /* ---- faults ---- */
 
@@ -38,6 +36,7 @@ static void sim_kill(sim_node *node) {
     node->dying = true;
     node->stalled_until = 0;
     sim_cut_off(node);
+    tprpc_wake(node->ctx);             /* as its signal handler would */
     sim_wake_up(node);
 }
 
@@ -102,13 +101,14 @@ static void sim_end_event(void *arg, uint64_t value) {
     int32_t i;
     (void)arg;
     (void)value;
-    if (sim_finished == sim.count) sim_faults_over = true;
+    for (i = 0; i < sim.count && sim.nodes[i].work->quota <= 0; i++) {}
+    if (i == sim.count || sim.now > 1000 * SIM_S + SIM_FAULTS_S * SIM_S) sim_faults_over = true;
     if (sim_finished == sim.count && sim_joined == sim.count && !sim.partitioned) {
         for (i = 0; i < sim.count && !sim.nodes[i].dying && sim.nodes[i].stalled_until <= sim.now; i++) {}
         if (i == sim.count) {
             sim_note(-1, "all leave", 0, 0, 0);
             sim_leaving = true;
-            for (i = 0; i < sim.count; i++) sim_wake(&sim.nodes[i]);
+            for (i = 0; i < sim.count; i++) tprpc_wake(sim.nodes[i].ctx);
             return;
         }
     }
@@ -247,21 +247,127 @@ static uint64_t sim_run(uint64_t seed, int32_t count) {
     return sim.hash;
 }
 
-int main(int argc, char **argv) {
-    uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 1, n = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
-    static uint64_t counts[SIM_COUNTS];
-    int i;
-    int64_t start = sim_real_us();
-    sim_verbose = argc > 3;
+/* ---- runs of many seeds ---- */
+
+enum { SIM_PROCESSES = 64, SIM_LARGE = 1000, SIM_REAL_S = 100 };   /* workers of a large group; how long a seed may take */
+
+typedef struct sim_shared {            /* by all processes of a run */
+    uint64_t next, last, done, counts[SIM_COUNTS], operations;
+    uint64_t running[SIM_PROCESSES];
+} sim_shared;
+static sim_shared *sim_all;
+
+/* Runs seeds until none is left. Each eighth seed twice: it must be the same again. */
+static void sim_worker_process(int place) {
+    uint64_t seed;
     sim_catch_crashes();
-    sim.counts = counts;
-    (void)sim_once_red;
-    for (uint64_t k = 0; k < n; k++) {
-        alarm(20);
-        uint64_t hash = sim_run(seed + k, 0);
-        if (n < 20) printf("seed %" PRIu64 ": %016" PRIx64 ", %.3f s, steps %d\n", seed + k, hash, (double)(sim.now - 1000 * SIM_S) / 1e6, (int)sim.steps);
+    while ((seed = __sync_fetch_and_add(&sim_all->next, 1)) <= sim_all->last) {
+        uint64_t hash;
+        sim_all->running[place] = seed;
+        alarm(SIM_REAL_S);
+        hash = sim_run(seed, 0);
+        if (seed % 8 == 3 && sim_run(seed, 0) != hash) sim_fail("the seed is another one the second time");
+        __sync_fetch_and_add(&sim_all->done, 1);
     }
-    for (i = 0; i < SIM_COUNTS; i++) printf("%-24s %" PRIu64 "\n", sim_count_names[i], counts[i]);
-    printf("%.3f s\n", (double)(sim_real_us() - start) / 1e6);
-    return 0;
+    fflush(NULL);
+    _exit(0);
+}
+
+/* A large group; of it memory must not grow once it is warm. */
+static void sim_large_process(uint64_t seed) {
+    sim_catch_crashes();
+    alarm(SIM_REAL_S);
+    sim_run(seed, SIM_LARGE);
+    __sync_fetch_and_add(&sim_all->done, 1);
+    _exit(0);
+}
+
+/* Runs the seeds from `first` on, on as many processes as there are processors, and `large` large groups. Returns how
+   many were red. */
+static int sim_run_many(uint64_t first, uint64_t count, int large) {
+    long jobs = sysconf(_SC_NPROCESSORS_ONLN);
+    int running = 0, red = 0, status, i;
+    if (jobs < 1) jobs = 1;
+    if (jobs > SIM_PROCESSES) jobs = SIM_PROCESSES;
+    sim_all->next = first;
+    sim_all->last = first + count - 1;
+    fflush(NULL);
+    for (i = 0; i < (int)jobs + large; i++) {
+        pid_t pid;
+        while (running >= jobs && i >= (int)jobs) {
+            if (wait(&status) < 0) break;
+            running--;
+            red += status != 0;
+        }
+        pid = fork();
+        if (pid == 0 && i < large) sim_large_process(first + (uint64_t)i);
+        if (pid == 0) sim_worker_process(i % SIM_PROCESSES);
+        running += pid > 0;
+    }
+    while (running > 0 && wait(&status) > 0) {
+        running--;
+        red += status != 0;
+    }
+    return red;
+}
+
+static int sim_report(void) {
+    int i, low = 0;
+    for (i = 0; i < SIM_COUNTS; i++) {
+        printf("%-24s %10" PRIu64 "\n", sim_count_names[i], sim_all->counts[i]);
+        if (sim_all->counts[i] >= SIM_FLOOR) continue;
+        printf("FAIL %s: only %" PRIu64 "\n", sim_count_names[i], sim_all->counts[i]);
+        low++;
+    }
+    return low;
+}
+
+static int sim_usage(void) {
+    fprintf(stderr, "usage: sim [--seed N [-v] | --from N --count N | --soak [N]]\n");
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    uint64_t first = 1, count = SIM_ASAN ? 200 : 2000;
+    int64_t begun = sim_real_us();
+    bool one = false, soak = false, floors = true;
+    int i, red, low = 0, large = SIM_ASAN ? 0 : 2, passed = 0;
+    for (i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "-v") == 0) sim_verbose = true;
+        else if (strcmp(argv[i], "--soak") == 0 && i + 1 == argc) { soak = true; first = (uint64_t)time(NULL) * 1000; }
+        else if (i + 1 == argc) return sim_usage();
+        else if (strcmp(argv[i], "--seed") == 0) { one = true; first = strtoull(argv[++i], NULL, 10); }
+        else if (strcmp(argv[i], "--large") == 0) { one = true; large = SIM_LARGE; first = strtoull(argv[++i], NULL, 10); }
+        else if (strcmp(argv[i], "--from") == 0) { first = strtoull(argv[++i], NULL, 10); floors = false; large = 0; }
+        else if (strcmp(argv[i], "--count") == 0) { count = strtoull(argv[++i], NULL, 10); floors = false; large = 0; }
+        else if (strcmp(argv[i], "--soak") == 0) { soak = true; first = strtoull(argv[++i], NULL, 10); }
+        else return sim_usage();
+    }
+    sim_all = (sim_shared *)mmap(NULL, sizeof *sim_all, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (sim_all == MAP_FAILED) return 2;
+    sim.counts = sim_all->counts;
+    if (one) {
+        sim_catch_crashes();
+        alarm(SIM_REAL_S);
+        uint64_t hash = sim_run(first, large == SIM_LARGE ? SIM_LARGE : 0);
+        printf("seed %" PRIu64 ": trace %016" PRIx64 ", %.3f s of virtual time, %" PRIu64 " steps, %.3f s\n", first, hash,
+               (double)(sim.now - 1100 * SIM_S) / 1e6, sim.steps, (double)(sim_real_us() - begun) / 1e6);
+        return 0;
+    }
+    if (soak) {
+        printf("seeds from %" PRIu64 " on\n", first);
+        while (sim_run_many(first, 1000, 0) == 0) {
+            first += 1000;
+            printf("%" PRIu64 " seeds, %.0f s\n", sim_all->done, (double)(sim_real_us() - begun) / 1e6);
+            fflush(stdout);
+        }
+        return 1;
+    }
+    red = sim_run_many(first, count, large);
+    printf("%s %" PRIu64 " of %" PRIu64 " seeds from %" PRIu64 " on, %.1f s\n", red ? "FAIL" : "ok", sim_all->done,
+           count + (uint64_t)large, first, (double)(sim_real_us() - begun) / 1e6);
+    if (floors) low = sim_report();
+    passed = (red == 0) + (floors && !low);
+    printf("%d passed, %d failed\n", passed, (red != 0) + (low != 0));
+    return red || low;
 }

@@ -466,7 +466,8 @@ static const char *sim_method_of(const sim_op *op) {
 static void sim_call_refused(sim_op *op, tprpc_status status, const tprpc_error *error) {
     if (error->status != status || !error->text[0]) sim_fail("operation %u is refused without a word", op->id);
     if (op->borrowed && op->released != 1) sim_fail("operation %u is refused, and its memory is not released", op->id);
-    if (status != TPRPC_ERROR_NO_WORKER && !sim_status_fits(op, status) && !(status == TPRPC_ERROR_CLOSED))
+    if (status != TPRPC_ERROR_NO_WORKER && !sim_status_fits(op, status) && status != TPRPC_ERROR_CLOSED &&
+        (op->node->work->joined || status != TPRPC_ERROR_INVALID))
         sim_fail("operation %u (kind %d) is refused with %s: %s", op->id, (int)op->kind, tprpc_status_name(status),
                  error->text);
     if (sim.quiet && op->kind != SIM_NO_WORKER) sim_fail("operation %u is refused: %s", op->id, error->text);
@@ -589,6 +590,13 @@ static tprpc_status sim_answer(sim_op *op, tprpc_request request) {
     return status;
 }
 
+/* Keeps a request; one whose connection broke cannot be kept, and nobody waits for it. */
+static bool sim_keep(sim_op *op, tprpc_request request) {
+    if (tprpc_request_keep(request) == TPRPC_OK) return true;
+    if (sim.quiet || tprpc_request_caller(request)) sim_fail("the request of operation %u cannot be kept", op->id);
+    return false;
+}
+
 typedef struct sim_nested { sim_op *inner, *outer; tprpc_request request; } sim_nested;
 
 static void sim_nested_done(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
@@ -610,7 +618,10 @@ static void sim_handle_nested(sim_node *node, sim_op *op, tprpc_request request)
     nested->outer = op;
     nested->request = request;
     if (op->kind == SIM_NESTED_ASYNC) {
-        if (tprpc_request_keep(request) != TPRPC_OK) sim_fail("a request cannot be kept");
+        if (!sim_keep(op, request)) {
+            free(nested);
+            return;
+        }
         sim_call(node, SIM_PLAIN, false, sim_nested_done, nested);
         if (nested->inner->ended) {    /* refused, for a callback comes later */
             tprpc_fail(request, 7, "the nested call was refused");
@@ -635,6 +646,7 @@ static void sim_handle_nested(sim_node *node, sim_op *op, tprpc_request request)
         inner->body = sizeof body;
         inner->reply_body = 40;
         sim_choose_times(inner, &options);
+        inner->due = SIM_NEVER;        /* a wait within this one may have to end first */
         sim_put_body(body, sizeof body, inner->id, SIM_SALT_BODY, 0, 0);
         message.metadata = body;
         message.metadata_size = sizeof body;
@@ -665,11 +677,9 @@ static void sim_handle_as_told(sim_node *node, sim_op *op, tprpc_request request
     char text[64];
     sim_todo *todo;
     switch (op->kind) {
-    case SIM_TIMED_OUT:
-        if (tprpc_request_keep(request) != TPRPC_OK) sim_fail("a request cannot be kept");
-        return;
+    case SIM_TIMED_OUT: sim_keep(op, request); return;
     case SIM_LATE: case SIM_CALLER_GONE: case SIM_CANCELLED:
-        if (tprpc_request_keep(request) != TPRPC_OK) sim_fail("a request cannot be kept");
+        if (!sim_keep(op, request)) return;
         todo = sim_later(node, SIM_DO_REPLY, op->answer_ms * SIM_MS);
         todo->op = op;
         todo->request = request;
@@ -699,7 +709,8 @@ static void sim_handler(tprpc_request request, const tprpc_message *message, voi
     sim_note(node->index, "handle", op->id, op->node->index, op->kind);
     if (sim.current != node || op->target != node) sim_fail("operation %u is handled elsewhere", op->id);
     if (++op->handled != 1) sim_fail("operation %u is handled for the %d. time", op->id, op->handled);
-    if (!caller || strcmp(caller, op->node->name) != 0) sim_fail("operation %u comes from another caller", op->id);
+    if (caller ? strcmp(caller, op->node->name) != 0 : sim.quiet)   /* NULL: its connection broke, and nobody waits */
+        sim_fail("operation %u comes from another caller, %s", op->id, caller ? caller : "which has gone");
     if ((int)message->tensor_count != op->tensors || message->metadata_size != op->body)
         sim_fail("operation %u: another message came", op->id);
     while (placing && placing->op != op) placing = placing->next;
