@@ -7,8 +7,8 @@
 # make coverage line coverage by section, of the tests and the fuzz targets' corpora; installs what it needs
 # make clean
 #
-# make test-plain, test-asan, test-tsan, test-compile, test-scripts, test-fuzz, test-floors: a part of the tests,
-#               installing nothing
+# make test-plain, test-asan, test-tsan, test-sim, test-compile, test-scripts, test-fuzz, test-floors: a part of the
+#               tests, installing nothing
 # make asan, make tsan: the tests' programs, built with a sanitizer
 
 CC  = gcc
@@ -38,7 +38,7 @@ FUZZ     = -O1 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -f
 
 WAVE_ARGS  =
 # make soak runs these parts in turn, each for SOAK_TURN seconds; each alone runs for SOAK_SECONDS. 0: until stopped
-SOAK_PARTS   = soak-crash soak-load soak-slow soak-valgrind
+SOAK_PARTS   = soak-sim soak-crash soak-load soak-slow soak-valgrind
 SOAK_SECONDS = 0
 SOAK_TURN    = 300
 
@@ -49,7 +49,7 @@ COVERAGE_ARGS =
 
 HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tests/fuzz/*.h tools/*.h examples/*.h) \
             tests/toys.c
-TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c,$(wildcard tests/*.c)))
+TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c tests/sim.c,$(wildcard tests/*.c)))
 TESTS_CXX = $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
 SCRIPTS   = $(filter-out tests/run.sh tests/compile.sh tests/fuzz.sh,$(wildcard tests/*.sh))
 FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py "tools/coverage.py --self-test"
@@ -76,6 +76,9 @@ tsan_tests  := $(san_tests:%=build/tsan/tests/%)
 # What needs the machine to itself runs last, alone: it counts what a million calls cost while both ends spin.
 in_order = $(filter-out %/agent_cost,$(1)) -- $(filter %/agent_cost,$(1))
 
+# The simulated network uses all processors by itself.
+SIMS = build/sim build/asan/sim
+
 # make test, demo and coverage compile on all cores without being asked to.
 ifneq ($(filter demo test coverage,$(MAKECMDGOALS)),)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
@@ -86,7 +89,7 @@ MAKEFLAGS += --no-builtin-rules
 .SECONDARY:
 .PHONY: all demo test bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
         setup-demo setup-test setup-bench setup-coverage \
-        test-plain test-asan test-tsan test-compile test-scripts test-fuzz test-floors
+        test-plain test-asan test-tsan test-sim test-compile test-scripts test-fuzz test-floors
 
 all: build/libtprpc.a $(TOOLS) $(EXAMPLES)
 asan: $(asan_tests)
@@ -102,9 +105,9 @@ setup-demo setup-test setup-bench setup-coverage:
 demo: build/wave
 	build/wave $(WAVE_ARGS)
 
-test: $(plain_tests) $(asan_tests) $(tsan_tests) $(TOOLS) $(EXAMPLES) $(FUZZERS)
+test: $(plain_tests) $(asan_tests) $(tsan_tests) $(SIMS) $(TOOLS) $(EXAMPLES) $(FUZZERS)
 	@tests/run.sh $(call in_order,$(FLOORS) tests/compile.sh tests/fuzz.sh $(plain_tests) $(SCRIPTS) $(asan_tests) \
-	              $(tsan_tests))
+	              $(tsan_tests)) $(SIMS)
 
 bench: all
 	$(BENCH) $(BENCH_ARGS)
@@ -123,6 +126,8 @@ test-asan: $(asan_tests)
 	@tests/run.sh $(call in_order,$^)
 test-tsan: $(tsan_tests)
 	@tests/run.sh $(call in_order,$^)
+test-sim: $(SIMS)
+	@tests/run.sh -- $(SIMS)
 test-compile:
 	@tests/run.sh tests/compile.sh
 test-scripts: $(TOOLS) $(EXAMPLES) build/tests/in_conformance
@@ -145,6 +150,8 @@ soak-slow: build/tests/slow
 	@tools/soak.sh $(SOAK_SECONDS) $<
 soak-valgrind: build/tests/in_conformance
 	@tools/soak.sh $(SOAK_SECONDS) 'tests/valgrind.sh all'
+soak-sim: build/sim
+	@tools/soak.sh $(SOAK_SECONDS) 'timeout $(patsubst 0,600,$(SOAK_SECONDS)) $< --soak $$SOAK_SEED || [ $$? -eq 124 ]'
 
 clean:
 	rm -rf build
@@ -174,6 +181,9 @@ $(1)/tests/%_cpp: $(1)/tests/%_cpp.o $(1)/tests/impl.o
 	$(3) $(4) $$^ $$(LIBRARIES) -o $$@
 
 $(1)/tests/%: $(1)/tests/%.o $(1)/tests/impl.o
+	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
+
+$(1)/sim: $(1)/tests/sim.o $(1)/tests/impl.o
 	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
 
 # A test of internals brings an implementation of its own.

@@ -1,0 +1,63 @@
+#!/bin/sh
+# Shows that the simulated network would see it: plants a bug in a copy of tprpc.h, by replacing one exact line, and
+# demands that the simulation goes red within a few seeds, for the reason that it should. A line that is no longer there
+# fails its test: plant the bug anew.
+#
+#     tests/sim_planted.sh [name...]
+set -u
+cd "$(dirname "$0")/.." || exit 2
+dir=$(mktemp -d "${TMPDIR:-/tmp}/tprpc-planted.XXXXXX") || exit 2
+trap 'rm -rf "$dir"' EXIT
+trap 'exit 130' INT TERM HUP
+mkdir -p "$dir/tests"
+cc=${CC:-gcc}
+passed=0 failed=0
+wanted=" $* "
+
+$cc -std=c99 -O1 -g -D_GNU_SOURCE -pthread -c tests/sim.c -o "$dir/sim.o" || exit 2
+
+# plant NAME LINE REPLACEMENT PATTERN: what the simulation says of it matches the pattern (grep -E).
+plant() {
+    case $wanted in "  " | *" $1 "*) ;; *) return ;; esac
+    why=
+    if ! LINE=$2 WITH=$3 awk 'BEGIN { line = ENVIRON["LINE"]; with = ENVIRON["WITH"] }
+                              $0 == line { found++; print with; next } { print } END { exit found != 1 }' \
+            tprpc.h >"$dir/tprpc.h"; then
+        why="the line to be replaced is not there once"
+    else
+        cp tests/impl.c "$dir/tests/impl.c"
+        if ! $cc -std=c99 -O0 -pthread -c "$dir/tests/impl.c" -o "$dir/impl.o" >"$dir/said" 2>&1 ||
+           ! $cc -pthread "$dir/sim.o" "$dir/impl.o" -ldl -lm -o "$dir/sim" >>"$dir/said" 2>&1; then
+            why="it does not compile"
+        elif "$dir/sim" --from 1 --count 20 >"$dir/said" 2>&1; then
+            why="20 seeds are green with it"
+        elif ! grep -Eq "$4" "$dir/said"; then
+            why="the simulation is red, but does not say $4"
+        fi
+    fi
+    if [ -z "$why" ]; then
+        passed=$((passed + 1))
+        echo "ok planted_$1"
+    else
+        failed=$((failed + 1))
+        tail -n 5 "$dir/said" 2>/dev/null
+        echo "FAIL planted_$1: $why"
+    fi
+}
+
+plant lost_callback '        tpr_loop_post(loop, &call->task);' \
+    '        if (status == TPRPC_ERROR_TIMEOUT) on->sends--, call->refs--; else tpr_loop_post(loop, &call->task);' \
+    'overdue|never ended'
+plant double_callback '    call->on_done(call->status, reply, error, call->user);' \
+    '    call->on_done(call->status, reply, error, call->user); if (call->status == TPRPC_ERROR_REMOTE) call->on_done(call->status, reply, error, call->user);' \
+    'has its callback for the 2'
+plant leak '    if (call->error) tpr_base_pool_free(&loop->pool, call->error, sizeof *call->error);' \
+    '    ' 'blocks of .* are left'
+plant reordering '        if (request->lane != lane) continue;' \
+    '        if (request->lane != lane || !request->whole) continue;' 'is handled after'
+plant early_release '            op->release = message->release;' \
+    '            op->release = NULL; if (message->release) message->release(message->release_user);' \
+    'byte .* is wrong'
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
