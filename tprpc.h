@@ -4020,6 +4020,7 @@ static bool tpr_loop_poll(tpr_loop *loop, int64_t deadline_us, int64_t stop_us) 
         } else {
             tpr_loop_sleep(loop, deadline_us, mine, false);
         }
+        spin_until = INT64_MIN;        // it has slept: no more spinning, not even where the clock has gone back
     }
     if (TPR_UNLIKELY(turns >= TPR_LOOP_TURNS)) {   // who always has work must see his timers and other threads
         tpr_loop_clock(loop);
