@@ -352,7 +352,7 @@ static tprpc_status take_slot(tprpc_placement *placement, void *user) {
         placement->cookie = &w_now->slots[i];
         return TPRPC_OK;
     }
-    CHECK(!"a slot is free");
+    CHECK_EQ_INT(SLOTS, 0);               /* there are more than placements at a time */
     return TPRPC_ERROR_LIMIT;
 }
 
