@@ -1171,6 +1171,35 @@ static void close_pending(const way *w, int ordered) {
 TEST_WAYS(close_ends_all, 20) { close_pending((const way *)arg, 0); }
 TEST_WAYS(close_ends_all_ordered, 20) { close_pending((const way *)arg, 1); }
 
+/* A read that has ended, and waits for a descriptor that was asked for before it, when the pipe ends. */
+static void held_up(const way *w, int by_peer) {
+    pair p;
+    outcome o[4];
+    tprpc_message m = text_message("one");
+    memset(o, 0, sizeof o);
+    pair_open(&p, w->transports, w->address, w->threads, 1);
+    CHECK_EQ_INT(tprpc_pipe_write(p.b, &m, NULL, NULL), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_pipe_read_descriptor(p.a, on_described, &o[0]), TPRPC_OK);
+    WAIT(&p.s, o[0].runs, 1);
+    CHECK_EQ_INT(tprpc_pipe_read_descriptor(p.a, on_described, &o[1]), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_pipe_read(p.a, NULL, on_read, &o[2]), TPRPC_OK);   /* of the message that was described */
+    CHECK_EQ_INT(tprpc_pipe_read_descriptor(p.a, on_described, &o[3]), TPRPC_OK);
+    idle(&p.s, 20000);
+    CHECK_EQ_INT(LOAD(o[2].runs), 0);
+    tprpc_pipe_close(by_peer ? p.b : p.a);
+    if (by_peer) p.b = NULL;
+    else p.a = NULL;
+    for (int i = 1; i < 4; i++) WAIT(&p.s, o[i].runs, 1);
+    CHECK_EQ_INT(o[1].status, by_peer ? TPRPC_ERROR_PEER : TPRPC_ERROR_CLOSED);
+    CHECK_EQ_INT(o[2].status, TPRPC_OK);
+    CHECK_EQ_INT(o[3].status, by_peer ? TPRPC_ERROR_PEER : TPRPC_ERROR_CLOSED);
+    CHECK(o[1].place < o[2].place && o[2].place < o[3].place);
+    pair_close(&p);
+}
+
+TEST_WAYS(peer_closes_while_a_read_is_held_up, 20) { held_up((const way *)arg, 1); }
+TEST_WAYS(closes_while_a_read_is_held_up, 20) { held_up((const way *)arg, 0); }
+
 /* The same before the pipe is connected, and by the end of the context. */
 TEST_WAYS(close_before_agreed, 20) {
     const way *w = (const way *)arg;
