@@ -1124,7 +1124,7 @@ static void scribble_deed(void) {
     uint8_t where = fuzz_u8(), how = fuzz_u8();
     if (!now->shared) return;
     uint8_t *at = now->shared;
-    if (where & 1) at = now->last + fuzz_u8();
+    if (where & 1) at = now->last + (fuzz_u8() & (where & 16 ? 255 : 31));   /* of a frame's heads, mostly */
     else if (where & 2) at += fuzz_below(sizeof(tpr_shm_end) * 2);
     else if (where & 4) at = now->tx + (now->tx_pos & (now->ring - 1));
     else if (where & 8) at = now->rx + (now->rx_pos & (now->ring - 1));

@@ -47,10 +47,10 @@ def main():
         os.makedirs(os.path.join(sys.argv[1], target), exist_ok=True)
     count = 0
 
-    def put(target, data):
+    def put(target, data, name=None):
         nonlocal count
         count += 1
-        with open(os.path.join(sys.argv[1], target, "seed-%d" % count), "wb") as file:
+        with open(os.path.join(sys.argv[1], target, name or "seed-%d" % count), "wb") as file:
             file.write(data[:4096])
 
     sessions = [name for name in sorted(os.listdir(WIRE)) if name.endswith((".bin", ".frames"))]
@@ -74,6 +74,13 @@ def main():
             session = b"".join(raw(frame) for at, frame in frames if at == way)
             for target in "tcp", "shm":
                 put(target, bytes([2 if role == 0 and name.startswith("agent") else role, 0]) + session)
+    hello = b"TPRP\1\0\0\0" + bytes(32) + bytes(16) + bytes(8)
+    for count in 16, 17, 32, 33:         # as many of a thing as may be, and one more
+        put("wire", bytes([HELLO]) + hello + struct.pack("<I", count) + bytes(13 * count),
+            "hello-of-%d" % count)
+        put("wire", bytes([AGREE]) + struct.pack("<II", 1, count) + bytes(13 * count), "agree-of-%d" % count)
+    for count in 8, 9:
+        put("wire", bytes([WORKER]) + bytes(12) + b"\1\0\0\0w" + struct.pack("<I", count) + bytes(4 * count), "worker-of-%d" % count)
     for role in range(4):                # a good handshake, and one of each deed
         for target in "tcp", "shm":
             deeds = b"".join(bytes([deed, 17 * deed & 255, 3, 1, 9, 0, 4, 2]) for deed in range(30))
@@ -94,6 +101,12 @@ def main():
             for target in "tcp", "shm":
                 much = b"".join(bytes([22, 0, 8 * (k & 1) + k % 8, 200 + 7 * k, 0]) + poll + hear for k in range(8))
                 put(target, bytes([role | 8, 0]) + manners + much + bytes([28, 250, 29, 28, 41, 28, 250]) + talk + much)
+    # What was checked is written over at a moment after; and a chunk that is longer than what it is for.
+    for moment in range(16):
+        put("shm", bytes([0 | 8, 0, 22, 2, 28, 0, 26, 1, 1 | 4 * moment, 9, 64]) + poll, "moment-%d" % moment)
+    for target in "tcp", "shm":
+        put(target, bytes([0 | 8, 0, 22, 0, 2, 4, 16, 1, 1, 0, 5, 1, 60, 1]) + poll + hear + bytes([8, 0, 0, 200, 0]) + poll +
+            hear, "chunk-too-long")
     # Calls to each method, with tensors within and by bulk; and replies and errors to calls, likewise.
     serve, answer = bytes([24, 12]), bytes([24, 12])
     for k in range(4):
