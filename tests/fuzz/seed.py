@@ -42,6 +42,11 @@ def raw(data):
     return b"".join(bytes([RAW, len(data[i:i + 127])]) + data[i:i + 127] for i in range(0, len(data), 127)) + bytes([POLL, 1])
 
 
+def begin(role, end):
+    """A live end after a good handshake; the third byte says whether a pipe is ordered."""
+    return bytes([role | 8, end]) + (bytes(1) if role < 2 else b"")
+
+
 def main():
     for target in "wire", "tcp", "shm", "store":
         os.makedirs(os.path.join(sys.argv[1], target), exist_ok=True)
@@ -84,7 +89,7 @@ def main():
     for role in range(4):                # a good handshake, and one of each deed
         for target in "tcp", "shm":
             deeds = b"".join(bytes([deed, 17 * deed & 255, 3, 1, 9, 0, 4, 2]) for deed in range(30))
-            put(target, bytes([role | 8, 31]) + deeds)
+            put(target, begin(role, 31) + deeds)
     hear, poll, polite = bytes([14]), bytes([POLL, 1]), bytes([24, 12])
     talk = (poll + hear) * 5 + b"".join(bytes([22, deed, 1, 60, 3]) + poll + hear for deed in range(8))
     for end in 0, 31:                    # a pipe that moves to shared memory, as either end; then both talk
@@ -95,17 +100,17 @@ def main():
             for target in "tcp", "shm":
                 said = b"".join(bytes([4, 2 * k, 3, 1, 40, 0, 10, 1, 200, 9, 0, 6, 5 * k, k, 0, 80]) + poll + hear +
                                 bytes([25, 200, 10, k & 3, 1, 22, k]) for k in range(8))
-                put(target, bytes([role | 8, end]) + said + talk)
+                put(target, begin(role, end) + said + talk)
     for role in range(4):                # both talk, and the stranger takes and gives what is asked for; or nothing
         for manners in bytes([24, 12]), bytes([24, 4]):
             for target in "tcp", "shm":
                 much = b"".join(bytes([22, 0, 8 * (k & 1) + k % 8, 200 + 7 * k, 0]) + poll + hear for k in range(8))
-                put(target, bytes([role | 8, 0]) + manners + much + bytes([28, 250, 29, 28, 41, 28, 250]) + talk + much)
+                put(target, begin(role, 0) + manners + much + bytes([28, 250, 29, 28, 41, 28, 250]) + talk + much)
     # What was checked is written over at a moment after; and a chunk that is longer than what it is for.
     for moment in range(16):
-        put("shm", bytes([0 | 8, 0, 22, 2, 28, 0, 26, 1, 1 | 4 * moment, 9, 64]) + poll, "moment-%d" % moment)
+        put("shm", begin(0, 0) + bytes([22, 0, 2, 28, 0, 26, 1, 1 | 4 * moment, 9, 64]) + poll, "moment-%d" % moment)
     for target in "tcp", "shm":
-        put(target, bytes([0 | 8, 0, 22, 0, 2, 4, 16, 1, 1, 0, 5, 1, 60, 1]) + poll + hear + bytes([8, 0, 0, 200, 0]) + poll +
+        put(target, begin(0, 0) + bytes([22, 0, 2, 4, 16, 1, 1, 0, 5, 1, 60, 1]) + poll + hear + bytes([8, 0, 0, 200, 0]) + poll +
             hear, "chunk-too-long")
     # Calls to each method, with tensors within and by bulk; and replies and errors to calls, likewise.
     serve, answer = bytes([24, 12]), bytes([24, 12])
@@ -118,8 +123,8 @@ def main():
         answer += bytes([22, 0, 0, 60]) + poll + hear + bytes([6, 2, 3, 3 + 2 * k, 16, 5, 3]) + poll
     for target in "tcp", "shm":
         for end in 0, 1, 31:
-            put(target, bytes([2 | 8, end]) + serve + bytes([22, 2, 22, 3, 22, 6]))
-            put(target, bytes([3 | 8, end]) + answer + bytes([22, 4, 22, 5, 22, 6, 22, 0, 64, 60, 0, 1]))
+            put(target, begin(2, end) + serve + bytes([22, 2, 22, 3, 22, 6]))
+            put(target, begin(3, end) + answer + bytes([22, 4, 22, 5, 22, 6, 22, 0, 64, 60, 0, 1]))
     for name in sorted(os.listdir(WIRE)):
         if name.endswith(".tape"):
             segments = tape(name)
