@@ -9528,8 +9528,9 @@ TPR_COLD static uint32_t tpr_pipe_inline_advice(tprpc_pipe *pipe) {
     tprpc_device host = TPR_ZERO;
     host.kind = TPRPC_CPU;
     const tpr_pipe_channel *channel = tpr_pipe_pick(pipe, host, host, NULL, 0, NULL);
-    uint32_t advice = channel ? channel->entry->backend->channel->inline_bytes : 0;
-    return !advice ? TPR_PIPE_INLINE : advice < TPR_PIPE_INLINE_ALL ? advice : TPR_PIPE_INLINE_ALL;
+    uint32_t advice = channel ? channel->entry->backend->channel->inline_bytes : 0, most = TPR_PIPE_INLINE_ALL;
+    if (!advice) advice = TPR_PIPE_INLINE;
+    return advice < most ? advice : most;
 }
 
 // The pipe is open: what was parked goes out, and whoever waits is told.
