@@ -301,9 +301,10 @@ static bool sim_status_fits(const sim_op *op, tprpc_status status) {
     }
     if (status == want || other) return true;
     if (status == TPRPC_ERROR_NO_METHOD && sim_method_goes(op)) return true;
+    if (status == TPRPC_ERROR_REMOTE && op->kind == SIM_NESTED_WAIT) return true;      /* waits nest to a limit */
     if (sim.quiet) return false;
     if (status == TPRPC_ERROR_CANCELLED) return op->cancelling;
-    if (status == TPRPC_ERROR_REMOTE) return op->kind == SIM_NESTED_WAIT || op->kind == SIM_NESTED_ASYNC;
+    if (status == TPRPC_ERROR_REMOTE) return op->kind == SIM_NESTED_ASYNC;
     return status == TPRPC_ERROR_PEER || status == TPRPC_ERROR_UNREACHABLE || status == TPRPC_ERROR_TIMEOUT ||
            status == TPRPC_ERROR_NO_METHOD || (status == TPRPC_ERROR_NO_WORKER && !sim_static_group) ||
            (status == TPRPC_ERROR_NO_WORKER && sim_leaving) || (status == TPRPC_ERROR_CLOSED && op->node->dying);
@@ -426,7 +427,7 @@ static void sim_choose_times(sim_op *op, tprpc_call_options *options) {
     if (op->kind == SIM_CANCELLED) op->answer_ms = (uint32_t)sim_between(1, 100);
     options->timeout_ms = timeout_us / SIM_MS;
     op->due = sim_clock_of(op->node) + timeout_us;
-    if (op->due < op->node->clock_most && !op->one_way) op->due = op->node->clock_most;   /* the clock went back */
+    if (op->due < op->node->clock_most) op->due = op->node->clock_most;   /* the clock went back */
 }
 
 /* Puts a message together in one block: the body, then the tensors. */
@@ -1131,7 +1132,8 @@ static void sim_ready(tprpc_status status, const tprpc_message *reply, const tpr
 
 /* Lets the library work, and sleeps until `at` at the latest, in one of the ways that programs have. */
 static void sim_pause(sim_node *node, int64_t at) {
-    int64_t left = at == SIM_NEVER ? -1 : at - sim.now, armed;
+    int64_t left = at == SIM_NEVER ? -1 : at > sim.now ? at - sim.now : 0, armed;
+    size_t todo = node->work->todo_count;
     bool more;
     switch (node->work->mode) {
     case 0:
@@ -1144,7 +1146,7 @@ static void sim_pause(sim_node *node, int64_t at) {
         return;
     default:                                       /* a loop of its own */
         more = tprpc_poll(node->ctx, TPRPC_NOW, node->index % 2 ? 20 : 0);
-        if (more || !tprpc_context_arm(node->ctx, &armed)) return;
+        if (more || node->work->todo_count != todo || !tprpc_context_arm(node->ctx, &armed)) return;
         sim_nothing_overdue(node);
         if (armed >= 0 && (left < 0 || armed < left)) left = armed;
         sim_sleep(left, true);
@@ -1289,6 +1291,11 @@ static void sim_part(sim_node *node) {
 
 static void sim_restart(void *arg, uint64_t life);
 
+/* Its clock may have jumped beyond the time that the start has. */
+static bool sim_may_not_join(const sim_node *node, tprpc_status status) {
+    return node->dying || sim_net_is.store_error || (status == TPRPC_ERROR_TIMEOUT && !sim.quiet);
+}
+
 /* A worker's program. */
 static void sim_live(sim_node *node) {
     sim_worker *work = node->work;
@@ -1313,14 +1320,15 @@ static void sim_live(sim_node *node) {
     sim_create(node);
     sim_note(node->index, "starts", node->life, work->mode, 0);
     if (sim_chance(500)) {
-        if (tprpc_agent_wait_ready(node->agent, 0, &error) == TPRPC_OK) work->joined = true;
-        else if (!node->dying && !sim_net_is.store_error)
+        tprpc_status status = tprpc_agent_wait_ready(node->agent, 0, &error);
+        work->joined = status == TPRPC_OK;
+        if (!work->joined && !sim_may_not_join(node, status))
             sim_fail("worker %d cannot join: %s", (int)node->index, error.text);
     } else {
         if (tprpc_agent_start(node->agent, sim_ready, node, &error) != TPRPC_OK) sim_fail("start: %s", error.text);
         while (!work->ready && !node->dying) tprpc_poll(node->ctx, TPRPC_FOREVER, 0);
         work->joined = work->ready && work->ready_status == TPRPC_OK;
-        if (work->ready && !work->joined && !sim_net_is.store_error)
+        if (work->ready && !work->joined && !sim_may_not_join(node, work->ready_status))
             sim_fail("worker %d cannot join: %d", (int)node->index, (int)work->ready_status);
     }
     sim_note(node->index, "joined", work->joined, 0, 0);
