@@ -1,7 +1,8 @@
 /* The real transports under pressure: the system's calls give less than was asked for, are interrupted, would block,
    come late and fail, as a seed says; agents call each other in every way and a pipe carries messages beside them,
    whose bytes are checked. Gentle pressure must cost nothing but time; under hard pressure every operation ends once,
-   and what was lent comes back.
+   and what was lent comes back. Then processes die at the n-th call that they make to the system or for memory, and who
+   survives goes on with the next.
 
        TEST_SEED=n build/tests/pressure -v gentle_tcp     one seed; what fails shows its number
        PRESSURE_SOAK=1 build/tests/pressure               seeds without end, of each test in turn */
@@ -50,7 +51,7 @@ static int pressed(const char *call, int64_t *size) {
     uint64_t hash = 5381;
     for (const char *c = call; *c; c++) hash = hash * 33 + (unsigned char)*c;
     const uint64_t n = __atomic_fetch_add(&counts[hash % BUCKETS], 1, __ATOMIC_RELAXED);
-    if (kill_at && ADD(&calls_made, 1) == kill_at) kill(getpid(), SIGKILL);
+    if (kill_at && __atomic_add_fetch(&calls_made, 1, __ATOMIC_RELAXED) == kill_at) kill(getpid(), SIGKILL);
     uint64_t r = mix(mix(pressure_seed ^ hash) + n);
     const unsigned dice = (unsigned)(r % 100);
     r >>= 8;
@@ -91,6 +92,17 @@ static void press(uint64_t seed, bool hard) {
 
 static void release_pressure(void) { STORE(&tprpc_test_hook, NULL); }
 
+/* Shared memory that is mapped. */
+static int count_mappings(void) {
+    char line[600];
+    int count = 0;
+    FILE *file = fopen("/proc/self/maps", "r");
+    REQUIRE(file != NULL);
+    while (fgets(line, sizeof line, file)) count += strstr(line, "/memfd:") != NULL;
+    fclose(file);
+    return count;
+}
+
 /* ---- bytes: those of a message follow from its number ---- */
 
 enum { POOL = 1 << 20, LARGEST = 300000, SKEW = 4096 };
@@ -113,7 +125,7 @@ enum { CALLS = 4000, PARTS = 3, LANES = 4, SLOTS = 64, SLOT_BYTES = 20000, KEPT 
 
 typedef struct body { uint32_t id, parts, lane, order; uint32_t sizes[PARTS]; } body;   /* what a handler sees */
 typedef struct record {               /* of a call, at its caller */
-    int outcomes, releases, handled, kind, parts;
+    int outcomes, releases, kind, parts;
     size_t sizes[PARTS];
     tprpc_status status;
     bool lent, cancelled;
@@ -121,6 +133,7 @@ typedef struct record {               /* of a call, at its caller */
 } record;
 
 static record records[CALLS];
+static int handled[CALLS];            /* how often, by the call's number */
 static uint32_t record_count;
 static int slots[SLOTS], in_lane[2][LANES], ended, lent, given_back;   /* of the side that handles, in_lane */
 static uint32_t lane_order[2][LANES];
@@ -143,6 +156,11 @@ static tprpc_status take_slot(tprpc_placement *placement, void *user) {
     }
     return TPRPC_ERROR_LIMIT;
 }
+static int slots_taken(void) {
+    int taken = 0;
+    for (int i = 0; i < SLOTS; i++) taken += LOAD(&slots[i]);
+    return taken;
+}
 static void free_slot(void *slot) { CHECK_EQ_INT(__atomic_exchange_n((int *)slot, 0, __ATOMIC_ACQ_REL), 1); }
 static void on_unplaced(const tprpc_placement *placement, void *user) { (void)user; free_slot(placement->cookie); }
 static int *slot_of(const void *data) {
@@ -160,7 +178,7 @@ static bool look_at(const tprpc_message *message, body *b, int side_of_handler) 
         CHECK_MEM(message->tensors[i].data, bytes_number(b->id, i), b->sizes[i]);
     }
     if (apart) return true;
-    CHECK_EQ_INT(ADD(&records[b->id].handled, 1), 1);
+    CHECK_EQ_INT(ADD(&handled[b->id], 1), 1);
     if (b->lane) {                    /* one lane's handlers start in order, though calls between may have failed */
         const int before = __atomic_exchange_n(&in_lane[side_of_handler][b->lane], (int)b->order, __ATOMIC_ACQ_REL);
         CHECK(before < (int)b->order);
@@ -194,13 +212,16 @@ static void on_change(tprpc_request request, const tprpc_message *message, void 
     tprpc_reply(request, &reply);
 }
 
-static void keep(tprpc_request request, const tprpc_message *message, void *user, tprpc_request *list, int *count) {
-    body b;
-    if (!look_at(message, &b, side_number(user)) || tprpc_request_keep(request) != TPRPC_OK) return;
+static void put(tprpc_request request, tprpc_request *list, int *count) {
     pthread_mutex_lock(&lock);
     REQUIRE(*count < KEPT);
     list[(*count)++] = request;
     pthread_mutex_unlock(&lock);
+}
+
+static void keep(tprpc_request request, const tprpc_message *message, void *user, tprpc_request *list, int *count) {
+    body b;
+    if (look_at(message, &b, side_number(user)) && tprpc_request_keep(request) == TPRPC_OK) put(request, list, count);
 }
 static void on_later(tprpc_request r, const tprpc_message *m, void *user) { keep(r, m, user, kept, &kept_count); }
 static void on_never(tprpc_request r, const tprpc_message *m, void *user) { keep(r, m, user, never, &never_count); }
@@ -210,8 +231,8 @@ typedef struct nested { tprpc_request request; } nested;
 static void on_nested_done(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
     nested *n = (nested *)user;
     (void)error;
-    if (status == TPRPC_OK) tprpc_reply(n->request, reply);
-    else tprpc_fail(n->request, 43, "the call back failed");
+    if ((status != TPRPC_OK || tprpc_reply(n->request, reply) != TPRPC_OK) &&
+        tprpc_fail(n->request, 43, "the call back failed") != TPRPC_OK) put(n->request, kept, &kept_count);
     free(n);
 }
 static void on_nested(tprpc_request request, const tprpc_message *message, void *user) {
@@ -228,7 +249,7 @@ static void on_nested(tprpc_request request, const tprpc_message *message, void 
     }
     if (tprpc_call(((side *)user)->agent, tprpc_request_caller(request), "mirror", message, &options, NULL) == TPRPC_OK)
         return;
-    tprpc_fail(request, 43, "cannot call back");
+    if (tprpc_fail(request, 43, "cannot call back") != TPRPC_OK) put(request, kept, &kept_count);
     free(n);
 }
 static void on_mirror(tprpc_request request, const tprpc_message *message, void *user) {
@@ -299,6 +320,7 @@ static bool begin_call(side *s, const char *worker, int kind) {
     b.id = record_count;
     record *r = &records[record_count++];
     memset(r, 0, sizeof *r);
+    STORE(&handled[b.id], 0);
     r->kind = kind;
     r->parts = kind == CHANGE ? 1 : (int)random_below(PARTS + 1);
     for (int i = 0; i < r->parts; i++) {
@@ -369,7 +391,7 @@ static void on_pipe_read(tprpc_status status, const tprpc_message *message, cons
         uint32_t head[4];
         if (CHECK_EQ_INT(message->metadata_size, sizeof head)) {
             memcpy(head, message->metadata, sizeof head);
-            CHECK_EQ_INT(head[0], e->read);          /* in the order written */
+            CHECK_EQ_INT(head[0], LOAD(&e->read));   /* in the order written */
             CHECK_EQ_INT(head[1], !e->number);
             if (CHECK(message->tensor_count == 1 && message->payload_count == 1)) {
                 CHECK_EQ_INT(message->tensors[0].size, head[2]);
@@ -378,12 +400,12 @@ static void on_pipe_read(tprpc_status status, const tprpc_message *message, cons
                 CHECK_MEM(message->payloads[0].data, bytes_number(head[0], head[1] + 2), head[3]);
             }
         }
-        e->read++;
+        ADD(&e->read, 1);
     }
     free(e->memory[0]);
     free(e->memory[1]);
     e->memory[0] = e->memory[1] = NULL;
-    if (status == TPRPC_OK && e->read < MESSAGES) end_read(e);
+    if (status == TPRPC_OK && LOAD(&e->read) < MESSAGES) end_read(e);
     ADD(&e->good, status == TPRPC_OK);
     ADD(&e->outcomes, 1);
 }
@@ -414,7 +436,7 @@ static void on_pipe_described(tprpc_status status, const tprpc_message *message,
 
 /* Every other message whole, the others in two steps. */
 static void end_read(end *e) {
-    const tprpc_status status = e->read % 2 ? tprpc_pipe_read(e->pipe, NULL, on_pipe_read, e)
+    const tprpc_status status = LOAD(&e->read) % 2 ? tprpc_pipe_read(e->pipe, NULL, on_pipe_read, e)
                                             : tprpc_pipe_read_descriptor(e->pipe, on_pipe_described, e);
     if (status == TPRPC_OK) ADD(&e->begun, 1);
 }
@@ -468,7 +490,7 @@ static const strain strains[] = {
     {"gentle_shm", "shm", "shm://", false},                {"hard_shm", "shm", "shm://", true},
     {"gentle_moved", "shm,tcp", "tcp://127.0.0.1:0", false}, {"hard_moved", "shm,tcp", "tcp://127.0.0.1:0", true},
 };
-enum { OPERATIONS = 60, IN_FLIGHT = 10, SEEDS = 60, START_MS = 20000, GIVE_UP_S = 40 };
+enum { OPERATIONS = 60, IN_FLIGHT = 10, SEEDS = 90, START_MS = 20000, GIVE_UP_S = 40 };
 
 static side both[2];
 static mode both_mode;
@@ -512,6 +534,7 @@ static bool join_both(tprpc_store *store) {
         desc.rank = i;
         desc.world_size = 2;
         desc.start_timeout_ms = pressure_hard ? 500 : START_MS;
+        desc.timeout_ms = START_MS;       /* for a request that could not even be failed */
         if (tprpc_agent_create(&desc, &both[i].agent, NULL) != TPRPC_OK) break;
         for (const tprpc_method_desc *m = methods; m->name; m++) {
             tprpc_method_desc method = *m;
@@ -612,7 +635,7 @@ static void goes_on(void) {
 }
 
 static void run_seed(const strain *with, uint64_t seed) {
-    const int fds = test_count_fds(), failures = harness_failures;
+    const int fds = test_count_fds(), mappings = count_mappings(), failures = harness_failures;
     tprpc_store *store = NULL;
     printf("seed %llu\n", (unsigned long long)seed);
     fflush(stdout);
@@ -631,7 +654,7 @@ static void run_seed(const strain *with, uint64_t seed) {
         messages_both_ways(with->address);
         release_pressure();
         if (joined) goes_on();
-        if (seed % 2) press(seed, with->hard);
+        if (seed % 2) STORE(&tprpc_test_hook, pressed);      /* while all ends, too */
     }
     for (int i = 0; i < 2; i++) if (both[i].agent) CHECK_EQ_INT(tprpc_agent_destroy(both[i].agent), TPRPC_OK);
     tprpc_store_close(store);
@@ -643,8 +666,9 @@ static void run_seed(const strain *with, uint64_t seed) {
     memset(both, 0, sizeof both);
     CHECK_EQ_INT(ended, record_count);
     CHECK_EQ_INT(given_back, lent);
-    for (int i = 0; i < SLOTS; i++) CHECK_EQ_INT(slots[i], 0);
+    CHECK_EQ_INT(slots_taken(), 0);
     CHECK_EQ_INT(test_count_fds(), fds);
+    CHECK_EQ_INT(count_mappings(), mappings);
     if (harness_failures > failures) fprintf(stderr, "TEST_SEED=%llu repeats it\n", (unsigned long long)seed);
 }
 
@@ -661,6 +685,211 @@ static void run_strain(void *arg) {
     for (int i = 0; i < 5; i++) printf("%s %d%s", fault_names[i], faults[i], i < 4 ? ", " : "\n");
     for (int i = 0; i < 4 + with->hard && !given; i++) CHECK(faults[i] >= 10);
     free(pool);
+}
+
+/* ---- killed at the n-th call: a survivor serves and calls one victim after the other, all under one name ---- */
+
+enum { KILLS = 150, VICTIM_CALLS = 20, ENOUGH = 8, AT_ONCE = 6, DEATH_MS = 5000 };
+typedef struct fate { int ready, go, dead, mourned, enough, stop; uint64_t calls; char address[100]; } fate;
+static fate *fates;                   /* shared by all processes of the test */
+static const strain *killed_over;
+static char kill_url[300];
+static uint64_t kill_seed;
+
+static void open_apart(side *s, const char *name) {
+    tprpc_context_desc context = {0};
+    tprpc_agent_desc agent = {0};
+    tprpc_error error = {0};
+    memset(s, 0, sizeof *s);
+    s->name = name;
+    context.transports = killed_over->transports;
+    context.spin_us = TPRPC_NOW;
+    context.allocator.alloc = heap_alloc;
+    context.allocator.free = heap_free;
+    context.allocator.user = &s->heap;
+    REQUIRE_EQ_INT(tprpc_context_create(&context, &s->ctx, &error), TPRPC_OK);
+    agent.context = s->ctx;
+    agent.name = name;
+    agent.init_method = kill_url;
+    REQUIRE_EQ_INT(tprpc_agent_create(&agent, &s->agent, &error), TPRPC_OK);
+    for (const tprpc_method_desc *m = methods; m->name; m++) {
+        tprpc_method_desc method = *m;
+        method.user = s;
+        REQUIRE_EQ_INT(tprpc_agent_register(s->agent, &method, NULL), TPRPC_OK);
+    }
+    if (tprpc_agent_wait_ready(s->agent, WAIT_MS, &error) != TPRPC_OK)
+        REQUIRE(harness_fail(__FILE__, __LINE__, "%s cannot join: %s", name, error.text));
+}
+
+static void close_apart(side *s) {
+    CHECK_EQ_INT(tprpc_agent_destroy(s->agent), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_context_destroy(s->ctx), TPRPC_OK);
+    CHECK_EQ_INT(s->heap.blocks, 0);
+}
+
+static void work_apart(side *s) {
+    tprpc_poll(s->ctx, 500, 0);
+    answer(kept, &kept_count);
+}
+
+/* An exchange until it dies; who is not to die ends when the survivor has had enough of it. */
+static void victim(void *arg) {
+    const int round = *(int *)arg;
+    static side s;
+    static end e;
+    tprpc_pipe_desc desc = {0};
+    tprpc_pipe *pipe = NULL;
+    int64_t end_us = test_now_us() + (int64_t)WAIT_MS * 1000 * TEST_SLOWDOWN;
+    random_state = mix(kill_seed + (uint64_t)round);
+    press(random_state, false);
+    open_apart(&s, "victim");
+    desc.address = fates->address;
+    REQUIRE_EQ_INT(tprpc_connect(s.ctx, &desc, &pipe, NULL), TPRPC_OK);
+    end_begin(&e, pipe, 1);
+    for (int i = 0; i < VICTIM_CALLS; i++) {
+        begin_call(&s, "survivor", (int)random_below(KINDS));
+        if (e.written < MESSAGES) end_write(&e);
+        while ((int)record_count - LOAD(&ended) >= AT_ONCE && test_now_us() < end_us) work_apart(&s);
+    }
+    while ((LOAD(&ended) < (int)record_count || !end_done(&e) || LOAD(&fates->enough) <= round) &&
+           test_now_us() < end_us) work_apart(&s);
+    CHECK_EQ_INT(ended, record_count);
+    CHECK(end_done(&e));
+    CHECK(LOAD(&fates->enough) > round);
+    fates->calls = calls_made;
+    tprpc_pipe_close(pipe);
+    close_apart(&s);
+}
+
+/* Takes the dead one's name out of the store, for the next. */
+static void bury(tprpc_store *store) {
+    tprpc_store_request request = {0};
+    request.size = sizeof request;
+    request.kind = TPRPC_STORE_DELETE;
+    request.key = "tprpc/name/victim";
+    CHECK_EQ_INT(tprpc_store_wait(store, &request, WAIT_MS, NULL, NULL, NULL), TPRPC_OK);
+}
+
+/* One victim's life, as the survivor sees it, and what must be over after its death. */
+static void outlive(side *s, int round, tprpc_listener *listener, accepting *a, tprpc_store *store, int fds,
+                    int mappings) {
+    static end e;
+    bool piped = false;
+    int good = 0;
+    record_count = 0;
+    ended = lent = given_back = 0;
+    if (a->done) {
+        memset(a, 0, sizeof *a);
+        CHECK_EQ_INT(tprpc_accept(listener, on_accepted, a), TPRPC_OK);
+    }
+    while (LOAD(&fates->dead) <= round) {
+        if ((int)record_count - LOAD(&ended) < AT_ONCE && record_count < CALLS - 1)
+            begin_call(s, "victim", (int)random_below(KINDS));
+        if (a->pipe && !piped) end_begin(&e, a->pipe, 0);
+        piped |= a->pipe != NULL;
+        if (piped && e.written < MESSAGES) end_write(&e);
+        work_apart(s);
+        good = 0;
+        for (uint32_t i = 0; i < record_count && good < ENOUGH; i++)
+            good += records[i].outcomes && as_meant(&records[i]);
+        if (good >= ENOUGH) STORE(&fates->enough, round + 1);
+    }
+    const int64_t end_us = test_now_us() + (int64_t)DEATH_MS * 1000 * TEST_SLOWDOWN;
+    while ((LOAD(&ended) < (int)record_count || given_back < lent || slots_taken() ||
+            (piped && LOAD(&e.outcomes) < LOAD(&e.begun))) && test_now_us() < end_us) work_apart(s);
+    CHECK_EQ_INT(ended, record_count);
+    CHECK_EQ_INT(given_back, lent);
+    if (piped) CHECK_EQ_INT(e.outcomes, e.begun);
+    if (piped) tprpc_pipe_close(e.pipe);
+    answer(never, &never_count);
+    bury(store);
+    while (test_count_fds() > fds && test_now_us() < end_us) work_apart(s);
+    CHECK_LE_INT(test_count_fds(), fds);
+    CHECK_LE_INT(count_mappings(), mappings);
+    CHECK_EQ_INT(slots_taken(), 0);
+}
+
+static void survivor(void *arg) {
+    static side s;
+    static accepting a = {1, NULL};
+    tprpc_listener_desc desc = {0};
+    tprpc_store_desc store_desc = {0};
+    tprpc_listener *listener = NULL;
+    tprpc_store *store = NULL;
+    (void)arg;
+    random_state = mix(kill_seed);
+    press(random_state, false);
+    open_apart(&s, "survivor");
+    store_desc.url = kill_url;
+    REQUIRE_EQ_INT(tprpc_store_open(s.ctx, &store_desc, &store, NULL), TPRPC_OK);
+    desc.addresses = &killed_over->address;
+    desc.address_count = 1;
+    REQUIRE_EQ_INT(tprpc_listen(s.ctx, &desc, &listener, NULL), TPRPC_OK);
+    snprintf(fates->address, sizeof fates->address, "%s", tprpc_listener_address(listener, NULL));
+    bury(store);                      /* nobody yet; whatever the store keeps open is open */
+    const int fds = test_count_fds(), mappings = count_mappings();
+    STORE(&fates->ready, 1);
+    for (int round = 0; !LOAD(&fates->stop);) {
+        if (LOAD(&fates->go) <= round) {
+            work_apart(&s);
+            continue;
+        }
+        outlive(&s, round, listener, &a, store, fds, mappings);
+        STORE(&fates->mourned, ++round);
+    }
+    tprpc_listener_close(listener);
+    tprpc_store_close(store);
+    close_apart(&s);
+}
+
+static bool await(int *flag, int at_least) {
+    const int64_t end_us = test_now_us() + (int64_t)WAIT_MS * 1000 * TEST_SLOWDOWN;
+    while (LOAD(flag) < at_least && test_now_us() < end_us) test_sleep_us(200);
+    return LOAD(flag) >= at_least;
+}
+
+static void run_kills(void *arg) {
+    const char *given = getenv("TEST_SEED"), *soak = getenv("PRESSURE_SOAK");
+    const int kills = KILLS / TEST_SLOWDOWN;
+    char path[250];
+    int died = 0;
+    void *memory = mmap(NULL, sizeof *fates, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(memory != MAP_FAILED);
+    fates = (fate *)memory;
+    pool_fill();
+    apart = true;
+    killed_over = (const strain *)arg;
+    over_shm = strstr(killed_over->transports, "shm") != NULL;
+    kill_seed = given ? strtoull(given, NULL, 10) : soak ? mix((uint64_t)test_now_us()) % 1000000000 : 1;
+    printf("seed %llu\n", (unsigned long long)kill_seed);
+    snprintf(kill_url, sizeof kill_url, "file://%s", test_temp_path(path, sizeof path));
+    const pid_t pid = test_fork_run(survivor, NULL);
+    REQUIRE(await(&fates->ready, 1));
+    for (int round = 0; round < kills + 2 && !harness_common->failures; round++) {   /* the first and last live on */
+        const bool dies = round > 0 && round <= kills;
+        kill_at = dies ? 1 + mix(kill_seed * 1000 + (uint64_t)round) % fates->calls : 0;
+        if (!dies) kill_at = UINT64_MAX;              /* counted all the same */
+        STORE(&fates->go, round + 1);
+        const pid_t child = test_fork_run(victim, &round);
+        const int status = test_wait_child(child, 60);
+        STORE(&fates->dead, round + 1);
+        died += status == 128 + SIGKILL;
+        CHECK(status == 0 || (dies && status == 128 + SIGKILL));
+        if (!CHECK(await(&fates->mourned, round + 1)) || status % (128 + SIGKILL))
+            fprintf(stderr, "TEST_SEED=%llu: round %d, killed at call %llu of %llu\n", (unsigned long long)kill_seed,
+                    round, (unsigned long long)kill_at, (unsigned long long)fates->calls);
+    }
+    STORE(&fates->stop, 1);
+    CHECK_EQ_INT(test_wait_child(pid, 60), 0);
+    printf("%d of %d died, of %llu calls in a life\n", died, kills, (unsigned long long)fates->calls);
+    CHECK(died > kills / 3);
+    free(pool);
+}
+
+TESTS(kills) {
+    test_add("killed_over_tcp", run_kills, (void *)(uintptr_t)&strains[0], 240);
+    test_add("killed_over_shm", run_kills, (void *)(uintptr_t)&strains[2], 240);
+    test_add("killed_when_moved", run_kills, (void *)(uintptr_t)&strains[4], 240);
 }
 
 TESTS(strains) {
