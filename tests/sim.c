@@ -12,6 +12,8 @@
 enum { SIM_FLOOR = 100, SIM_FAULTS_S = 60 };   /* of operations and faults of each kind, in what is run by default; when
                                                   at the latest a seed's faults end */
 
+static int64_t sim_warm, sim_last_bytes;   /* of a large group: bytes allocated, at most while it warms up; at last */
+
 /* ---- faults ---- */
 
 static int64_t sim_fault_every, sim_fault_mix[9];
@@ -96,11 +98,30 @@ static void sim_fault_event(void *arg, uint64_t value) {
     sim_after(1 + sim_spread(2 * sim_fault_every), sim_fault_event, NULL, 0);
 }
 
+/* In a large group without faults: once each worker has called its neighbours twice, memory grows no more. Calls under
+   way take some, so it is looked at often and the most counts. */
+static void sim_watch_memory(void) {
+    int64_t bytes = 0;
+    int32_t i, most = 0;
+    if (!sim_neighbours || !sim.quiet || sim_leaving) return;
+    for (i = 0; i < sim.count; i++) {
+        bytes += sim.nodes[i].heap.bytes;
+        if (sim.nodes[i].work->quota > most) most = sim.nodes[i].work->quota;
+    }
+    if (most > 25) {
+        if (bytes > sim_warm) sim_warm = bytes;
+    } else if (bytes > sim_warm + sim_warm / 20) {
+        sim_fail("%" PRId64 " bytes are allocated in all, and were %" PRId64 " once it was warm", bytes, sim_warm);
+    }
+    sim_last_bytes = bytes;
+}
+
 /* Once all workers have begun what they were to begin, and it has ended: the faults end, and then all leave. */
 static void sim_end_event(void *arg, uint64_t value) {
     int32_t i;
     (void)arg;
     (void)value;
+    sim_watch_memory();
     for (i = 0; i < sim.count && sim.nodes[i].work->quota <= 0; i++) {}
     if (i == sim.count || sim.now > 1000 * SIM_S + SIM_FAULTS_S * SIM_S) sim_faults_over = true;
     if (sim_finished == sim.count && sim_joined == sim.count && !sim.partitioned) {
@@ -141,7 +162,7 @@ static void sim_choose_faults(void) {
 
 static void sim_choose(int32_t count) {
     int i;
-    sim.quiet = sim.seed % 8 == 0;
+    sim.quiet = count ? sim.seed % 2 == 1 : sim.seed % 8 == 0;
     sim.count = count ? count : (int32_t)sim_between(3, 24);
     sim_neighbours = count ? 16 : 0;
     sim_static_group = !count && sim_chance(500);
@@ -149,6 +170,7 @@ static void sim_choose(int32_t count) {
     sim_has_big = !count && sim_chance(150);
     sim_timeout_us = sim.quiet ? 300 * SIM_S : sim_between(2, 20) * SIM_S;
     sim_leaving = false;
+    sim_warm = sim_last_bytes = 0;
     sim_finished = sim_joined = 0;
     sim_end_numbers = 0;
     for (i = 0; i < SIM_CALLS; i++) sim_mix_of[i] = sim_between(1, 10);
@@ -221,7 +243,7 @@ static uint64_t sim_run(uint64_t seed, int32_t count) {
         node->index = i;
         node->work = &works[i];
         snprintf(node->name, sizeof node->name, "w%d", (int)i);
-        works[i].quota = count ? 40 : (int)(520 / sim.count + 1 + sim_below(20));
+        works[i].quota = count ? 60 : (int)(520 / sim.count + 1 + sim_below(20));
         sim_choose_clock(node);
         sim_start_node(node, sim_live);
     }
@@ -249,7 +271,7 @@ static uint64_t sim_run(uint64_t seed, int32_t count) {
 
 /* ---- runs of many seeds ---- */
 
-enum { SIM_PROCESSES = 64, SIM_LARGE = 1000, SIM_REAL_S = 100 };   /* workers of a large group; how long a seed may take */
+enum { SIM_PROCESSES = 64, SIM_LARGE = 1000, SIM_REAL_S = 200 };   /* workers of a large group; how long a seed may take */
 
 typedef struct sim_shared {            /* by all processes of a run */
     uint64_t next, last, done, counts[SIM_COUNTS], operations;
@@ -350,6 +372,7 @@ int main(int argc, char **argv) {
         sim_catch_crashes();
         alarm(SIM_REAL_S);
         uint64_t hash = sim_run(first, large == SIM_LARGE ? SIM_LARGE : 0);
+        if (sim_warm) printf("%" PRId64 " bytes when warm, %" PRId64 " at the end\n", sim_warm, sim_last_bytes);
         printf("seed %" PRIu64 ": trace %016" PRIx64 ", %.3f s of virtual time, %" PRIu64 " steps, %.3f s\n", first, hash,
                (double)(sim.now - 1100 * SIM_S) / 1e6, sim.steps, (double)(sim_real_us() - begun) / 1e6);
         return 0;

@@ -71,7 +71,7 @@ typedef struct sim_worker {
     size_t       todo_count, todo_room;
     int          quota;                /* operations it will begin */
     int64_t      next_at;
-    int          mode, depth;
+    int          mode, depth, turn;    /* turn: whose of its neighbours is the next call's */
     bool         finished, joined, registered;
     sim_placing *placings;
     uint32_t    *lanes;                /* of each caller, SIM_LANES: the last call whose handler began */
@@ -489,7 +489,7 @@ static sim_op *sim_call(sim_node *node, sim_kind kind, bool waits, tprpc_done on
     bool by_id = sim_chance(250);
     memset(&options, 0, sizeof options);
     memset(&error, 0, sizeof error);
-    op->target = &sim.nodes[sim_neighbours ? (node->index + 1 + 61 * sim_below(sim_neighbours)) % sim.count
+    op->target = &sim.nodes[sim_neighbours ? (node->index + 1 + 61 * (node->work->turn++ % sim_neighbours)) % sim.count
                                            : sim_below(sim.count)];
     op->inside = on_done != NULL;
     op->borrowed = sim_chance(300);
