@@ -6615,7 +6615,10 @@ static tprpc_status tpr_basic_recv(void *end, tprpc_transfer *transfer, const tp
     (void)descriptor;
     (void)descriptor_size;
     tprpc_status status = tpr_basic_begin((tpr_basic_end *)end, transfer, buffers, count, false, &self, error);
-    if (status != TPRPC_OK) return status;
+    if (status != TPRPC_OK) {   // the sender, which waits, is told
+        tpr_basic_say((tpr_basic_end *)end, TPR_BASIC_DROP, transfer->id);
+        return status;
+    }
     uint64_t id = transfer->id, total = self->total;
     tpr_basic_say((tpr_basic_end *)end, TPR_BASIC_READY, id);
     if (total == 0 && (self = (tpr_basic_transfer *)tpr_base_map_get(&((tpr_basic_end *)end)->receives, id)) != NULL)
@@ -6990,7 +6993,10 @@ static tprpc_status tpr_xth_recv(void *end, tprpc_transfer *transfer, const tprp
     tpr_xth_transfer *recv = tpr_xth_begin(self, transfer, buffers, count);
     (void)descriptor;
     (void)descriptor_size;
-    if (!recv) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a transfer of %zu buffers", count);
+    if (!recv) {                // the sender, which waits, is told
+        tpr_xth_say(self, TPR_XTH_DROP, transfer->id);
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a transfer of %zu buffers", count);
+    }
     tpr_xth_put(recv);
     return TPRPC_OK;
 }
@@ -8824,7 +8830,7 @@ static void tpr_pipe_in_read(tpr_pipe_in *in, const tprpc_message *allocation, b
     } else if (in->transfer_count) {
         buffers = (tprpc_buffer *)tpr_base_pool_alloc(&pipe->loop->pool, count * sizeof *buffers);
         if (!buffers) tpr_pipe_end(pipe, TPRPC_ERROR_MEMORY, 0, "no memory to receive a message");
-        if (!buffers) status = TPRPC_ERROR_MEMORY;
+        if (!buffers) status = tprpc_error_set(&error, TPRPC_ERROR_MEMORY, 0, "no memory to receive a message");
     }
     if (status != TPRPC_OK) {          // the first failure is the one that is told, not what its transfers say of it
         refuse = true;

@@ -1659,6 +1659,61 @@ TEST(memfd_goes_missing_threaded) { shm_goes_missing("memfd_create", 1); }
 TEST(unix_sockets_go_missing_polled) { shm_goes_missing("socket_unix", 0); }
 TEST(unix_sockets_go_missing_threaded) { shm_goes_missing("socket_unix", 1); }
 
+/* ---- memory that is not there ---- */
+
+static int allocations, missing_allocation;
+
+static int fail_allocation(const char *call, int64_t *size) {
+    (void)size;
+    return strcmp(call, "alloc") == 0 && ADD(allocations, 1) == missing_allocation ? ENOMEM : 0;
+}
+
+/* Both ends hear of it, whichever allocation on the way of a large message fails: none waits for the other. */
+static void memory_is_missing(const char *channels) {
+    uint8_t *large = (uint8_t *)filled(1 << 20, 3);
+    int failures = 0;
+    for (missing_allocation = 1; missing_allocation < 100 && failures == missing_allocation - 1; missing_allocation++) {
+        tprpc_context_desc desc;
+        tprpc_tensor tensor;
+        tprpc_message m;
+        outcome o[2];
+        pair p;
+        memset(&desc, 0, sizeof desc);
+        memset(&tensor, 0, sizeof tensor);
+        memset(&m, 0, sizeof m);
+        memset(o, 0, sizeof o);
+        memset(&p, 0, sizeof p);
+        desc.channels = channels;
+        REQUIRE_EQ_INT(tprpc_context_create(&desc, &p.s.ctx, NULL), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_context_create(&desc, &p.s.also, NULL), TPRPC_OK);
+        pair_connect(&p, "tcp://127.0.0.1:0", 0);
+        tensor.data = large;
+        tensor.size = 1 << 20;
+        m.tensors = &tensor;
+        m.tensor_count = 1;
+        m.release = on_release;
+        m.release_user = &o[0];
+        idle(&p.s, 1000);
+        allocations = 0;
+        STORE(tprpc_test_hook, fail_allocation);
+        const bool reads = tprpc_pipe_read(p.a, NULL, on_read, &o[1]) == TPRPC_OK;
+        const bool writes = tprpc_pipe_write(p.b, &m, on_written, &o[0]) == TPRPC_OK;
+        if (writes) WAIT(&p.s, o[0].runs, 1);
+        if (writes && reads) WAIT(&p.s, o[1].runs, 1);
+        STORE(tprpc_test_hook, NULL);
+        failures += allocations >= missing_allocation;
+        CHECK_EQ_INT(o[0].releases, 1);
+        pair_close(&p);
+        if (reads) CHECK_EQ_INT(o[1].runs, 1);
+    }
+    printf("%d allocations failed\n", failures);
+    CHECK(failures > 3);
+    free(large);
+}
+
+TEST(no_memory_on_the_way_basic) { memory_is_missing("basic"); }
+TEST(no_memory_on_the_way_xth) { memory_is_missing("xth,basic"); }
+
 /* ---- fork ---- */
 
 static void in_child(void *arg) {
