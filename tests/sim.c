@@ -5,6 +5,10 @@
        build/sim --from N --count N  so many seeds
        build/sim --soak [N]          seeds from N on (default: by the clock), until stopped or red
 
+   What it has found, with the seed that was red (as the workload then was): an ordered pipe that ended walked its reads
+   in a circle (40); a loop whose next timer was far off did not sleep (5); a wait did not sleep after tprpc_wake (12); a
+   poll spun where the clock had gone back (18); bulk of a cancelled message stopped its pipe (216, 408, 1616).
+
    The parts: sim_world.h (clock, events, fibers), sim_net.h (transport and store), sim_work.h (what workers do, and the
    ledger in which every operation stands). */
 #include "sim_work.h"
@@ -350,7 +354,7 @@ static int sim_usage(void) {
 }
 
 int main(int argc, char **argv) {
-    uint64_t first = 1, count = SIM_ASAN ? 200 : 2000;
+    uint64_t first = 1, count = SIM_ASAN ? 120 : 2000;
     int64_t begun = sim_real_us();
     bool one = false, soak = false, floors = true;
     int i, red, low = 0, large = SIM_ASAN ? 0 : 2, passed = 0;
