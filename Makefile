@@ -38,7 +38,7 @@ FUZZ     = -O1 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -f
 
 WAVE_ARGS  =
 # make soak runs these parts in turn, each for SOAK_TURN seconds; each alone runs for SOAK_SECONDS. 0: until stopped
-SOAK_PARTS   = soak-sim soak-crash soak-load soak-slow soak-valgrind
+SOAK_PARTS   = soak-sim soak-pressure soak-crash soak-load soak-slow soak-valgrind
 SOAK_SECONDS = 0
 SOAK_TURN    = 300
 
@@ -152,6 +152,8 @@ soak-valgrind: build/tests/in_conformance
 	@tools/soak.sh $(SOAK_SECONDS) 'tests/valgrind.sh all'
 soak-sim: build/sim
 	@tools/soak.sh $(SOAK_SECONDS) 'timeout $(patsubst 0,600,$(SOAK_SECONDS)) $< --soak $$SOAK_SEED || [ $$? -eq 124 ]'
+soak-pressure: build/tests/pressure build/tests/hooks
+	@tools/soak.sh $(SOAK_SECONDS) 'TEST_SEED=$$SOAK_SEED $<' 'HOOKS_ALL=1 build/tests/hooks'
 
 clean:
 	rm -rf build

@@ -13,7 +13,7 @@ enum { PATIENCE_MS = 1500, NAMES = 128, WORKERS = 6, MOST_OF_ONE = 600 };
 
 /* ---- time: while nothing goes on but failures it runs faster, so that nobody sits out what ends by a time-out ---- */
 
-enum { IDLE_US = 300, SKIPPED_US = 10000, MANY_FAILED = 100, FAILED_US = 2000 };
+enum { IDLE_US = 300, SKIPPED_US = 10000, MANY_FAILED = 50, FAILED_US = 5000 };
 static int64_t skipped_us;
 static int64_t clock_us(void *user) { (void)user; return test_now_us() + LOAD(&skipped_us); }
 

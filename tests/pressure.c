@@ -5,7 +5,7 @@
    survives goes on with the next.
 
        TEST_SEED=n build/tests/pressure -v gentle_tcp     one seed; what fails shows its number
-       PRESSURE_SOAK=1 build/tests/pressure               seeds without end, of each test in turn */
+       PRESSURE_SOAK=1 build/tests/pressure               seeds that are new each time; make soak-pressure repeats it */
 #include "agent_help.h"
 extern int (*tprpc_test_hook)(const char *call, int64_t *size);
 
@@ -795,7 +795,7 @@ static void outlive(side *s, int round, tprpc_listener *listener, accepting *a, 
         if (good >= ENOUGH) STORE(&fates->enough, round + 1);
     }
     const int64_t end_us = test_now_us() + (int64_t)DEATH_MS * 1000 * TEST_SLOWDOWN;
-    while ((LOAD(&ended) < (int)record_count || given_back < lent || slots_taken() ||
+    while ((LOAD(&ended) < (int)record_count || given_back < lent ||
             (piped && LOAD(&e.outcomes) < LOAD(&e.begun))) && test_now_us() < end_us) work_apart(s);
     CHECK_EQ_INT(ended, record_count);
     CHECK_EQ_INT(given_back, lent);
@@ -803,7 +803,7 @@ static void outlive(side *s, int round, tprpc_listener *listener, accepting *a, 
     if (piped) tprpc_pipe_close(e.pipe);
     answer(never, &never_count);
     bury(store);
-    while (test_count_fds() > fds && test_now_us() < end_us) work_apart(s);
+    while ((test_count_fds() > fds || slots_taken()) && test_now_us() < end_us) work_apart(s);   /* it may speak still */
     CHECK_LE_INT(test_count_fds(), fds);
     CHECK_LE_INT(count_mappings(), mappings);
     CHECK_EQ_INT(slots_taken(), 0);
