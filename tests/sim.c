@@ -3,11 +3,12 @@
        build/sim                     what the continuous integration runs: all seeds of the list, and the large groups
        build/sim --seed N [-v]       one seed again, identically; -v: with its whole trace
        build/sim --from N --count N  so many seeds
+       build/sim --large N           one of a thousand workers
        build/sim --soak [N]          seeds from N on (default: by the clock), until stopped or red
 
    What it has found, with the seed that was red (as the workload then was): an ordered pipe that ended walked its reads
-   in a circle (40); a loop whose next timer was far off did not sleep (5); a wait did not sleep after tprpc_wake (12); a
-   poll spun where the clock had gone back (18); bulk of a cancelled message stopped its pipe (216, 408, 1616).
+   in a circle (40); a loop whose next timer was far off did not sleep (5); a wait did not sleep after tprpc_wake (12);
+   a poll spun where the clock had gone back (18); bulk of a cancelled message stopped its pipe (216, 408, 1616).
 
    The parts: sim_world.h (clock, events, fibers), sim_net.h (transport and store), sim_work.h (what workers do, and the
    ledger in which every operation stands). */
@@ -275,7 +276,7 @@ static uint64_t sim_run(uint64_t seed, int32_t count) {
 
 /* ---- runs of many seeds ---- */
 
-enum { SIM_PROCESSES = 64, SIM_LARGE = 1000, SIM_REAL_S = 200 };   /* workers of a large group; how long a seed may take */
+enum { SIM_PROCESSES = 64, SIM_LARGE = 1000, SIM_REAL_S = 200 };   /* a large group; how long a seed may take */
 
 typedef struct sim_shared {            /* by all processes of a run */
     uint64_t next, last, done, counts[SIM_COUNTS], operations;
@@ -349,21 +350,21 @@ static int sim_report(void) {
 }
 
 static int sim_usage(void) {
-    fprintf(stderr, "usage: sim [--seed N [-v] | --from N --count N | --soak [N]]\n");
+    fprintf(stderr, "usage: sim [--seed N [-v] | --large N | --from N --count N | --soak [N]]\n");
     return 2;
 }
 
 int main(int argc, char **argv) {
     uint64_t first = 1, count = SIM_ASAN ? 120 : 2000;
     int64_t begun = sim_real_us();
-    bool one = false, soak = false, floors = true;
+    bool one = false, large_one = false, soak = false, floors = true;
     int i, red, low = 0, large = SIM_ASAN ? 0 : 2, passed = 0;
     for (i = 1; i < argc; i++) {
         if (strcmp(argv[i], "-v") == 0) sim_verbose = true;
         else if (strcmp(argv[i], "--soak") == 0 && i + 1 == argc) { soak = true; first = (uint64_t)time(NULL) * 1000; }
         else if (i + 1 == argc) return sim_usage();
         else if (strcmp(argv[i], "--seed") == 0) { one = true; first = strtoull(argv[++i], NULL, 10); }
-        else if (strcmp(argv[i], "--large") == 0) { one = true; large = SIM_LARGE; first = strtoull(argv[++i], NULL, 10); }
+        else if (strcmp(argv[i], "--large") == 0) { one = large_one = true; first = strtoull(argv[++i], NULL, 10); }
         else if (strcmp(argv[i], "--from") == 0) { first = strtoull(argv[++i], NULL, 10); floors = false; large = 0; }
         else if (strcmp(argv[i], "--count") == 0) { count = strtoull(argv[++i], NULL, 10); floors = false; large = 0; }
         else if (strcmp(argv[i], "--soak") == 0) { soak = true; first = strtoull(argv[++i], NULL, 10); }
@@ -375,10 +376,10 @@ int main(int argc, char **argv) {
     if (one) {
         sim_catch_crashes();
         alarm(SIM_REAL_S);
-        uint64_t hash = sim_run(first, large == SIM_LARGE ? SIM_LARGE : 0);
+        uint64_t hash = sim_run(first, large_one ? SIM_LARGE : 0);
         if (sim_warm) printf("%" PRId64 " bytes when warm, %" PRId64 " at the end\n", sim_warm, sim_last_bytes);
-        printf("seed %" PRIu64 ": trace %016" PRIx64 ", %.3f s of virtual time, %" PRIu64 " steps, %.3f s\n", first, hash,
-               (double)(sim.now - 1100 * SIM_S) / 1e6, sim.steps, (double)(sim_real_us() - begun) / 1e6);
+        printf("seed %" PRIu64 ": trace %016" PRIx64 ", %.3f s of virtual time, %" PRIu64 " steps, %.3f s\n", first,
+               hash, (double)(sim.now - 1100 * SIM_S) / 1e6, sim.steps, (double)(sim_real_us() - begun) / 1e6);
         return 0;
     }
     if (soak) {

@@ -39,7 +39,9 @@ typedef struct sim_op {
 typedef struct sim_placing { struct sim_placing *next; sim_op *op; uint8_t *into[SIM_TENSORS]; int state; } sim_placing;
 enum { SIM_PLACED_OUT = 1, SIM_HANDED, SIM_UNPLACED };
 
-typedef enum sim_todo_kind { SIM_DO_REPLY = 1, SIM_DO_CANCEL, SIM_DO_RELEASE, SIM_DO_CLOSE, SIM_DO_REGISTER } sim_todo_kind;
+typedef enum sim_todo_kind {
+    SIM_DO_REPLY = 1, SIM_DO_CANCEL, SIM_DO_RELEASE, SIM_DO_CLOSE, SIM_DO_REGISTER
+} sim_todo_kind;
 typedef struct sim_todo {              /* something that a worker does at its time */
     int64_t        at;                 /* virtual */
     sim_todo_kind  kind;

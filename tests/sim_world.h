@@ -210,7 +210,7 @@ static void sim_note(int32_t node, const char *what, int64_t a, int64_t b, int64
     entry->b = b;
     entry->c = c;
     sim.hash = sim_mix(sim.hash ^ (uint64_t)sim.now) + (uint64_t)node;
-    sim.hash = sim_mix(sim.hash ^ (uint64_t)a) + (uint64_t)(unsigned char)what[0] * 256 + (uint64_t)(unsigned char)what[1];
+    sim.hash = sim_mix(sim.hash ^ (uint64_t)a) + (uint64_t)(uint8_t)what[0] * 256 + (uint64_t)(uint8_t)what[1];
     sim.hash = sim_mix(sim.hash ^ (uint64_t)b) + (uint64_t)c;
     if (sim_verbose)
         fprintf(stderr, "%12.6f w%-3d %s %" PRId64 " %" PRId64 " %" PRId64 "\n", (double)sim.now / 1e6, (int)node, what,
