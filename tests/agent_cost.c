@@ -214,6 +214,7 @@ static const char may_poll[] =
     " getaddrinfo_numeric "                            /* of an address, which nobody is asked for */
     " bind listen reuseaddr "
     " memfd_create ftruncate fcntl mmap fstat fstatfs get_seals pidfd_open "
+    " close shutdown drain munmap epoll_del futex_wake "   /* sockets do not linger */
     " open read read_owner "                           /* of /proc alone; a store's file is another name */
     " pread pwrite ";                                  /* of a store's file, whose lock (fcntl) is never waited for */
 
