@@ -803,7 +803,7 @@ static void outlive(side *s, int round, tprpc_listener *listener, accepting *a, 
     if (piped) tprpc_pipe_close(e.pipe);
     answer(never, &never_count);
     bury(store);
-    while ((test_count_fds() > fds || slots_taken()) && test_now_us() < end_us) work_apart(s);   /* it may speak still */
+    while ((test_count_fds() > fds || slots_taken()) && test_now_us() < end_us) work_apart(s);   /* it may speak yet */
     CHECK_LE_INT(test_count_fds(), fds);
     CHECK_LE_INT(count_mappings(), mappings);
     CHECK_EQ_INT(slots_taken(), 0);
