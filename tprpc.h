@@ -13681,11 +13681,13 @@ static tpr_agent_request *tpr_agent_request_of(tprpc_agent *agent, tpr_loop *loo
     return request && !request->answered ? request : NULL;
 }
 
-// Answers a request: with a message, or with an error when message is NULL.
+// Answers a request: with a message, which may be the request's own and go with it, or with an error when it is NULL.
 static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *message, int32_t user_code,
                                      const char *why) {
     tprpc_agent *agent = (tprpc_agent *)handle.owner;
     tpr_loop *loop = tpr_agent_loop_of(handle.owner, handle.id);
+    void (*release)(void *user) = message ? message->release : NULL;
+    void *release_user = message ? message->release_user : NULL;
     tprpc_error error;
     tprpc_status status = TPRPC_ERROR_INVALID;
     if (loop) {
@@ -13714,7 +13716,7 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
         }
         tpr_loop_leave(loop);
     }
-    if (status != TPRPC_OK && message && message->release) message->release(message->release_user);
+    if (status != TPRPC_OK && release) release(release_user);
     return status;
 }
 
