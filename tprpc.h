@@ -6541,7 +6541,9 @@ static void tpr_basic_finish(tpr_basic_transfer *self, uint64_t id, tprpc_status
     tpr_base_map_remove(self->sending ? &self->end->sends : &self->end->receives, id);
     tpr_base_pool_free(&tpr_basic_loop(self)->pool, self, tpr_basic_transfer_size(self->count));
     if (status != TPRPC_OK) tprpc_error_set(&error, status, 0, "basic: the transfer was %s",
-                                            status == TPRPC_ERROR_CANCELLED ? "cancelled" : "broken off by the peer");
+                                            status == TPRPC_ERROR_CANCELLED ? "cancelled"
+                                            : status == TPRPC_ERROR_MEMORY  ? "given up, for there was no memory"
+                                                                            : "broken off by the peer");
     tprpc_transfer_done(transfer, status, status == TPRPC_OK ? NULL : &error);
 }
 
@@ -6591,8 +6593,10 @@ static void tpr_basic_send_next(tpr_basic_transfer *self) {
     tprpc_buffer *buffer = &self->buffers[self->next++];
     uint64_t offset = self->moved;
     self->moved += buffer->size;
-    if (tprpc_link_bulk(self->end->link, id, offset, buffer->data, buffer->size, &self->taken) != TPRPC_OK)
-        tpr_basic_finish(self, id, TPRPC_ERROR_PEER);
+    tprpc_status status = tprpc_link_bulk(self->end->link, id, offset, buffer->data, buffer->size, &self->taken);
+    if (status == TPRPC_OK) return;
+    tpr_basic_say(self->end, TPR_BASIC_CANCEL, id);   // the receiver, which waits, is told
+    tpr_basic_finish(self, id, status == TPRPC_ERROR_MEMORY ? status : TPRPC_ERROR_PEER);
 }
 
 static void tpr_basic_taken(tprpc_work *work) {
@@ -6629,6 +6633,7 @@ static tprpc_status tpr_basic_recv(void *end, tprpc_transfer *transfer, const tp
 TPR_COLD static void tpr_basic_abort(void *end, tprpc_transfer *transfer, bool link_lost) {
     tpr_basic_transfer *self = (tpr_basic_transfer *)transfer->channel_data;
     tprpc_status status = link_lost ? TPRPC_ERROR_PEER : TPRPC_ERROR_CANCELLED;
+    if (!self) return;                       // its beginning has failed, and to say so ended the pipe
     if (self->sending && self->next > 0) {   // the link holds a piece; its `taken` ends the transfer
         self->status = status;
         return;
@@ -7005,6 +7010,7 @@ TPR_COLD static void tpr_xth_abort(void *end, tprpc_transfer *transfer, bool lin
     tpr_xth_transfer *self = (tpr_xth_transfer *)transfer->channel_data;
     tprpc_status status = link_lost ? TPRPC_ERROR_PEER : TPRPC_ERROR_CANCELLED;
     (void)end;
+    if (!self) return;                                                                // its beginning has failed
     if (self->sending) tpr_xth_finish(self, status, "the transfer was broken off");   // waits for a chunk being copied
     else self->aborted = status;                                                      // its next step ends it
 }

@@ -1661,41 +1661,53 @@ TEST(unix_sockets_go_missing_threaded) { shm_goes_missing("socket_unix", 1); }
 
 /* ---- memory that is not there ---- */
 
-static int allocations, missing_allocation;
+static int allocations, missing_allocation, blocked_sends;
 
 static int fail_allocation(const char *call, int64_t *size) {
     (void)size;
     return strcmp(call, "alloc") == 0 && ADD(allocations, 1) == missing_allocation ? ENOMEM : 0;
 }
 
+/* None from there on; and for a while nothing can be sent, so that to say something would need memory too. */
+static int fail_allocations(const char *call, int64_t *size) {
+    (void)size;
+    if (strcmp(call, "send") == 0)
+        return LOAD(allocations) >= missing_allocation && ADD(blocked_sends, 1) < 400 ? EAGAIN : 0;
+    return strcmp(call, "alloc") == 0 && ADD(allocations, 1) >= missing_allocation ? ENOMEM : 0;
+}
+
 /* Both ends hear of it, whichever allocation on the way of a large message fails: none waits for the other. */
-static void memory_is_missing(const char *channels) {
+static void memory_is_missing(const char *channels, const char *transports,
+                              int (*hook)(const char *call, int64_t *size)) {
     uint8_t *large = (uint8_t *)filled(1 << 20, 3);
     int failures = 0;
     for (missing_allocation = 1; missing_allocation < 100 && failures == missing_allocation - 1; missing_allocation++) {
         tprpc_context_desc desc;
-        tprpc_tensor tensor;
+        tprpc_tensor tensors[20];                /* each takes a block: some are of no pool */
         tprpc_message m;
         outcome o[2];
         pair p;
         memset(&desc, 0, sizeof desc);
-        memset(&tensor, 0, sizeof tensor);
+        memset(tensors, 0, sizeof tensors);
         memset(&m, 0, sizeof m);
         memset(o, 0, sizeof o);
         memset(&p, 0, sizeof p);
         desc.channels = channels;
+        desc.transports = transports;
         REQUIRE_EQ_INT(tprpc_context_create(&desc, &p.s.ctx, NULL), TPRPC_OK);
         REQUIRE_EQ_INT(tprpc_context_create(&desc, &p.s.also, NULL), TPRPC_OK);
         pair_connect(&p, "tcp://127.0.0.1:0", 0);
-        tensor.data = large;
-        tensor.size = 1 << 20;
-        m.tensors = &tensor;
-        m.tensor_count = 1;
+        for (size_t i = 0; i < COUNT(tensors); i++) {
+            tensors[i].data = large;
+            tensors[i].size = (64 << 10) + i;
+        }
+        m.tensors = tensors;
+        m.tensor_count = COUNT(tensors);
         m.release = on_release;
         m.release_user = &o[0];
         idle(&p.s, 1000);
-        allocations = 0;
-        STORE(tprpc_test_hook, fail_allocation);
+        allocations = blocked_sends = 0;
+        STORE(tprpc_test_hook, hook);
         const bool reads = tprpc_pipe_read(p.a, NULL, on_read, &o[1]) == TPRPC_OK;
         const bool writes = tprpc_pipe_write(p.b, &m, on_written, &o[0]) == TPRPC_OK;
         if (writes) WAIT(&p.s, o[0].runs, 1);
@@ -1711,8 +1723,10 @@ static void memory_is_missing(const char *channels) {
     free(large);
 }
 
-TEST(no_memory_on_the_way_basic) { memory_is_missing("basic"); }
-TEST(no_memory_on_the_way_xth) { memory_is_missing("xth,basic"); }
+TEST(no_memory_on_the_way_basic) { memory_is_missing("basic", NULL, fail_allocation); }
+TEST(no_memory_on_the_way_xth) { memory_is_missing("xth,basic", NULL, fail_allocation); }
+TEST(no_memory_from_there_on_basic) { memory_is_missing("basic", "tcp", fail_allocations); }
+TEST(no_memory_from_there_on_xth) { memory_is_missing("xth,basic", "tcp", fail_allocations); }
 
 /* ---- fork ---- */
 
