@@ -384,3 +384,48 @@ IN_MODES(wake_ends_a_poll_that_follows, 0x44) {
     sides[0].methods = methods;
     group_run(sides, 2);
 }
+
+/* ---- the request's own message as a late answer to a call that was cancelled: it goes with the request ---- */
+
+static void poison_and_free(void *ptr, size_t size, uint32_t tag, void *user) {
+    if (ptr) memset(ptr, 0xa5, size);
+    heap_free(ptr, size, tag, user);
+}
+
+static void poisoning(side *s, tprpc_context_desc *context, tprpc_agent_desc *agent) {
+    (void)s; (void)agent;
+    context->allocator.free = poison_and_free;
+}
+
+static void client_cancels_one(side *s) {
+    static uint8_t body[200000];           /* with it the message's block is of no pool */
+    tprpc_message message = {0};
+    tprpc_future future;
+    message.metadata = body;
+    message.metadata_size = sizeof body;
+    REQUIRE_EQ_INT(tprpc_call(s->agent, "bob", "keep", &message, NULL, &future), TPRPC_OK);
+    CHECK(until(s, &shared->handled, 1));
+    CHECK_EQ_INT(tprpc_future_cancel(future), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_future_wait(future, WAIT_MS), TPRPC_ERROR_CANCELLED);
+    tprpc_future_release(future);
+    CHECK(until(s, &shared->go, 1));
+}
+
+static void server_answers_late(side *s) {
+    const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
+    CHECK(until(s, &shared->handled, 1));
+    while (!tprpc_request_cancelled(woken_kept) && test_now_us() < end) tprpc_poll(s->ctx, 1000, 0);
+    CHECK_EQ_INT(tprpc_reply(woken_kept, tprpc_request_message(woken_kept)), TPRPC_ERROR_INVALID);
+    STORE(&shared->go, 1);
+}
+
+IN_MODES(late_answer_with_its_own_message, 0x7f) {
+    static const tprpc_method_desc methods[] = {{"keep", on_keep_one, NULL, NULL, NULL, 0}, {0}};
+    side sides[2] = {{0}};
+    sides[0].mode = with;
+    sides[0].main = client_cancels_one;
+    sides[1].methods = methods;
+    sides[1].main = server_answers_late;
+    sides[1].tune = poisoning;
+    group_run(sides, 2);
+}
