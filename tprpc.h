@@ -551,7 +551,7 @@ TPRPC_API tprpc_status tprpc_listen(tprpc_context *ctx, const tprpc_listener_des
 
 // Asks for one incoming pipe; `done` runs once with it, or with an error (CLOSED when the listener is closed first).
 // The pipe belongs to the callee, who closes it. Connections wait, within limits.handshakes, until asked for; beyond
-// it, one that has said nothing yet is dropped for each that comes, the oldest first, and then those that come are.
+// it, one that comes takes the place of the one that has been silent for longest, and where none is silent is dropped.
 // Any thread.
 TPRPC_API tprpc_status tprpc_accept(tprpc_listener *listener, tprpc_accepted done, void *user);
 

@@ -215,7 +215,6 @@ static void ann_sees_bob_die(side *s) {
     tprpc_error error = {0};
     tprpc_future future;
     tprpc_store_desc desc = {0};
-    tprpc_store_request request = {0};
     tprpc_store *store = NULL;
     CHECK(until(s, &shared->ready, 1));
     ask_both_ways(s, "bob");
@@ -243,11 +242,8 @@ static void ann_sees_bob_die(side *s) {
 
     /* Once that is out of his way, he is found. */
     desc.url = store_url;
-    request.size = sizeof request;
-    request.kind = TPRPC_STORE_DELETE;
-    request.key = "tprpc/name/bob";
     REQUIRE_EQ_INT(tprpc_store_open(s->ctx, &desc, &store, NULL), TPRPC_OK);
-    CHECK_EQ_INT(tprpc_store_wait(store, &request, WAIT_MS, NULL, NULL, NULL), TPRPC_OK);
+    bury_name(store, "bob");
     tprpc_store_close(store);
     ask_nobody(s, "bob");
     STORE(&shared->ready, 0);

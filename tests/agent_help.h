@@ -100,6 +100,17 @@ static inline void show_log(const tprpc_log *entry, void *user) {
             (const char *)user, entry->section, entry->peer, entry->text);
 }
 
+/* Takes the name of a dead worker out of the store, which it could not do itself. */
+static inline void bury_name(tprpc_store *store, const char *name) {
+    tprpc_store_request request = {0};
+    char key[100];
+    snprintf(key, sizeof key, "tprpc/name/%s", name);
+    request.size = sizeof request;
+    request.kind = TPRPC_STORE_DELETE;
+    request.key = key;
+    CHECK_EQ_INT(tprpc_store_wait(store, &request, WAIT_MS, NULL, NULL, NULL), TPRPC_OK);
+}
+
 /* ---- one side: a context, an agent, its methods ---- */
 
 enum { SIDE_THREADS = 16 };

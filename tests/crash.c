@@ -211,14 +211,10 @@ static void bob_event(busy *b) {
 /* The name of the one before, who could not take it out. */
 static void bob_bury_name(busy *b) {
     tprpc_store_desc desc = {0};
-    tprpc_store_request request = {0};
     tprpc_store *store = NULL;
     desc.url = b->url;
-    request.size = sizeof request;
-    request.kind = TPRPC_STORE_DELETE;
-    request.key = "tprpc/name/bob";
     REQUIRE_EQ_INT(tprpc_store_open(b->ctx, &desc, &store, NULL), TPRPC_OK);
-    CHECK_EQ_INT(tprpc_store_wait(store, &request, WAIT_MS, NULL, NULL, NULL), TPRPC_OK);
+    bury_name(store, "bob");
     tprpc_store_close(store);
 }
 

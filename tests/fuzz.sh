@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.." || exit 2
 failed_dir=build/fuzz/failed
 passed=0 failed=0 running=
 mkdir -p "$failed_dir"
-out=$(mktemp -d "${TMPDIR:-/tmp}/tprpc-fuzz.XXXXXX") || exit 2
+out=$(mktemp -d) || exit 2
 trap 'rm -rf "$out"' EXIT
 # shellcheck disable=SC2086
 trap '[ -z "$running" ] || kill $running; wait; exit 130' INT TERM HUP

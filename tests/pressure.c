@@ -765,15 +765,6 @@ static void victim(void *arg) {
     close_apart(&s);
 }
 
-/* Takes the dead one's name out of the store, for the next. */
-static void bury(tprpc_store *store) {
-    tprpc_store_request request = {0};
-    request.size = sizeof request;
-    request.kind = TPRPC_STORE_DELETE;
-    request.key = "tprpc/name/victim";
-    CHECK_EQ_INT(tprpc_store_wait(store, &request, WAIT_MS, NULL, NULL, NULL), TPRPC_OK);
-}
-
 /* One victim's life, as the survivor sees it, and what must be over after its death. */
 static void outlive(side *s, int round, tprpc_listener *listener, accepting *a, tprpc_store *store, int fds,
                     int mappings) {
@@ -806,7 +797,7 @@ static void outlive(side *s, int round, tprpc_listener *listener, accepting *a, 
     if (piped) CHECK_EQ_INT(e.outcomes, e.begun);
     if (piped) tprpc_pipe_close(e.pipe);
     answer(never, &never_count);
-    bury(store);
+    bury_name(store, "victim");
     while ((test_count_fds() > fds || slots_taken()) && test_now_us() < end_us) work_apart(s);   /* it may speak yet */
     CHECK_LE_INT(test_count_fds(), fds);
     CHECK_LE_INT(count_mappings(), mappings);
@@ -830,7 +821,7 @@ static void survivor(void *arg) {
     desc.address_count = 1;
     REQUIRE_EQ_INT(tprpc_listen(s.ctx, &desc, &listener, NULL), TPRPC_OK);
     snprintf(fates->address, sizeof fates->address, "%s", tprpc_listener_address(listener, NULL));
-    bury(store);                      /* nobody yet; whatever the store keeps open is open */
+    bury_name(store, "victim");                      /* nobody yet; whatever the store keeps open is open */
     const int fds = test_count_fds(), mappings = count_mappings();
     STORE(&fates->ready, 1);
     for (int round = 0; !LOAD(&fates->stop);) {

@@ -6,7 +6,7 @@
 #     tests/sim_planted.sh [name...]
 set -u
 cd "$(dirname "$0")/.." || exit 2
-dir=$(mktemp -d "${TMPDIR:-/tmp}/tprpc-planted.XXXXXX") || exit 2
+dir=$(mktemp -d) || exit 2
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' INT TERM HUP
 mkdir -p "$dir/tests"

@@ -28,7 +28,7 @@ if [ "${1-}" != all ]; then
     fi
 fi
 
-said=$(mktemp "${TMPDIR:-/tmp}/tprpc-valgrind.XXXXXX") || exit 2
+said=$(mktemp) || exit 2
 trap 'rm -f "$said"' EXIT
 # What valgrind itself does not know (epoll_pwait2, say) it answers as an old kernel does, and says so in lines with --.
 TEST_LIMIT_SCALE=20 valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \

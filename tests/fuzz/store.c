@@ -2,6 +2,8 @@
    writing to it, and an agent whose group meets at a stranger's. The input is a list of deeds, as in live.h. Every
    operation ends once, shows what its contract says, and nothing is left. */
 #include "fuzz.h"
+#define REQUIRE FUZZ_CHECK
+#include "../sockets.h"
 
 static void fuzz_moment(void) {}
 
@@ -269,20 +271,6 @@ static void file_deed(void) {
     }
 }
 
-/* A port that nobody uses. Another process may take it before it is listened on. */
-static uint16_t pick_port(void) {
-    struct sockaddr_in in;
-    socklen_t size = sizeof in;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    memset(&in, 0, sizeof in);
-    in.sin_family = AF_INET;
-    in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    FUZZ_CHECK(fd >= 0 && bind(fd, (struct sockaddr *)(void *)&in, sizeof in) == 0);
-    FUZZ_CHECK(getsockname(fd, (struct sockaddr *)(void *)&in, &size) == 0);
-    close(fd);
-    return ntohs(in.sin_port);
-}
-
 static void store_begin(void) {
     char url[64];
     tprpc_store_desc desc;
@@ -291,7 +279,7 @@ static void store_begin(void) {
     desc.timeout_ms = 100;
     desc.serve = role == SERVER;
     for (int i = 0; i < 10 && !store; i++) {
-        if (i || !port) port = pick_port();
+        if (i || !port) port = socket_free_port();
         snprintf(url, sizeof url, "tcp://127.0.0.1:%u", role == SERVER ? port : ear_port);
         if (role == FILE_STORE) snprintf(url, sizeof url, "file:///proc/self/fd/%d", file);
         if (tprpc_store_open(ctx, &desc, &store, NULL) != TPRPC_OK) FUZZ_CHECK(role != CLIENT && !store);
