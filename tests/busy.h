@@ -76,6 +76,7 @@ typedef struct busy {
     uint64_t random, next_id;
     int64_t timeout_ms;
     int forgiving;                     /* peers may die: calls may fail because of that */
+    int closing;
     void (*event)(struct busy *);      /* on every callback (default: none) */
     busy_op ops[BUSY_OPS];
     busy_place places[BUSY_PLACES];
@@ -287,9 +288,10 @@ static inline void busy_on_late(tprpc_request request, const tprpc_message *mess
     ADD(&b->served, 1);
     pthread_mutex_lock(&b->lock);
     room = b->kept_count < BUSY_KEPT;
-    if (room) {
-        CHECK_EQ_INT(tprpc_request_keep(request), TPRPC_OK);
-        b->kept[b->kept_count++] = request;
+    if (room) {                        /* what runs while the agent leaves cannot be kept */
+        tprpc_status status = tprpc_request_keep(request);
+        CHECK(status == TPRPC_OK || (status == TPRPC_ERROR_INVALID && LOAD(&b->closing)));
+        if (status == TPRPC_OK) b->kept[b->kept_count++] = request;
     }
     pthread_mutex_unlock(&b->lock);
     busy_event(b);
@@ -436,6 +438,7 @@ static inline void busy_work(busy *b) {
 
 /* After it nothing is left that anybody could still use. */
 static inline void busy_close(busy *b) {
+    STORE(&b->closing, 1);
     CHECK_EQ_INT(tprpc_agent_destroy(b->agent), TPRPC_OK);
     b->agent = NULL;
     if (!b->shares_ctx) {
