@@ -27,6 +27,7 @@
 //   >>base        memory, log, errors, lists, maps, buffers
 //   >>wire        every byte that a peer can send: formats, bounded readers and writers
 //   >>timer       the timing wheel: every timeout
+//   >>process     other processes, watched for their end
 //   >>loop        who drives, spins, sleeps and is woken; deferred work and callbacks
 //   >>context     hooks, limits, threads, the list of backends
 //   >>transport   what transports have in common
@@ -195,10 +196,10 @@
 // where assertions are off; what depends on time or on the other end (a stale future, a late answer) is INVALID
 // always.
 //
-// A peer's death on this host is seen at once: its socket closes, and over shm its process is watched beside, for a
-// forked child can keep a socket open. On other hosts TCP keep-alive, and a look at unacknowledged data, take 30 s; a
-// peer that stands in a debugger is not dead. Everything in flight to it then fails once, with PEER or UNREACHABLE,
-// and the next call connects anew.
+// A peer's death on this host is seen at once: its socket closes, and its process is watched beside, for a forked child
+// can keep a socket open (over tcp the pipe then ends 100 ms after the last byte that came). On other hosts TCP
+// keep-alive, and a look at unacknowledged data, take 30 s; a peer that stands in a debugger is not dead. Everything in
+// flight to it then fails once, with PEER or UNREACHABLE, and the next call connects anew.
 //
 // Nothing that a peer, the network or the system does aborts the process.
 //
@@ -870,6 +871,7 @@ TPRPC_API tprpc_status tprpc_reply(tprpc_request request, const tprpc_message *m
 // Answers with a failure: the caller gets REMOTE with the code and the text (at most 199 bytes arrive). Any thread.
 TPRPC_API tprpc_status tprpc_fail(tprpc_request request, int32_t user_code, const char *why);
 // Keeps the request beyond its handler's return; inside the handler only. It must be answered before the agent goes.
+// INVALID elsewhere, and where the agent has begun to leave: leaving has answered the request.
 TPRPC_API tprpc_status tprpc_request_keep(tprpc_request request);
 // Whether nobody waits for the answer: the caller cancelled, timed out or died, or it was answered. Any thread.
 TPRPC_API bool         tprpc_request_cancelled(tprpc_request request);
@@ -1527,6 +1529,22 @@ TPR_UNUSED static void tpr_os_boot_id(char *out, size_t size) {
     }
 #endif
     if (!TPR_OS_HOOKED("uname", TPR_OS_NO_SIZE) && uname(&name) == 0) snprintf(out, size, "%.36s", name.nodename);
+}
+
+// A number for what process ids are counted in: this boot of this machine and its namespace of processes. 0 where that
+// cannot be told.
+TPR_UNUSED static uint64_t tpr_os_process_space(void) {
+#ifndef TPRPC_NO_FILES
+    struct stat space;
+    char boot[40];
+    tpr_os_boot_id(boot, sizeof boot);
+    if (boot[0] && !TPR_OS_HOOKED("stat", TPR_OS_NO_SIZE) && stat("/proc/self/ns/pid", &space) == 0) {
+        uint64_t number = (uint64_t)space.st_ino;
+        for (const char *c = boot; *c; c++) number = (number ^ (uint8_t)*c) * UINT64_C(0x100000001b3);
+        return number;
+    }
+#endif
+    return 0;
 }
 
 // A number that tells the network namespace `fd`'s socket is in from others of this boot; 0 where it cannot be told.
@@ -2702,7 +2720,7 @@ TPRPC_API tprpc_status tprpc_error_set(tprpc_error *error, tprpc_status status, 
 
 enum {
     TPR_WIRE_MAGIC = 0x50525054,          // "TPRP"
-    TPR_WIRE_MAJOR = 1, TPR_WIRE_MINOR = 0,
+    TPR_WIRE_MAJOR = 1, TPR_WIRE_MINOR = 1,
     TPR_WIRE_HEADER = 8,                  // u32 size of the body, u8 kind, u8 handles, u16 channel
     TPR_WIRE_DATA_HEADER = 16,            // u64 transfer, u64 offset; the bytes follow
     TPR_WIRE_MESSAGE_HEADER = 16,
@@ -2883,6 +2901,8 @@ typedef struct tpr_wire_hello {
     uint64_t message_bytes, metadata_bytes;   // the limits of who says it
     uint32_t tensors, window, offer_count;
     tpr_wire_offer offers[TPR_WIRE_OFFERS];
+    uint64_t space;                   // since 1.1: what `process`, who says it, is counted in; 0: cannot be told
+    uint32_t process;
 } tpr_wire_hello;
 
 static void tpr_wire_write_hello(tpr_wire_writer *w, const tpr_wire_hello *hello) {
@@ -2903,6 +2923,8 @@ static void tpr_wire_write_hello(tpr_wire_writer *w, const tpr_wire_hello *hello
         tpr_wire_write_bytes(w, offer->domain, offer->domain_size);
         tpr_wire_write_text(w, offer->address);
     }
+    tpr_wire_write_u64(w, hello->space);
+    tpr_wire_write_u32(w, hello->process);
 }
 
 // False: not a tprpc peer, or a broken one. A peer of another major version gives true and no offers.
@@ -2929,6 +2951,10 @@ static bool tpr_wire_read_hello(const uint8_t *bytes, size_t size, tpr_wire_hell
         tpr_base_copy(offer->domain, domain.data, domain.size);
         offer->domain_size = (uint8_t)domain.size;
         tpr_wire_read_text(&r, offer->address, sizeof offer->address);
+    }
+    if (out->minor >= 1) {
+        out->space = tpr_wire_read_u64(&r);
+        out->process = tpr_wire_read_u32(&r);
     }
     return !r.failed;
 }
@@ -3555,19 +3581,165 @@ static inline tprpc_work *tpr_timer_take(tpr_timer_wheel *wheel) {
     return work;
 }
 
+// >>process -----------------------------------------------------------------------------------------------------------
+// Other processes of this host, watched for their end: a socket does not tell of it while a forked child holds it too.
+//
+// Uses: os, base.
+// Invariant: all of a set happens under one lock, its loop's. A process in a set has a pidfd in the set's poller, and
+// somebody who watches it; a set without processes has no poller.
+
+enum { TPR_PROCESS_LOOK_US = 1000 };   // between looks at the poller while nobody sleeps on it
+
+typedef struct tpr_process_set {
+    tpr_base_memory *memory;
+    tpr_base_map     by_pid;           // the last one of each number: that of one that has ended may be in use again
+    uint32_t         count;
+    int              poller, outer;    // poller: -1 or in `outer`, with `outer_user`
+    void            *outer_user;
+    bool             ringing;          // the sleeper was woken by it
+    int64_t          looked_us;
+} tpr_process_set;
+
+typedef struct tpr_process {
+    tpr_process_set *set;
+    tpr_base_list    watches;
+    int              fd;               // -1: it has ended, and its watches are being told
+    int32_t          pid;
+} tpr_process;
+
+typedef struct tpr_process_watch {     // zeroed before the first use; does not move while it watches
+    tpr_base_list node;
+    tpr_process  *process;             // NULL: it watches none
+    void (*ended)(struct tpr_process_watch *watch);   // it watches none any more
+} tpr_process_watch;
+
+enum { TPR_PROCESS_TAG = 0x636f7270 };   // "proc"
+
+static void tpr_process_init(tpr_process_set *set, tpr_base_memory *memory, int outer, void *outer_user) {
+    set->memory = set->by_pid.memory = memory;
+    set->poller = -1;
+    set->outer = outer;
+    set->outer_user = outer_user;
+}
+
+static void tpr_process_fini(tpr_process_set *set) { tpr_base_map_clear(&set->by_pid); }
+
+static bool tpr_process_open(tpr_process_set *set) {
+    if (set->poller >= 0) return true;
+    set->poller = tpr_os_poller();
+    if (set->poller >= 0 && tpr_os_poller_set(set->outer, set->poller, TPR_OS_READABLE, set->outer_user, false) == 0)
+        return true;
+    tpr_os_close(set->poller);
+    set->poller = -1;
+    return false;
+}
+
+static void tpr_process_close(tpr_process_set *set) {
+    if (set->count) return;
+    tpr_os_poller_remove(set->outer, set->poller);
+    tpr_os_close(set->poller);
+    set->poller = -1;
+}
+
+TPR_COLD static void tpr_process_forget(tpr_process *process) {
+    tpr_process_set *set = process->set;
+    if (tpr_base_map_get(&set->by_pid, (uint64_t)process->pid) == process)
+        tpr_base_map_remove(&set->by_pid, (uint64_t)process->pid);
+    tpr_os_poller_remove(set->poller, process->fd);
+    tpr_os_close(process->fd);
+    process->fd = -1;
+    set->count--;
+    tpr_process_close(set);
+}
+
+TPR_COLD static void tpr_process_unwatch(tpr_process_watch *watch) {
+    tpr_process *process = watch->process;
+    if (!process) return;
+    watch->process = NULL;
+    tpr_base_list_remove(&watch->node);
+    if (process->fd < 0 || !tpr_base_list_empty(&process->watches)) return;
+    tpr_process_forget(process);
+    tpr_base_free(process->set->memory, process, sizeof *process, (uint32_t)TPR_PROCESS_TAG);
+}
+
+// NULL: it cannot be watched; *gone: because there is none.
+TPR_COLD static tpr_process *tpr_process_new(tpr_process_set *set, int32_t pid, bool *gone) {
+    tpr_process *process = (tpr_process *)tpr_base_new(set->memory, sizeof *process, (uint32_t)TPR_PROCESS_TAG);
+    if (!process) return NULL;
+    process->set = set;
+    process->pid = pid;
+    process->fd = tpr_os_pidfd(pid);
+    *gone = process->fd < 0 && errno == ESRCH;
+    tpr_base_list_init(&process->watches);
+    if (process->fd >= 0 && tpr_os_poller_set(set->poller, process->fd, TPR_OS_READABLE, process, false) == 0 &&
+        tpr_base_map_put(&set->by_pid, (uint64_t)pid, process)) {
+        set->count++;
+        return process;
+    }
+    tpr_os_close(process->fd);
+    tpr_base_free(set->memory, process, sizeof *process, (uint32_t)TPR_PROCESS_TAG);
+    return NULL;
+}
+
+// Has `ended` called once, from tpr_process_look. Where it cannot be done the socket alone tells, and nothing happens;
+// so too for this very process. A pid that was given to another process since the peer had it does no harm: the
+// socket has ended then, or, held by a child, tells nothing in either case. False: there is no such process any more.
+TPR_COLD static bool tpr_process_start(tpr_process_set *set, int32_t pid, tpr_process_watch *watch) {
+    bool gone = false;
+    if (watch->process || pid <= 0 || pid == tpr_os_pid() || !tpr_process_open(set)) return true;
+    tpr_process *process = (tpr_process *)tpr_base_map_get(&set->by_pid, (uint64_t)pid);
+    if (!process || tpr_os_readable(process->fd)) process = tpr_process_new(set, pid, &gone);   // readable: it has
+    if (process) {                                                   // ended, and the number may be another's now
+        watch->process = process;
+        tpr_base_list_add(&process->watches, &watch->node);
+    } else {
+        tpr_process_close(set);
+    }
+    return !gone;
+}
+
+static inline bool tpr_process_is_due(const tpr_process_set *set, int64_t now_us) {
+    return set->count && (set->ringing || (uint64_t)(now_us - set->looked_us) >= TPR_PROCESS_LOOK_US);
+}
+
+// Tells of those that have ended; one event at a time, for what is told may end the watching of others.
+TPR_COLD static bool tpr_process_look(tpr_process_set *set, int64_t now_us) {
+    tpr_os_event event;
+    bool did = false;
+    set->ringing = false;
+    set->looked_us = now_us;
+    for (uint32_t n = set->count; n > 0 && set->poller >= 0; n--) {
+        if (tpr_os_poller_wait(set->poller, &event, 1, 0) != 1) break;
+        tpr_process *process = (tpr_process *)event.user;
+        tpr_process_forget(process);
+        while (!tpr_base_list_empty(&process->watches)) {
+            tpr_process_watch *watch = TPR_CONTAINER(process->watches.next, tpr_process_watch, node);
+            tpr_process_unwatch(watch);
+            watch->ended(watch);
+        }
+        tpr_base_free(set->memory, process, sizeof *process, (uint32_t)TPR_PROCESS_TAG);
+        did = true;
+    }
+    return did;
+}
+
 // >>loop --------------------------------------------------------------------------------------------------------------
 // One event loop: who drives it, how it spins, sleeps and is woken, and what it runs: deferred work and timers under
 // its lock, placements without the lock on whichever thread drives, callbacks without the lock on the callback
 // thread.
 //
-// Uses: atomic, os, base, timer.
+// Uses: atomic, os, base, timer, process.
 // Invariant: all state of a loop, and of everything that lives on it, is touched under its lock alone. At most one
 // thread drives at a time and at most one sleeps in the poller; whoever stops driving leaves the sources armed for
 // the sleeper, or wakes a follower. `asleep` is set before the last look for work, so that who posts after that look
 // rings the bell.
 
-enum { TPR_LOOP_SOURCES = 32, TPR_LOOP_TURNS = 64, TPR_LOOP_IDLE_TURNS = 16 };   // turns of an unbudgeted poll; between
-                                                                                 // clocks
+enum {
+    TPR_LOOP_SOURCES = 32,
+    TPR_LOOP_TURNS = 64,               // of an unbudgeted poll
+    TPR_LOOP_IDLE_TURNS = 16,          // between looks at the clock
+    TPR_LOOP_LET_PASS_US = 1000        // that others have to take the lock
+};
 
 typedef struct tpr_loop_env {         // what the loops of one context share
     tpr_base_memory memory;
@@ -3608,7 +3780,8 @@ typedef enum tpr_loop_whom { TPR_LOOP_ALL, TPR_LOOP_ONE, TPR_LOOP_MINE, TPR_LOOP
 
 typedef struct tpr_loop {
     tpr_os_lock      lock;
-    uint32_t         contenders;       // atomic: threads that wait for the lock
+    uint32_t         contenders, passed, giving;   // atomic: threads that wait for the lock; how often one that had
+                                       // waited got it; that let others pass
     tprpc_work      *inbox;            // atomic: deferred, the newest first
     uint32_t         asleep, woken;    // atomic: someone sleeps or is armed; tprpc_wake was called
     uint32_t         deferring;        // atomic: threads in tpr_loop_defer_from
@@ -3620,13 +3793,14 @@ typedef struct tpr_loop {
     uint32_t         source_count, depth;   // depth: callbacks on the stack
     uintptr_t        callback_thread;
     int64_t          now_us, sleep_until;
-    uint64_t         idle_turns;
+    uint64_t         idle_turns, polls;
     tpr_loop_queue   places, callbacks;
     tpr_loop_work    later;            // deferred under the lock
     tpr_base_list    followers;
     tpr_base_list    objects;          // tpr_loop_object, closed when the context is destroyed
     tpr_base_pool    pool;
     tpr_loop_source  sources[TPR_LOOP_SOURCES];
+    tpr_process_set  processes;
     tpr_timer_wheel  wheel;
 } tpr_loop;
 
@@ -3645,6 +3819,8 @@ TPR_COLD static void tpr_loop_contend(tpr_loop *loop) {
     TPR_ATOMIC_ADD(&loop->contenders, 1u);
     tpr_os_lock_await(&loop->lock);
     TPR_ATOMIC_SUB(&loop->contenders, 1u);
+    TPR_ATOMIC_ADD(&loop->passed, 1u);
+    if (TPR_ATOMIC_PEEK(&loop->giving)) tpr_os_futex_wake(&loop->passed, INT32_MAX);
 }
 
 static inline void tpr_loop_enter(tpr_loop *loop) {
@@ -3656,13 +3832,22 @@ static inline void tpr_loop_leave(tpr_loop *loop) {
     if (TPR_UNLIKELY(loop->env->logger.log != NULL)) tpr_base_log_flush(&loop->env->logger);
 }
 
-// Lets others have the lock for a moment: a thread that spins would take it again before they woke. Returns whether
-// there were any.
-static inline bool tpr_loop_give_way(tpr_loop *loop) {
-    if (TPR_LIKELY(!TPR_ATOMIC_PEEK(&loop->contenders))) return false;
+// Others have the lock before this thread has it again, unless they sleep so deeply that they do not come in time: a
+// thread that has just been woken for the lock is slower than one that takes it again at once.
+TPR_COLD static void tpr_loop_let_pass(tpr_loop *loop) {
+    const uint32_t passed = TPR_ATOMIC_PEEK(&loop->passed);
+    TPR_ATOMIC_ADD(&loop->giving, 1u);
     tpr_loop_leave(loop);
     for (int i = 0; i < 1000 && TPR_ATOMIC_PEEK(&loop->contenders); i++) tpr_atomic_pause();
+    if (TPR_ATOMIC_PEEK(&loop->contenders)) tpr_os_futex_wait(&loop->passed, passed, TPR_LOOP_LET_PASS_US);
+    TPR_ATOMIC_SUB(&loop->giving, 1u);
     tpr_loop_enter(loop);
+}
+
+// Lets others have the lock. Returns whether there were any.
+static inline bool tpr_loop_give_way(tpr_loop *loop) {
+    if (TPR_LIKELY(!TPR_ATOMIC_PEEK(&loop->contenders))) return false;
+    tpr_loop_let_pass(loop);
     return true;
 }
 
@@ -3813,6 +3998,8 @@ static inline bool tpr_loop_turn(tpr_loop *loop) {
         did = true;
     }
     for (uint32_t i = 0; i < loop->source_count; i++) did |= loop->sources[i].progress(loop->sources[i].instance);
+    if (TPR_UNLIKELY(tpr_process_is_due(&loop->processes, loop->now_us)))
+        did |= tpr_process_look(&loop->processes, loop->now_us);
     if (TPR_UNLIKELY(tpr_timer_may_be_due(&loop->wheel, loop->now_us))) {
         tprpc_work *work;
         tpr_timer_advance(&loop->wheel, loop->now_us);
@@ -3891,7 +4078,10 @@ TPR_COLD static void tpr_loop_sleep(tpr_loop *loop, int64_t until_us, bool mine,
             tpr_loop_leave(loop);
             int n = tpr_os_poller_wait(loop->poller, events, TPR_LOOP_SOURCES, left);
             tpr_loop_enter(loop);
-            for (int i = 0; i < n; i++) if (!events[i].user) tpr_os_bell_clear(loop->bell);
+            for (int i = 0; i < n; i++) {
+                if (!events[i].user) tpr_os_bell_clear(loop->bell);
+                if (events[i].user == &loop->processes) loop->processes.ringing = true;
+            }
             slept = true;
         }
     }
@@ -3987,6 +4177,7 @@ static bool tpr_loop_poll(tpr_loop *loop, int64_t deadline_us, int64_t stop_us) 
     uint32_t turns = 0;
     if (mine && loop->armed) {
         loop->armed = false;
+        loop->processes.ringing = true;
         TPR_ATOMIC_STORE_FULL(&loop->asleep, loop->sleeping ? 1u : 0u);
         tpr_os_bell_clear(loop->bell);
     }
@@ -4022,10 +4213,9 @@ static bool tpr_loop_poll(tpr_loop *loop, int64_t deadline_us, int64_t stop_us) 
         }
         spin_until = INT64_MIN;        // it has slept: no more spinning, not even where the clock has gone back
     }
-    if (TPR_UNLIKELY(turns >= TPR_LOOP_TURNS)) {   // who always has work must see his timers and other threads
-        tpr_loop_clock(loop);
-        tpr_loop_give_way(loop);
-    }
+    // Who always has work, or finds some at the start of each poll, must see his timers and other threads.
+    if (TPR_UNLIKELY(turns >= TPR_LOOP_TURNS || ++loop->polls % TPR_LOOP_IDLE_TURNS == 0)) tpr_loop_clock(loop);
+    tpr_loop_give_way(loop);
     if (TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->woken))) TPR_ATOMIC_STORE(&loop->woken, 0u);
     if (!loop->driving) tpr_loop_hand_on(loop);
     return turns > 0;
@@ -4057,6 +4247,7 @@ static tprpc_status tpr_loop_init(tpr_loop *loop, tpr_loop_env *env, tprpc_conte
         tpr_os_close(loop->poller);
         return tpr_base_os_error(error, code, "creating", "an event loop");
     }
+    tpr_process_init(&loop->processes, &env->memory, loop->poller, &loop->processes);
     return TPRPC_OK;
 }
 
@@ -4073,6 +4264,7 @@ static tprpc_status tpr_loop_add_source(tpr_loop *loop, tpr_loop_source source, 
 static void tpr_loop_fini(tpr_loop *loop) {
     while (TPR_ATOMIC_LOAD(&loop->deferring)) tpr_atomic_pause();
     tpr_base_pool_clear(&loop->pool);
+    tpr_process_fini(&loop->processes);
     tpr_os_close(loop->bell);
     tpr_os_close(loop->poller);
 }
@@ -4117,6 +4309,7 @@ struct tprpc_context {
     tpr_context_thread *threads;
     tpr_context_backend backends[TPR_CONTEXT_BACKENDS];
     uint8_t       nonce[16];           // tells this context from every other
+    uint64_t      process_space;
 };
 
 enum { TPR_CONTEXT_TAG = 0x20787463 };   // "ctx "
@@ -5193,7 +5386,7 @@ static const tprpc_backend tpr_tcp_backend = {
 // An instance looks at the commit words of its hot connections alone. Every other connection is armed: its peer, having
 // published something, sees the odd number in `armed` and sends one byte through the socket, once for each such number.
 //
-// Uses: atomic, os, base, wire, timer, loop, context.
+// Uses: atomic, os, base, wire, timer, process, loop, context.
 // Invariant: each word in shared memory has one writer. A connection is hot or armed, or lost. What is read from shared
 // memory is checked against private positions before it is used: a peer may scribble at any time.
 
@@ -5234,19 +5427,12 @@ typedef struct tpr_shm_shared {        // the mapping begins with it; the connec
     uint8_t pad[4096 - 2 * sizeof(tpr_shm_end)];
 } tpr_shm_shared;
 
-typedef enum tpr_shm_kind { TPR_SHM_IS_CONN, TPR_SHM_IS_LISTENER, TPR_SHM_IS_PROCESS } tpr_shm_kind;
+typedef enum tpr_shm_kind { TPR_SHM_IS_CONN, TPR_SHM_IS_LISTENER } tpr_shm_kind;
 typedef struct tpr_shm_watch {         // heads what the poller points to
     tpr_base_list node;                // of the dead, which are freed at the end of progress
     tpr_shm_kind  kind;
     bool          closed;
 } tpr_shm_watch;
-
-typedef struct tpr_shm_process {       // a peer's process, watched once for all its connections
-    tpr_shm_watch watch;               // first
-    int     fd;
-    int32_t pid;
-    tpr_base_list conns;
-} tpr_shm_process;
 
 typedef enum tpr_shm_state {
     TPR_SHM_CONNECTING,                // the listener's queue was full: tried again
@@ -5284,8 +5470,7 @@ typedef struct tpr_shm_conn {
     size_t          shared_size;
     int             fd, memfd;         // memfd: until it is passed
     int32_t         pid;
-    tpr_shm_process *process;
-    tpr_base_list   process_node;
+    tpr_process_watch process;
     struct tpr_shm_listener *listener; // that it came in by, until it is accepted
     tprpc_work      timer;
     int64_t         deadline_us;
@@ -5315,7 +5500,6 @@ typedef struct tpr_shm_instance {
     tpr_shm_conn *hot[TPR_SHM_HOT];
     tpr_loop      *loop;
     tprpc_context *ctx;
-    tpr_base_map   processes;          // by pid
     uint32_t       handshake_count;
     size_t         domain_size;
     uint8_t        domain[64];
@@ -5337,7 +5521,6 @@ static void tpr_shm_bury_one(tpr_shm_instance *instance, tpr_shm_watch *watch) {
         tpr_shm_free(instance, TPR_CONTAINER(watch, tpr_shm_conn, watch), sizeof(tpr_shm_conn));
         break;
     case TPR_SHM_IS_LISTENER: tpr_shm_free(instance, watch, sizeof(tpr_shm_listener)); break;
-    case TPR_SHM_IS_PROCESS: tpr_shm_free(instance, watch, sizeof(tpr_shm_process)); break;
     }
 }
 
@@ -5388,54 +5571,14 @@ static void tpr_shm_ended(tpr_shm_conn *conn, int os_code) {
     else tpr_shm_fail(conn, TPRPC_ERROR_PEER, os_code, gone ? "closed the connection" : "died");
 }
 
-// ---- processes
-
-static void tpr_shm_process_leave(tpr_shm_conn *conn) {
-    tpr_shm_instance *instance = conn->instance;
-    tpr_shm_process *process = conn->process;
-    if (!process) return;
-    conn->process = NULL;
-    tpr_base_list_remove(&conn->process_node);
-    if (!tpr_base_list_empty(&process->conns)) return;
-    if (tpr_base_map_get(&instance->processes, (uint64_t)process->pid) == process)
-        tpr_base_map_remove(&instance->processes, (uint64_t)process->pid);
-    tpr_os_poller_remove(instance->poller, process->fd);
-    tpr_os_close(process->fd);
-    tpr_shm_bury(instance, &process->watch);
-}
-
-// Watches the peer's process, so that a forked child that keeps the socket open does not hide its death. Where that
-// cannot be done, the socket alone tells. A pid that was given to another process since the socket was made does no
-// harm: the socket then has ended, or, held by a child, tells nothing in either case.
+// Watches the peer's process.
 static void tpr_shm_process_watch(tpr_shm_conn *conn) {
-    tpr_shm_instance *instance = conn->instance;
-    if (conn->process || conn->pid <= 0 || conn->pid == tpr_os_pid()) return;
-    tpr_shm_process *process = (tpr_shm_process *)tpr_base_map_get(&instance->processes, (uint64_t)conn->pid);
-    if (process && tpr_os_readable(process->fd)) process = NULL;   // dead, the number is another's now
-    if (!process) {
-        process = (tpr_shm_process *)tpr_shm_new(instance, sizeof *process);
-        if (!process) return;
-        process->watch.kind = TPR_SHM_IS_PROCESS;
-        process->pid = conn->pid;
-        process->fd = tpr_os_pidfd(conn->pid);
-        if (process->fd < 0 && errno == ESRCH) tpr_shm_fail(conn, TPRPC_ERROR_PEER, 0, "died");
-        tpr_base_list_init(&process->conns);
-        if (process->fd < 0 ||
-            tpr_os_poller_set(instance->poller, process->fd, TPR_OS_READABLE, &process->watch, false) != 0 ||
-            !tpr_base_map_put(&instance->processes, (uint64_t)conn->pid, process)) {
-            tpr_os_close(process->fd);
-            tpr_shm_free(instance, process, sizeof *process);
-            return;
-        }
-    }
-    conn->process = process;
-    tpr_base_list_add(&process->conns, &conn->process_node);
+    if (!tpr_process_start(&conn->instance->loop->processes, conn->pid, &conn->process))
+        tpr_shm_fail(conn, TPRPC_ERROR_PEER, 0, "died");
 }
 
-static void tpr_shm_process_died(tpr_shm_instance *instance, tpr_shm_process *process) {
-    tpr_os_poller_remove(instance->poller, process->fd);
-    for (tpr_base_list *i = process->conns.next; i != &process->conns; i = i->next)
-        tpr_shm_fail(TPR_CONTAINER(i, tpr_shm_conn, process_node), TPRPC_ERROR_PEER, 0, "died");
+static void tpr_shm_process_ended(tpr_process_watch *watch) {
+    tpr_shm_fail(TPR_CONTAINER(watch, tpr_shm_conn, process), TPRPC_ERROR_PEER, 0, "died");
 }
 
 // ---- the ring that is read
@@ -5696,7 +5839,7 @@ static tpr_shm_conn *tpr_shm_conn_new(tpr_shm_instance *instance, tpr_shm_state 
     conn->watch.kind = TPR_SHM_IS_CONN;
     tpr_base_list_init(&conn->ripe);
     tpr_base_list_init(&conn->node);
-    tpr_base_list_init(&conn->process_node);
+    conn->process.ended = tpr_shm_process_ended;
     conn->deadline_us = tpr_loop_clock(instance->loop) + TPR_SHM_HANDSHAKE_US;
     return conn;
 }
@@ -5708,7 +5851,7 @@ TPR_COLD static void tpr_shm_conn_free(tpr_shm_conn *conn) {
     tpr_base_list_remove(&conn->ripe);
     tpr_base_list_remove(&conn->node);
     tpr_timer_cancel(&instance->loop->wheel, &conn->timer);
-    tpr_shm_process_leave(conn);
+    tpr_process_unwatch(&conn->process);
     if (conn->shared) TPR_ATOMIC_STORE(&conn->mine->gone, 1u);
     tpr_os_unmap(conn->shared, conn->shared_size);
     if (conn->fd >= 0) {
@@ -6013,7 +6156,7 @@ static void tpr_shm_conn_ready(tpr_shm_conn *conn, uint32_t events) {
     }
 }
 
-// Looks at the sockets and processes.
+// Looks at the sockets.
 TPR_COLD static bool tpr_shm_look(tpr_shm_instance *instance) {
     tpr_os_event events[TPR_SHM_EVENTS];
     int n = tpr_os_poller_wait(instance->poller, events, TPR_SHM_EVENTS, 0);
@@ -6022,7 +6165,6 @@ TPR_COLD static bool tpr_shm_look(tpr_shm_instance *instance) {
         if (watch->closed) continue;
         switch (watch->kind) {
         case TPR_SHM_IS_CONN: tpr_shm_conn_ready(TPR_CONTAINER(watch, tpr_shm_conn, watch), events[i].events); break;
-        case TPR_SHM_IS_PROCESS: tpr_shm_process_died(instance, (tpr_shm_process *)(void *)watch); break;
         case TPR_SHM_IS_LISTENER:
             for (int k = 0; k < 16 && !watch->closed && tpr_shm_accept_one((tpr_shm_listener *)(void *)watch); k++) {}
             break;
@@ -6125,7 +6267,6 @@ static intptr_t tpr_shm_handle(void *self) { return ((tpr_shm_instance *)self)->
 
 static void tpr_shm_close(void *self) {
     tpr_shm_instance *instance = (tpr_shm_instance *)self;
-    tpr_base_map_clear(&instance->processes);
     tpr_os_close(instance->poller);
     tpr_shm_free(instance, instance, sizeof *instance);
 }
@@ -6156,7 +6297,6 @@ static tprpc_status tpr_shm_open(const tprpc_host *host, void *user, void **out,
     if (!instance) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "shm: no memory for an instance");
     instance->ctx = ctx;
     instance->loop = &ctx->loops[host->loop];
-    instance->processes.memory = &ctx->env.memory;
     tpr_base_list_init(&instance->ripe);
     tpr_base_list_init(&instance->dead);
     tpr_base_list_init(&instance->handshakes);
@@ -7236,6 +7376,7 @@ static tprpc_status tpr_backends_found(tprpc_context *ctx, const tprpc_context_d
     if (ctx->env.fork_page) *ctx->env.fork_page = 1;
     if (tpr_os_random(ctx->nonce, sizeof ctx->nonce) != 0)
         return tpr_base_os_error(error, errno, "reading", "random bytes");
+    ctx->process_space = tpr_os_process_space();
     ctx->loops = (tpr_loop *)tpr_context_alloc(ctx, loops * sizeof *ctx->loops);
     ctx->threads = (tpr_context_thread *)tpr_context_alloc(ctx, loops * sizeof *ctx->threads);
     if (!ctx->loops || !ctx->threads) {
@@ -7370,7 +7511,7 @@ TPRPC_API tprpc_status tprpc_context_destroy(tprpc_context *ctx) {
 // window, so a reader who does not read stalls the writer's messages alone: control frames and the bulk of channels,
 // which is asked for by the receiver, are always taken in.
 //
-// Uses: atomic, os, base, wire, timer, loop, context, transport, channel.
+// Uses: atomic, os, base, wire, timer, process, loop, context, transport, channel.
 // Invariant: every operation of a user's, every transfer and every write is in a list of its pipe until it ends, and
 // it ends once; a pipe is freed when its user closed it and nothing of it is left (refs is 0).
 
@@ -7383,7 +7524,8 @@ enum {
     TPR_PIPE_ROUND = 1 << 20,          // bytes handled in one go before others have a turn
     TPR_PIPE_SHORT = 256,              // metadata up to here, without tensors, takes the short path
     TPR_PIPE_BATCH = 64,               // messages taken in before callbacks have a turn: they are still in the cache
-    TPR_PIPE_HANDSHAKE_MS = 10000, TPR_PIPE_MOVE_MS = 2000
+    TPR_PIPE_HANDSHAKE_MS = 10000, TPR_PIPE_MOVE_MS = 2000,
+    TPR_PIPE_MOURN_MS = 100            // that nothing comes any more from a process that has ended
 };
 
 typedef enum tpr_pipe_state {
@@ -7531,11 +7673,13 @@ struct tprpc_pipe {
     tpr_pipe_user  *user;
     uint32_t        refs, busy;        // what hangs from it; callbacks running
     tpr_pipe_state  state;
-    bool            connector, ordered, insecure, closed, handed, pumping, resume_set, old_lost;
+    bool            connector, ordered, insecure, closed, handed, pumping, resume_set, old_lost, orphaned;
     uint32_t        agreed_step;       // the last of the peer's steps of the proof
     tprpc_status    status;
     tpr_pipe_conn   now, next;         // what carries it; what it moves to
     tprpc_work      timer, resume;
+    tpr_process_watch process;         // the peer's, where its transport does not watch it
+    uint64_t        heard;             // orphaned, that has ended: bytes_received when the timer was set
     uint8_t         token[16], nonce[16];
     uint64_t        message_bytes, metadata_bytes;   // the lesser of both ends' limits
     uint32_t        tensors, tried;    // tried: backends that a move was tried to
@@ -7620,6 +7764,8 @@ static void tpr_pipe_listener_lost(tprpc_pipe *pipe);
 static void tpr_pipe_listener_open(tprpc_pipe *pipe);
 static void tpr_pipe_timed_out(tprpc_work *work);
 static void tpr_pipe_take_conn(tprpc_pipe *pipe, const tpr_context_backend *entry, void *conn);
+static void tpr_pipe_set_timer(tprpc_pipe *pipe, int64_t ms);
+static void tpr_pipe_process_ended(tpr_process_watch *watch);
 
 static inline const tprpc_transport_table *tpr_pipe_table(const tpr_pipe_conn *conn) {
     return conn->entry->backend->transport;
@@ -9347,6 +9493,7 @@ TPR_COLD static void tpr_pipe_end(tprpc_pipe *pipe, tprpc_status status, int32_t
     }
     pipe->state = TPR_PIPE_ENDED;
     tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
+    tpr_process_unwatch(&pipe->process);
     if (!pipe->closed) TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_DEBUG, "pipe", "", "ended: %s", pipe->error.text);
     tpr_pipe_disconnect(&pipe->next, status);
     tpr_pipe_disconnect(&pipe->now, status);
@@ -9401,6 +9548,7 @@ static tprpc_pipe *tpr_pipe_new(tprpc_context *ctx, tpr_loop *loop, bool connect
     pipe->resume.run = tpr_pipe_resume;
     pipe->resume.loop = pipe->timer.loop = loop->index;
     pipe->timer.run = tpr_pipe_timed_out;
+    pipe->process.ended = tpr_pipe_process_ended;
     pipe->urgent.tail = &pipe->urgent.head;
     pipe->messages.tail = &pipe->messages.head;
     pipe->bulk_tail = &pipe->bulk;
@@ -9431,6 +9579,8 @@ TPR_COLD static void tpr_pipe_send_hello(tprpc_pipe *pipe) {
     memcpy(hello->token, pipe->token, 16);
     hello->message_bytes = ctx->limits.message_bytes;
     hello->metadata_bytes = ctx->limits.metadata_bytes;
+    hello->space = ctx->process_space;
+    hello->process = (uint32_t)tpr_os_pid();
     hello->tensors = ctx->limits.tensors;
     hello->window = TPR_PIPE_WINDOW;
     for (uint32_t i = 0; i < ctx->backend_count; i++) {
@@ -9549,7 +9699,8 @@ TPR_COLD static uint32_t tpr_pipe_inline_advice(tprpc_pipe *pipe) {
 TPR_COLD static void tpr_pipe_open(tprpc_pipe *pipe) {
     pipe->state = TPR_PIPE_OPEN;
     pipe->inline_bytes = tpr_pipe_inline_advice(pipe);
-    tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
+    if (pipe->orphaned) tpr_pipe_set_timer(pipe, TPR_PIPE_MOURN_MS);
+    else tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
     tpr_context_free(pipe->ctx, pipe->hello, sizeof *pipe->hello);
     pipe->hello = NULL;
     if (pipe->listener) tpr_pipe_listener_open(pipe);
@@ -9650,9 +9801,8 @@ TPR_COLD static void tpr_pipe_move(tprpc_pipe *pipe) {
     uint32_t index = 0;
     tprpc_error error = TPR_ZERO;
     const tpr_context_backend *entry = tpr_pipe_better(pipe, &index);
-    tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
     if (!entry) {
-        tpr_loop_timer(pipe->loop, &pipe->timer, tpr_loop_clock(pipe->loop) + TPR_PIPE_HANDSHAKE_MS * 1000);
+        tpr_pipe_set_timer(pipe, TPR_PIPE_HANDSHAKE_MS);
         tpr_pipe_agree(pipe);
         return;
     }
@@ -9660,11 +9810,27 @@ TPR_COLD static void tpr_pipe_move(tprpc_pipe *pipe) {
     pipe->moved_have = 0;
     pipe->tried |= 1u << index;
     pipe->next.entry = entry;
-    tpr_loop_timer(pipe->loop, &pipe->timer, tpr_loop_clock(pipe->loop) + TPR_PIPE_MOVE_MS * 1000);
+    tpr_pipe_set_timer(pipe, TPR_PIPE_MOVE_MS);
     if (entry->backend->transport->connect(entry->instances[pipe->loop->index], tpr_pipe_offer(pipe, entry)->address, 0,
                                            &pipe->next.owner, &pipe->next.conn, &error) == TPRPC_OK) return;
     pipe->next.conn = NULL;
     tpr_pipe_move_failed(pipe, error.text);
+}
+
+// A peer on this host may die while a forked child of its holds the connection, which then does not tell. What it sent
+// before it ended is still read, however long that takes: the pipe ends once nothing has come for a while.
+static void tpr_pipe_process_ended(tpr_process_watch *watch) {
+    tprpc_pipe *pipe = TPR_CONTAINER(watch, tprpc_pipe, process);
+    pipe->orphaned = true;
+    tpr_pipe_set_timer(pipe, TPR_PIPE_MOURN_MS);
+}
+
+static void tpr_pipe_watch_process(tprpc_pipe *pipe) {
+    const tpr_wire_hello *hello = pipe->hello;
+    if (!hello->space || hello->space != pipe->ctx->process_space ||
+        (tpr_pipe_table(&pipe->now)->flags & TPRPC_TRANSPORT_SAME_HOST)) return;   // which watches it itself
+    if (!tpr_process_start(&pipe->loop->processes, (int32_t)hello->process, &pipe->process))
+        tpr_pipe_process_ended(&pipe->process);
 }
 
 TPR_COLD static void tpr_pipe_on_hello(tprpc_pipe *pipe, const uint8_t *body, size_t size) {
@@ -9693,6 +9859,7 @@ TPR_COLD static void tpr_pipe_on_hello(tprpc_pipe *pipe, const uint8_t *body, si
         if (pipe->hello->metadata_bytes < pipe->metadata_bytes) pipe->metadata_bytes = pipe->hello->metadata_bytes;
         if (pipe->hello->tensors < pipe->tensors) pipe->tensors = pipe->hello->tensors;
         tpr_pipe_compare(pipe);
+        tpr_pipe_watch_process(pipe);
         if (pipe->connector) tpr_pipe_move(pipe);
         else pipe->state = TPR_PIPE_AGREEING;
     }
@@ -9730,8 +9897,7 @@ static void tpr_pipe_next_event(tprpc_pipe *pipe, uint32_t events, const tprpc_e
             }
             tpr_pipe_take_conn(pipe, pipe->next.entry, pipe->next.conn);
             pipe->next.conn = NULL;
-            tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
-            tpr_loop_timer(pipe->loop, &pipe->timer, tpr_loop_clock(pipe->loop) + TPR_PIPE_HANDSHAKE_MS * 1000);
+            tpr_pipe_set_timer(pipe, TPR_PIPE_HANDSHAKE_MS);
             tpr_pipe_agree(pipe);
             return;
         }
@@ -9779,12 +9945,21 @@ TPR_COLD static void tpr_pipe_take_conn(tprpc_pipe *pipe, const tpr_context_back
     entry->backend->transport->own(conn, &pipe->now.owner);
 }
 
+TPR_COLD static void tpr_pipe_set_timer(tprpc_pipe *pipe, int64_t ms) {
+    pipe->heard = pipe->bytes_received;
+    if (pipe->orphaned) ms = TPR_PIPE_MOURN_MS;
+    tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
+    tpr_loop_timer(pipe->loop, &pipe->timer, tpr_loop_clock(pipe->loop) + ms * 1000);
+}
+
 TPR_COLD static void tpr_pipe_timed_out(tprpc_work *work) {
     tprpc_pipe *pipe = TPR_CONTAINER(work, tprpc_pipe, timer);
     char peer[96];
     pipe->refs++;
     tpr_pipe_peer(pipe, peer, sizeof peer);
-    if (pipe->state == TPR_PIPE_MOVING) tpr_pipe_move_failed(pipe, "the better transport did not answer in time");
+    if (pipe->orphaned && pipe->bytes_received != pipe->heard) tpr_pipe_set_timer(pipe, TPR_PIPE_MOURN_MS);
+    else if (pipe->orphaned) tpr_pipe_end(pipe, TPRPC_ERROR_PEER, 0, "%s: its process died", peer);
+    else if (pipe->state == TPR_PIPE_MOVING) tpr_pipe_move_failed(pipe, "the better transport did not answer in time");
     else
         tpr_pipe_end(pipe, TPRPC_ERROR_TIMEOUT, 0,
                      pipe->state == TPR_PIPE_CONNECTING ? "connecting to %s%s timed out"
@@ -9872,7 +10047,7 @@ TPR_COLD static void tpr_pipe_greeting_hello(tpr_pipe_greeting *greeting, size_t
     tpr_pipe_take_conn(pipe, greeting->entry, greeting->conn);
     greeting->conn = NULL;
     pipe->state = TPR_PIPE_GREETING;
-    tpr_loop_timer(pipe->loop, &pipe->timer, tpr_loop_clock(pipe->loop) + TPR_PIPE_HANDSHAKE_MS * 1000);
+    tpr_pipe_set_timer(pipe, TPR_PIPE_HANDSHAKE_MS);
     pipe->refs++;
     pipe->bytes_received = TPR_WIRE_HEADER + size;
     tpr_pipe_on_hello(pipe, greeting->bytes + TPR_WIRE_HEADER, size);

@@ -208,7 +208,7 @@ IN_MODES_LIMIT(calls_in_place_allocate_nothing, 0x1b, 240) { without_leave(with,
 
 /* All that a poll may do: what never waits, by what the calls are or by how they are made. */
 static const char may_poll[] =
-    " alloc epoll_peek epoll_ctl eventfd bell_read bell_write poll getrandom dup "
+    " alloc epoll_create epoll_peek epoll_ctl eventfd bell_read bell_write poll getrandom dup "
     " socket socket_unix connect socket_error getsockname getpeername getsockopt netns_cookie accept send recv "
     " nodelay keepalive keepidle keepintvl keepcnt tcp_info ioctl sock_diag sock_diag_send sock_diag_recv "
     " getaddrinfo_numeric "                            /* of an address, which nobody is asked for */

@@ -73,7 +73,7 @@ static bool side_init(side *s) {
 static void side_fini(side *s) {
     if (s->listener) shm->unlisten(s->listener);
     CHECK_EQ_INT(s->instance->handshake_count, 0);
-    CHECK_EQ_INT(s->instance->processes.count, 0);
+    CHECK_EQ_INT(s->ctx->loops->processes.count, 0);
     shm->close(s->instance);
     tpr_loop_fini(s->ctx->loops);
     CHECK_EQ_INT(s->ctx->env.memory.used, 0);
@@ -713,7 +713,7 @@ static void victim_test(bool child, bool sleeping) {
     while (!s.accepted_count) side_turn(&s);
     end *e = s.accepted[0];
     e->hold = true;
-    CHECK_EQ_INT(s.instance->processes.count, 1);
+    CHECK_EQ_INT(s.ctx->loops->processes.count, 1);
     if (child) CHECK_EQ_INT(read(fds[0], &grandchild, sizeof grandchild), sizeof grandchild);
     else test_sleep_us(20000);
     kill(pid, SIGKILL);

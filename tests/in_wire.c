@@ -62,6 +62,8 @@ static void hello_fill(tpr_wire_hello *hello, uint32_t offers) {
     hello->tensors = 4096;
     hello->window = 1 << 20;
     hello->offer_count = offers;
+    hello->space = UINT64_C(0xABCDEF0123456789);
+    hello->process = 4711;
     for (i = 0; i < offers; i++) {
         tpr_wire_offer *offer = &hello->offers[i];
         snprintf(offer->name, sizeof offer->name, "a_backend_%u", i % 100);
@@ -97,6 +99,8 @@ TEST(hello) {
         CHECK_EQ_INT(out.offers[i].domain_size, in.offers[i].domain_size);
         CHECK_MEM(out.offers[i].domain, in.offers[i].domain, in.offers[i].domain_size);
     }
+    CHECK(out.space == in.space);
+    CHECK_EQ_INT(out.process, in.process);
     decode_all(hello_decode, bytes, (size_t)(w.at - bytes));
     hello_fill(&in, 2);
     w = tpr_wire_writer_of(bytes, sizeof bytes);

@@ -1508,6 +1508,101 @@ static void killed(const way *w, int child_writes) {
 TEST_WAYS(killed_while_writing, 30) { killed((const way *)arg, 1); }
 TEST_WAYS(killed_while_reading, 30) { killed((const way *)arg, 0); }
 
+/* ---- what a process wrote before it ended ---- */
+
+enum { WORDS = 8, WORD_BYTES = 100000 };   /* together what tcp takes without a reader, and more than one turn reads */
+
+static void fill_word(uint8_t *out, int i) {
+    fill(out, WORD_BYTES, (uint64_t)i + 7);
+}
+
+/* Writes, waits until the medium has it all, forks where a child is to hold the connection, and ends. */
+static void speaker_run(void *arg) {
+    static uint8_t words[WORDS][WORD_BYTES];
+    static outcome o[WORDS];
+    doomed *d = (doomed *)arg;
+    side s;
+    tprpc_message m;
+    memset(&s, 0, sizeof s);
+    memset(&m, 0, sizeof m);
+    s.threads = d->w->threads;
+    s.ctx = context(d->w->transports, s.threads);
+    WAIT(&s, d->shared->stage[0], 1);
+    s.pipe = connect_to(s.ctx, d->shared->address, 0, 0);
+    for (int i = 0; i < WORDS; i++) {
+        fill_word(words[i], i);
+        m.metadata = words[i];
+        m.metadata_size = WORD_BYTES;
+        REQUIRE_EQ_INT(tprpc_pipe_write(s.pipe, &m, on_written, &o[i]), TPRPC_OK);
+    }
+    for (int i = 0; i < WORDS; i++) WAIT(&s, o[i].runs, 1);
+    pid_t holder = d->writes ? fork() : 1;
+    if (holder == 0) for (;;) pause();
+    REQUIRE(holder > 0);
+    STORE(d->shared->stage[1], (int)holder);
+    _exit(0);
+}
+
+typedef struct word { outcome o; uint8_t bytes[WORD_BYTES]; } word;
+
+static void on_word(tprpc_status status, const tprpc_message *m, const tprpc_error *error, void *user) {
+    word *w = (word *)user;
+    if (status == TPRPC_OK && CHECK_EQ_INT(m->metadata_size, WORD_BYTES)) memcpy(w->bytes, m->metadata, WORD_BYTES);
+    outcome_set(&w->o, status, error);
+}
+
+/* All of it is read, though the reader looks long after the end; then the end is told, though a child holds it. */
+static void last_words(const way *w, int held) {
+    static word words[WORDS + 1];
+    static uint8_t expected[WORD_BYTES];
+    doomed d;
+    side s;
+    accepting accept;
+    void *memory = mmap(NULL, sizeof(common), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(memory != MAP_FAILED);
+    memset(&s, 0, sizeof s);
+    memset(&accept, 0, sizeof accept);
+    d.w = w;
+    d.shared = (common *)memory;
+    d.writes = held;
+    prctl(PR_SET_CHILD_SUBREAPER, 1);             /* the holder becomes this process's, which ends it */
+    pid_t child = test_fork_run(speaker_run, &d);
+    s.threads = w->threads;
+    s.ctx = context(w->transports, s.threads);
+    s.listener = listen_on(s.ctx, w->address, 0);
+    snprintf(d.shared->address, sizeof d.shared->address, "%s", tprpc_listener_address(s.listener, NULL));
+    CHECK_EQ_INT(tprpc_accept(s.listener, on_accepted, &accept), TPRPC_OK);
+    STORE(d.shared->stage[0], 1);
+    WAIT(&s, accept.o.runs, 1);
+    REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
+    while (!LOAD(d.shared->stage[1])) {
+        if (strncmp(w->name, "tcp", 3) == 0) test_sleep_us(1000);
+        else work(&s);                            /* a ring is smaller */
+    }
+    CHECK_EQ_INT(test_wait_child(child, 5), 0);
+    test_sleep_us(150000);                        /* who is polled is away; what has come is not asked for */
+    for (int i = 0; i < WORDS; i++) {
+        REQUIRE_EQ_INT(tprpc_pipe_read(accept.pipe, NULL, on_word, &words[i]), TPRPC_OK);
+        idle(&s, 10000);
+        fill_word(expected, i);
+        WAIT(&s, words[i].o.runs, 1);
+        CHECK_EQ_INT(words[i].o.status, TPRPC_OK);
+        CHECK_MEM(words[i].bytes, expected, WORD_BYTES);
+    }
+    if (tprpc_pipe_read(accept.pipe, NULL, on_word, &words[WORDS]) == TPRPC_OK) {   /* else its end is known already */
+        WAIT(&s, words[WORDS].o.runs, 1);
+        CHECK_EQ_INT(words[WORDS].o.status, TPRPC_ERROR_PEER);
+    }
+    if (held) kill(LOAD(d.shared->stage[1]), SIGKILL);
+    if (held) CHECK_EQ_INT(waitpid(LOAD(d.shared->stage[1]), NULL, 0), LOAD(d.shared->stage[1]));
+    tprpc_pipe_close(accept.pipe);
+    CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
+    munmap(memory, sizeof(common));
+}
+
+TEST_WAYS(last_words, 30) { last_words((const way *)arg, 0); }
+TEST_WAYS(last_words_before_a_child_holds_the_pipe, 30) { last_words((const way *)arg, 1); }
+
 /* ---- shared memory that is not there ---- */
 
 static const char *missing_call;       /* that the system does not know */

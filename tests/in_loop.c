@@ -1,0 +1,252 @@
+/* A loop by itself: threads that wait for its lock get it, however busy it is; the ends of other processes that are
+   watched through it are told, once, whether it spins, sleeps or hangs in a foreign loop. */
+#include "harness.h"
+#include <poll.h>
+#include <pthread.h>
+#define TPRPC_TEST_HOOKS
+#define TPRPC_STATIC
+#define TPRPC_IMPLEMENTATION
+#include "../tprpc.h"
+
+#define LOAD(at) __atomic_load_n(at, __ATOMIC_ACQUIRE)
+#define STORE(at, value) __atomic_store_n(at, value, __ATOMIC_RELEASE)
+#define ADD(at, value) __atomic_add_fetch(at, value, __ATOMIC_ACQ_REL)
+
+static tpr_loop *loop_new(int64_t spin_us) {
+    static tpr_loop_env env;
+    tprpc_error error;
+    tpr_loop *loop = (tpr_loop *)calloc(1, sizeof *loop);
+    REQUIRE(loop != NULL);
+    memset(&env, 0, sizeof env);
+    env.spin_us = spin_us;
+    env.memory.hooks.alloc = tpr_base_default_alloc;
+    env.memory.hooks.free = tpr_base_default_free;
+    env.memory.limit = UINT64_C(1) << 32;
+    REQUIRE_EQ_INT(tpr_loop_init(loop, &env, NULL, 0, &error), TPRPC_OK);
+    return loop;
+}
+
+static void loop_free(tpr_loop *loop) {
+    tpr_loop_fini(loop);
+    CHECK_EQ_INT(loop->env->memory.used, 0);
+    free(loop);
+}
+
+/* ---- the lock of a loop that always has work ---- */
+
+enum { ENTRIES = 200, DUE_US = 20000, GIVE_UP_US = 10000000 };
+static int entered, fired;
+static uint32_t turns, idle_every;       /* every so manieth turn finds nothing; 0: none */
+
+static bool has_work(void *instance) {   /* at the price of a system call or two, as of who looks at sockets in vain */
+    const int64_t start = test_now_us();
+    (void)instance;
+    turns++;
+    while (test_now_us() - start < 4) {}
+    return !idle_every || turns % idle_every != 0;
+}
+
+static void *enters(void *arg) {
+    tpr_loop *loop = (tpr_loop *)arg;
+    for (int i = 0; i < ENTRIES; i++) {
+        tpr_loop_enter(loop);
+        ADD(&entered, 1);
+        tpr_loop_leave(loop);
+        test_sleep_us(50);               /* so that it comes anew, and sleeps before it has the lock */
+    }
+    return NULL;
+}
+
+static void on_due(tprpc_work *work) {
+    (void)work;
+    fired = 1;
+}
+
+static bool all_entered(void *arg) {
+    (void)arg;
+    return LOAD(&entered) == ENTRIES && fired;
+}
+
+static void enter_while(bool waits, uint32_t idle) {
+    tpr_loop *loop = loop_new(waits ? GIVE_UP_US : 0);   /* a wait would sleep: nobody tells it that all have entered */
+    tpr_loop_source source;
+    tprpc_error error;
+    tprpc_work due;
+    pthread_t thread;
+    memset(&source, 0, sizeof source);
+    memset(&due, 0, sizeof due);
+    source.progress = has_work;
+    idle_every = idle;
+    due.run = on_due;
+    REQUIRE_EQ_INT(tpr_loop_add_source(loop, source, -1, &error), TPRPC_OK);
+    tpr_loop_enter(loop);
+    tpr_loop_timer(loop, &due, tpr_loop_clock(loop) + DUE_US);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, enters, loop), 0);
+    const int64_t end = test_now_us() + GIVE_UP_US;
+    if (waits) tpr_loop_wait(loop, all_entered, NULL, tpr_loop_clock(loop) + GIVE_UP_US);
+    else while (!all_entered(NULL) && test_now_us() < end) tpr_loop_poll(loop, INT64_MAX, INT64_MAX);
+    CHECK_EQ_INT(LOAD(&entered), ENTRIES);
+    CHECK(fired);
+    tpr_loop_leave(loop);
+    pthread_join(thread, NULL);
+    loop_free(loop);
+}
+TEST(others_enter_a_poll_that_is_busy) { enter_while(false, 0); }
+TEST(others_enter_polls_that_find_work_at_once) { enter_while(false, 2); }
+TEST(others_enter_a_wait_that_is_busy) { enter_while(true, 0); }
+TEST(others_enter_a_wait_that_finds_work_now_and_then) { enter_while(true, 2); }
+
+/* ---- processes ---- */
+
+enum { PROCESSES = 5, WATCHES = 4 };
+typedef struct watcher { tpr_process_watch watch; int ended; struct watcher *also; } watcher;
+
+static void on_ended(tpr_process_watch *watch) {
+    watcher *w = TPR_CONTAINER(watch, watcher, watch);
+    CHECK(watch->process == NULL);
+    w->ended++;
+    if (w->also) tpr_process_unwatch(&w->also->watch);
+}
+
+static pid_t process_start(void) {
+    pid_t pid = fork();
+    if (pid == 0) for (;;) pause();
+    REQUIRE(pid > 0);
+    return pid;
+}
+
+static void process_kill(pid_t pid) {
+    kill(pid, SIGKILL);
+    REQUIRE(waitpid(pid, NULL, 0) == pid);
+}
+
+static void turn(tpr_loop *loop) {
+    tpr_loop_enter(loop);
+    tpr_loop_clock(loop);
+    tpr_loop_poll(loop, INT64_MIN, INT64_MAX);
+    tpr_loop_leave(loop);
+}
+
+TEST(each_watch_is_told_once) {
+    static watcher w[PROCESSES][WATCHES];
+    tpr_loop *loop = loop_new(0);
+    const int fds = test_count_fds();
+    pid_t pids[PROCESSES];
+    for (int i = 0; i < PROCESSES; i++) {
+        pids[i] = process_start();
+        for (int k = 0; k < WATCHES; k++) {
+            w[i][k].watch.ended = on_ended;
+            CHECK(tpr_process_start(&loop->processes, pids[i], &w[i][k].watch));
+        }
+    }
+    CHECK_EQ_INT(loop->processes.count, PROCESSES);
+    CHECK_EQ_INT(test_count_fds(), fds + PROCESSES + 1);   /* one for each, and the poller */
+    for (int i = 0; i < 20; i++) turn(loop);
+    for (int i = 0; i < PROCESSES; i++) for (int k = 0; k < WATCHES; k++) CHECK_EQ_INT(w[i][k].ended, 0);
+    tpr_process_unwatch(&w[0][0].watch);               /* one of several, */
+    for (int k = 0; k < WATCHES; k++) tpr_process_unwatch(&w[1][k].watch);   /* all of one, */
+    w[2][0].also = &w[2][1];                           /* one of the same process by another, */
+    w[3][0].also = &w[4][0];                           /* and of another process */
+    for (int i = 0; i < PROCESSES; i++) process_kill(pids[i]);
+    int64_t end = test_now_us() + 5000000;
+    while ((!w[4][3].ended || loop->processes.count) && test_now_us() < end) turn(loop);
+    for (int i = 0; i < PROCESSES; i++)
+        for (int k = 0; k < WATCHES; k++) {
+            bool none = i == 1 || (i == 0 && k == 0) || (i == 2 && k == 1);
+            if (i == 4 && k == 0) CHECK(w[i][k].ended <= 1);   /* whichever was told first */
+            else CHECK_EQ_INT(w[i][k].ended, none ? 0 : 1);
+        }
+    CHECK_EQ_INT(loop->processes.count, 0);
+    CHECK_EQ_INT(test_count_fds(), fds);
+    loop_free(loop);
+}
+
+TEST(the_gone_and_oneself) {
+    tpr_loop *loop = loop_new(0);
+    static watcher w;
+    pid_t pid = process_start();
+    process_kill(pid);
+    w.watch.ended = on_ended;
+    CHECK(!tpr_process_start(&loop->processes, pid, &w.watch));
+    CHECK(tpr_process_start(&loop->processes, getpid(), &w.watch));
+    CHECK(tpr_process_start(&loop->processes, 0, &w.watch));
+    CHECK(tpr_process_start(&loop->processes, -5, &w.watch));
+    CHECK(w.watch.process == NULL);
+    pid = process_start();                             /* dead and not yet waited for: told by the next look */
+    kill(pid, SIGKILL);
+    CHECK(tpr_process_start(&loop->processes, pid, &w.watch));
+    for (int64_t end = test_now_us() + 5000000; !w.ended && test_now_us() < end;) turn(loop);
+    CHECK_EQ_INT(w.ended, 1);
+    REQUIRE(waitpid(pid, NULL, 0) == pid);
+    loop_free(loop);
+}
+
+/* Who sleeps for long is woken; who hangs the loop in one of his own sees the handle turn readable. */
+static void told_while(bool foreign) {
+    tpr_loop *loop = loop_new(0);
+    static watcher w;
+    pid_t pid = process_start();
+    struct pollfd look;
+    w.watch.ended = on_ended;
+    CHECK(tpr_process_start(&loop->processes, pid, &w.watch));
+    turn(loop);
+    const int64_t start = test_now_us();
+    if (fork() == 0) {
+        test_sleep_us(20000);
+        kill(pid, SIGKILL);
+        _exit(0);
+    }
+    look.fd = loop->poller;
+    look.events = POLLIN;
+    look.revents = 0;
+    tpr_loop_enter(loop);
+    if (foreign) {
+        int64_t until = INT64_MAX;
+        CHECK(tpr_loop_quiet(loop, true, false, &until));
+        loop->armed = true;
+        tpr_loop_leave(loop);
+        CHECK_EQ_INT(poll(&look, 1, 10000), 1);
+        tpr_loop_enter(loop);
+        tpr_loop_clock(loop);
+        tpr_loop_poll(loop, INT64_MIN, INT64_MAX);
+    } else {
+        while (!w.ended && test_now_us() - start < 10000000)
+            tpr_loop_poll(loop, tpr_loop_clock(loop) + 10000000, INT64_MAX);
+    }
+    tpr_loop_leave(loop);
+    CHECK_EQ_INT(w.ended, 1);
+    CHECK(test_now_us() - start < 5000000);
+    while (wait(NULL) > 0) {}
+    loop_free(loop);
+}
+TEST(told_while_it_sleeps) { told_while(false); }
+TEST(told_while_it_hangs_in_another) { told_while(true); }
+
+static const char *refused;
+static int refuse(const char *call, int64_t *size) {
+    (void)size;
+    return refused && strcmp(call, refused) == 0 ? EMFILE : 0;
+}
+
+/* What cannot be watched is not, and nothing is left of the try. */
+TEST(no_descriptors_left) {
+    static const char *const calls[] = {"epoll_create", "epoll_ctl", "pidfd_open", "alloc"};
+    pid_t pid = process_start();
+    for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++) {
+        tpr_loop *loop = loop_new(0);
+        static watcher w;
+        const int fds = test_count_fds();
+        refused = calls[i];
+        STORE(&tprpc_test_hook, refuse);
+        CHECK(tpr_process_start(&loop->processes, pid, &w.watch));
+        STORE(&tprpc_test_hook, NULL);
+        CHECK(w.watch.process == NULL);
+        CHECK_EQ_INT(loop->processes.count, 0);
+        CHECK_EQ_INT(test_count_fds(), fds);
+        CHECK(tpr_process_start(&loop->processes, pid, &w.watch));   /* later it can */
+        CHECK(w.watch.process != NULL);
+        tpr_process_unwatch(&w.watch);
+        loop_free(loop);
+    }
+    process_kill(pid);
+}
