@@ -7525,6 +7525,7 @@ enum {
     TPR_PIPE_SHORT = 256,              // metadata up to here, without tensors, takes the short path
     TPR_PIPE_BATCH = 64,               // messages taken in before callbacks have a turn: they are still in the cache
     TPR_PIPE_HANDSHAKE_MS = 10000, TPR_PIPE_MOVE_MS = 2000,
+    TPR_PIPE_PATIENCE_US = 1000000,    // with one that has said hello and takes a place from others
     TPR_PIPE_MOURN_MS = 100            // that nothing comes any more from a process that has ended
 };
 
@@ -10125,17 +10126,26 @@ TPR_COLD static void tpr_pipe_greeting_timed_out(tprpc_work *work) {
     tpr_pipe_greeting_end(TPR_CONTAINER(work, tpr_pipe_greeting, timer), TPRPC_ERROR_TIMEOUT);
 }
 
+// The one that has said nothing for longest, or else the pipe whose other end has said hello and then let it wait, goes:
+// who is silent keeps nobody out.
+TPR_COLD static void tpr_pipe_make_room(tprpc_listener *listener) {
+    const int64_t patient_us = TPR_PIPE_HANDSHAKE_MS * INT64_C(1000) - TPR_PIPE_PATIENCE_US;
+    tprpc_pipe *oldest =
+        tpr_base_list_empty(&listener->pipes) ? NULL : TPR_CONTAINER(listener->pipes.next, tprpc_pipe, listener_node);
+    TPR_LOG(&listener->ctx->env.logger, TPRPC_LOG_WARNING, "pipe", "",
+            "%u incoming connections are waiting: what is silent makes room", (unsigned)listener->greetings);
+    if (!tpr_base_list_empty(&listener->greeting_list))
+        tpr_pipe_greeting_end(TPR_CONTAINER(listener->greeting_list.next, tpr_pipe_greeting, node), TPRPC_ERROR_LIMIT);
+    else if (oldest && oldest->timer.due_us - tpr_loop_clock(listener->loop) <= patient_us)
+        tpr_pipe_end(oldest, TPRPC_ERROR_LIMIT, 0, "too many connections wait, and this one has been silent");
+}
+
 TPR_COLD static void tpr_pipe_accepted_conn(tprpc_listen_owner *owner, void *conn) {
     tpr_pipe_listen *address = (tpr_pipe_listen *)(void *)owner;
     tprpc_listener *listener = address->listener;
     const tprpc_transport_table *table = address->entry->backend->transport;
     tpr_pipe_greeting *greeting = NULL;
-    // The one that has been silent for longest makes room: who says nothing keeps nobody out.
-    if (listener->greetings >= listener->ctx->limits.handshakes && !tpr_base_list_empty(&listener->greeting_list)) {
-        TPR_LOG(&listener->ctx->env.logger, TPRPC_LOG_WARNING, "pipe", "",
-                "a silent incoming connection was dropped: %u are waiting", (unsigned)listener->greetings);
-        tpr_pipe_greeting_end(TPR_CONTAINER(listener->greeting_list.next, tpr_pipe_greeting, node), TPRPC_ERROR_LIMIT);
-    }
+    if (listener->greetings >= listener->ctx->limits.handshakes) tpr_pipe_make_room(listener);
     if (listener->greetings < listener->ctx->limits.handshakes)
         greeting = (tpr_pipe_greeting *)tpr_context_alloc(listener->ctx, sizeof *greeting);
     if (!greeting) {

@@ -1,6 +1,5 @@
 /* A peer made by hand: it speaks the handshake with the library's own writers over a bare socket, then sends what no
-   peer
-   of ours would. Whatever it sends, the pipe ends with an error that says so, once, and the listener goes on. */
+   peer of ours would. Whatever it sends, the pipe ends with an error that says so, once, and the listener goes on. */
 #include "harness.h"
 #define TPRPC_TEST_HOOKS
 #define TPRPC_STATIC
@@ -62,8 +61,7 @@ typedef struct item { uint64_t size; uint32_t metadata; uint8_t transfer; } item
 
 /* A message of payloads; trailing: bytes behind the header that are there. */
 static void put_message(script *s, uint32_t metadata, uint16_t payloads, uint16_t tensors, uint8_t transfers,
-    uint8_t prefix,
-                        const item *items, size_t item_count, size_t trailing) {
+                        uint8_t prefix, const item *items, size_t item_count, size_t trailing) {
     static uint8_t body[32768];
     tpr_wire_writer w = tpr_wire_writer_of(body, sizeof body);
     tpr_wire_message head;
@@ -132,8 +130,7 @@ TEST(good_script) {
     put_handshake(&s);
     put_message(&s, 7, 2, 0, 0, 0, items, 2, 7 + 3 + 5);
     play(&v, &s, TPRPC_OK, 0);
-    put_frame(&s, TPR_WIRE_MESSAGE, 0, 0, s.bytes, 3);   /* the same,
-        and a broken one behind: the first is still read */
+    put_frame(&s, TPR_WIRE_MESSAGE, 0, 0, s.bytes, 3);   /* and a broken one behind: the first is read */
     play(&v, &s, TPRPC_OK, 0);
     CHECK_EQ_INT(tprpc_context_destroy(v.s.ctx), TPRPC_OK);
 }
@@ -235,6 +232,51 @@ TEST(ends_at_each_byte) {
     CHECK_LE_INT(fds, 12);
     CHECK_EQ_INT(tprpc_context_destroy(v.s.ctx), TPRPC_OK);
     CHECK_EQ_INT(accept.o.status, TPRPC_ERROR_CLOSED);
+}
+
+/* Peers that say hello and no more: after a second they make room for who comes, one each, and so keep nobody out. */
+TEST(said_hello_and_no_more) {
+    enum { N = 4 };
+    static script hello, whole;
+    server v;
+    tprpc_context_desc desc;
+    accepting accept;
+    int fds[N + 1], open_ones = 0;
+    uint8_t byte[4096];
+    memset(&v, 0, sizeof v);
+    memset(&desc, 0, sizeof desc);
+    memset(&accept, 0, sizeof accept);
+    desc.transports = "tcp";
+    desc.limits.handshakes = N;
+    REQUIRE_EQ_INT(tprpc_context_create(&desc, &v.s.ctx, NULL), TPRPC_OK);
+    v.s.listener = listen_on(v.s.ctx, "tcp://127.0.0.1:0", 0);
+    v.address = tprpc_listener_address(v.s.listener, NULL);
+    put_hello(&hello);
+    put_handshake(&whole);
+    CHECK_EQ_INT(tprpc_accept(v.s.listener, on_accepted, &accept), TPRPC_OK);
+    for (int i = 0; i < N; i++) {
+        fds[i] = socket_connect_to(v.address);
+        CHECK_EQ_INT(send(fds[i], hello.bytes, hello.size, MSG_NOSIGNAL), hello.size);
+        while (recv(fds[i], byte, sizeof byte, MSG_DONTWAIT) <= 0) work(&v.s);   /* its own */
+    }
+    fds[N] = socket_connect_to(v.address);       /* too early: they may be about to say more */
+    while (recv(fds[N], byte, 1, MSG_DONTWAIT) != 0) work(&v.s);
+    close(fds[N]);
+    idle(&v.s, 1100000);
+    fds[N] = socket_connect_to(v.address);
+    CHECK_EQ_INT(send(fds[N], whole.bytes, whole.size, MSG_NOSIGNAL), whole.size);
+    WAIT(&v.s, accept.o.runs, 1);
+    CHECK_EQ_INT(accept.o.status, TPRPC_OK);
+    for (int i = 0; i < N; i++) {
+        ssize_t n = recv(fds[i], byte, sizeof byte, MSG_DONTWAIT);
+        while (n > 0) n = recv(fds[i], byte, sizeof byte, MSG_DONTWAIT);
+        open_ones += n < 0 && errno == EAGAIN;
+        CHECK(i > 0 || !open_ones);              /* the first that came went */
+    }
+    CHECK_EQ_INT(open_ones, N - 1);
+    for (int i = 0; i <= N; i++) close(fds[i]);
+    tprpc_pipe_close(accept.pipe);
+    CHECK_EQ_INT(tprpc_context_destroy(v.s.ctx), TPRPC_OK);
 }
 
 /* Sessions with bytes changed at random, from a seed: nothing crashes, nothing hangs, everything ends. */
