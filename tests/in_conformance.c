@@ -1957,7 +1957,7 @@ static void v_calls(void *arg) {
     memset(&method, 0, sizeof method);
     memset(&options, 0, sizeof options);
     spy_begin((const kit *)arg);
-    store = agents_create(&w, "tcp", agents);
+    store = agents_create(&w, "tcp", NULL, agents);
     method.name = "back";
     method.handler = cargo_back;
     method.user = &handled;

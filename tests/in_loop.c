@@ -96,6 +96,51 @@ TEST(others_enter_polls_that_find_work_at_once) { enter_while(false, 2); }
 TEST(others_enter_a_wait_that_is_busy) { enter_while(true, 0); }
 TEST(others_enter_a_wait_that_finds_work_now_and_then) { enter_while(true, 2); }
 
+/* ---- a clock that goes back ---- */
+
+static int64_t skew_us;
+static int64_t skewed_clock(void *user) {
+    (void)user;
+    return test_now_us() + LOAD(&skew_us);
+}
+
+static bool idle_turn(void *instance) {
+    (void)instance;
+    turns++;
+    return false;
+}
+
+static void *rings_twice(void *arg) {
+    tpr_loop *loop = (tpr_loop *)arg;
+    test_sleep_us(20000);
+    STORE(&skew_us, INT64_C(-3600000000));
+    tpr_os_bell_ring(loop->bell);        /* for nothing */
+    test_sleep_us(50000);
+    TPR_ATOMIC_STORE(&loop->woken, 1u);
+    tpr_os_bell_ring(loop->bell);
+    return NULL;
+}
+
+/* Who slept when it went back sleeps on, and does not spin until the hour has come again. */
+TEST(a_clock_goes_back_an_hour) {
+    tpr_loop *loop = loop_new(20);
+    tpr_loop_source source;
+    tprpc_error error;
+    pthread_t thread;
+    memset(&source, 0, sizeof source);
+    source.progress = idle_turn;
+    loop->env->clock_us = skewed_clock;
+    REQUIRE_EQ_INT(tpr_loop_add_source(loop, source, -1, &error), TPRPC_OK);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, rings_twice, loop), 0);
+    tpr_loop_enter(loop);
+    tpr_loop_poll(loop, INT64_MAX, INT64_MAX);
+    tpr_loop_leave(loop);
+    pthread_join(thread, NULL);
+    printf("%u turns\n", (unsigned)turns);
+    CHECK(turns < 20000);                /* 20 us of them; else 50 ms of them */
+    loop_free(loop);
+}
+
 /* ---- processes ---- */
 
 enum { PROCESSES = 5, WATCHES = 4 };

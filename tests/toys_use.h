@@ -165,7 +165,8 @@ TOY_USED static void on_ready(tprpc_status status, const tprpc_message *reply, c
 }
 
 /* A context and an agent each, in one group; the store is the first one's. */
-TOY_USED static tprpc_store *agents_create(world *w, const char *transports, tprpc_agent **agents) {
+TOY_USED static tprpc_store *agents_create(world *w, const char *transports, const char *channels,
+                                          tprpc_agent **agents) {
     static const char *const names[2] = {"left", "right"};
     tprpc_store *store = NULL;
     tprpc_store_desc store_desc;
@@ -173,7 +174,7 @@ TOY_USED static tprpc_store *agents_create(world *w, const char *transports, tpr
     int i;
     memset(&store_desc, 0, sizeof store_desc);
     memset(&error, 0, sizeof error);
-    for (i = 0; i < 2; i++) w->ctx[i] = context(transports, NULL, 0);
+    for (i = 0; i < 2; i++) w->ctx[i] = context(transports, channels, 0);
     store_desc.url = "local://";
     REQUIRE_EQ_INT(tprpc_store_open(w->ctx[0], &store_desc, &store, &error), TPRPC_OK);
     for (i = 0; i < 2; i++) {
