@@ -2923,8 +2923,10 @@ static void tpr_wire_write_hello(tpr_wire_writer *w, const tpr_wire_hello *hello
         tpr_wire_write_bytes(w, offer->domain, offer->domain_size);
         tpr_wire_write_text(w, offer->address);
     }
-    tpr_wire_write_u64(w, hello->space);
-    tpr_wire_write_u32(w, hello->process);
+    if (hello->minor >= 1) {
+        tpr_wire_write_u64(w, hello->space);
+        tpr_wire_write_u32(w, hello->process);
+    }
 }
 
 // False: not a tprpc peer, or a broken one. A peer of another major version gives true and no offers.
@@ -10126,7 +10128,7 @@ TPR_COLD static void tpr_pipe_greeting_timed_out(tprpc_work *work) {
     tpr_pipe_greeting_end(TPR_CONTAINER(work, tpr_pipe_greeting, timer), TPRPC_ERROR_TIMEOUT);
 }
 
-// The one that has said nothing for longest, or else the pipe whose other end has said hello and then let it wait, goes:
+// The one that has said nothing for longest goes, or else the pipe whose other end has said hello and then let it wait:
 // who is silent keeps nobody out.
 TPR_COLD static void tpr_pipe_make_room(tprpc_listener *listener) {
     const int64_t patient_us = TPR_PIPE_HANDSHAKE_MS * INT64_C(1000) - TPR_PIPE_PATIENCE_US;

@@ -106,6 +106,14 @@ TEST(hello) {
     w = tpr_wire_writer_of(bytes, sizeof bytes);
     tpr_wire_write_hello(&w, &in);
     decode_all(hello_decode, bytes, (size_t)(w.at - bytes));
+    size_t size = (size_t)(w.at - bytes);
+    in.minor = 0;                                                      /* which did not say who speaks */
+    w = tpr_wire_writer_of(bytes, sizeof bytes);
+    tpr_wire_write_hello(&w, &in);
+    CHECK_EQ_INT(w.at - bytes, size - 12);
+    REQUIRE(tpr_wire_read_hello(bytes, size, &out));
+    CHECK(out.space == 0 && out.process == 0);
+    decode_all(hello_decode, bytes, (size_t)(w.at - bytes));
 }
 
 /* Where the n-th u32 of interest stands in a hello: its offers begin at byte 68. */

@@ -307,6 +307,8 @@ static void try_writers(void) {
     hello.metadata_bytes = fuzz_number();
     hello.tensors = (uint32_t)fuzz_number();
     hello.window = (uint32_t)fuzz_number();
+    hello.space = hello.minor ? fuzz_number() : 0;
+    hello.process = hello.minor ? (uint32_t)fuzz_number() : 0;
     hello.offer_count = fuzz_below(TPR_WIRE_OFFERS + 1);
     for (uint32_t i = 0; i < hello.offer_count; i++) {
         tpr_wire_offer *offer = &hello.offers[i];
