@@ -3,17 +3,19 @@
        LOAD_WORKERS=64 LOAD_SECONDS=600 build/tests/load
 
    Calls are of every kind. In phases with rests between, at which nothing is under way and memory is looked at: that of
-   the library, by its allocator, and that of the process, by what the kernel says; after the warm-up it stays. */
+   the library, by its allocator, and that of the process, by what the kernel says; after the warm-up it stays, and in a
+   long run the later half needs no more than the earlier one did. */
 #include "busy.h"
 
-enum { PROCESSES = 8, WARM = 3, PHASES = 9, MOST_PHASES = 100000, LARGEST = 24000, CALLS_TO_EACH = 24 };
+enum { PROCESSES = 8, WARM = 3, PHASES = 9, LONG = 64, LARGEST = 24000, CALLS_TO_EACH = 24 };
 
 typedef struct look { int64_t heap, blocks, process_kib; } look;
 typedef struct stage {
     int arrived[2], fails;             /* at the rests */
     int phases;                        /* that there are to be; grows while there is time */
     int64_t calls;
-    look warm[PROCESSES], most[PROCESSES];
+    look warm[PROCESSES], most[PROCESSES], halves[PROCESSES][2];   /* halves: most until the last power of two of
+                                          phases, and until the one before */
     char url[64];
 } stage;
 static stage *on;
@@ -111,6 +113,10 @@ static void remember(process *p, int done) {
     if (now.blocks > most->blocks) most->blocks = now.blocks;
     if (now.process_kib > most->process_kib) most->process_kib = now.process_kib;
     if (done <= WARM) *most = now;
+    if ((done & (done - 1)) == 0) {
+        on->halves[p->index][1] = on->halves[p->index][0];
+        on->halves[p->index][0] = *most;
+    }
     if (getenv("TEST_LOG")) fprintf(stderr, "process %d phase %d: heap %lld, blocks %lld, %lld KiB\n", p->index, done,
                                     (long long)now.heap, (long long)now.blocks, (long long)now.process_kib);
 }
@@ -192,6 +198,12 @@ static void load_run(void *arg) {
         /* bursts make the pools of blocks grow a little yet; what leaked at a twentieth of the calls would be more */
         CHECK_LE_INT(most->heap, 2 * warm->heap);
         CHECK_LE_INT(most->blocks, warm->blocks + warm->blocks / 4);
+        if (on->phases >= LONG) {
+            const look *half = &on->halves[i][1];
+            CHECK_LE_INT(most->heap, half->heap + half->heap / 10);
+            CHECK_LE_INT(most->blocks, half->blocks + half->blocks / 10);
+            CHECK_LE_INT(most->process_kib, half->process_kib + half->process_kib / 10);
+        }
         if (!TEST_ASAN && !TEST_TSAN) CHECK_LE_INT(most->process_kib, warm->process_kib + warm->process_kib / 4 + 512);
     }
 }
