@@ -3,7 +3,7 @@
        build/sim                     what the continuous integration runs: all seeds of the list, and the large groups
        build/sim --seed N [-v]       one seed again, identically; -v: with its whole trace
        build/sim --from N --count N  so many seeds
-       build/sim --large N           one of a thousand workers
+       build/sim --large N [-v]      one of a thousand workers
        build/sim --soak [N]          seeds from N on (default: by the clock), until stopped or red
 
    What it has found, with the seed that was red (as the workload then was): an ordered pipe that ended walked its reads
@@ -173,6 +173,7 @@ static void sim_choose(int32_t count) {
     sim_static_group = !count && sim_chance(500);
     sim_has_pipes = !count && sim_chance(600);
     sim_has_big = !count && sim_chance(150);
+    sim_all_channels = sim_chance(250);
     sim_timeout_us = sim.quiet ? 300 * SIM_S : sim_between(2, 20) * SIM_S;
     sim_leaving = false;
     sim_warm = sim_last_bytes = 0;
@@ -193,13 +194,17 @@ static void sim_crashed(int signal) {
     if (!sim_failing) {
         sim_failing = true;
         sim_print_trace();
-        fprintf(stderr, "seed %" PRIu64 ", %.6f s, worker %d: signal %d (%s)\nagain: build/sim --seed %" PRIu64 "\n",
-                sim.seed, (double)sim.now / 1e6, sim.current ? (int)sim.current->index : -1, signal, strsignal(signal),
-                sim.seed);
+        fprintf(stderr, "seed %" PRIu64 ", %.6f s, worker %d: signal %d (%s)\nagain: build/sim %s %" PRIu64 "\n",
+                sim.seed, (double)sim.now / 1e6, sim.current ? (int)sim.current->index : -1, signal,
+                signal ? strsignal(signal) : "the sanitizer's", sim.large ? "--large" : "--seed", sim.seed);
         fflush(NULL);
     }
     _exit(1);
 }
+
+#if SIM_ASAN
+static void sim_condemned(void) { sim_crashed(0); }
+#endif
 
 static void sim_catch_crashes(void) {
     static char stack[128 * 1024];
@@ -214,10 +219,14 @@ static void sim_catch_crashes(void) {
     memset(&action, 0, sizeof action);
     action.sa_handler = sim_crashed;
     action.sa_flags = SA_ONSTACK;
+#if SIM_ASAN
+    __sanitizer_set_death_callback(sim_condemned);
+#endif
     for (i = SIM_ASAN ? 4 : 0; i < sizeof signals / sizeof signals[0]; i++) sigaction(signals[i], &action, NULL);
 }
 
 static int64_t sim_fds_before;
+static uint64_t sim_operations;        /* of all that this process ran */
 
 /* Runs a seed to its end; on a failure the process ends. Returns the hash of its trace. */
 static uint64_t sim_run(uint64_t seed, int32_t count) {
@@ -225,13 +234,13 @@ static uint64_t sim_run(uint64_t seed, int32_t count) {
     uint64_t *counts = sim.counts;
     sim_event *heap = sim.heap;
     size_t room = sim.heap_room;
-    int64_t operations;
     int32_t i;
     memset(&sim, 0, sizeof sim);
     sim.counts = counts;
     sim.heap = heap;
     sim.heap_room = room;
     sim.seed = seed;
+    sim.large = count != 0;
     sim.random = sim_mix(seed ^ UINT64_C(0x5eed)) ^ (uint64_t)count;
     sim.now = 1000 * SIM_S;
     sim.most_steps = count ? 100000000 : 5000000;
@@ -261,10 +270,10 @@ static uint64_t sim_run(uint64_t seed, int32_t count) {
         event.run(event.arg, event.value);
     }
     sim_check_ledger();
-    operations = sim_op_count;
-    if (operations < 500) sim_fail("%d operations", (int)operations);
+    if (sim_op_count < 500) sim_fail("%d operations", (int)sim_op_count);
+    sim_operations += (uint64_t)sim_op_count;
     sim_work_end();
-    sim_net_end();
+    sim_net_end(sim.quiet && !sim_static_group);
     for (i = 0; i < sim.count; i++) sim_stacks[sim_stack_count++] = sim.nodes[i].stack;
     free(sim.nodes);
     free(sim.runnable);
@@ -280,11 +289,11 @@ enum { SIM_PROCESSES = 64, SIM_LARGE = 1000, SIM_REAL_S = 200 };   /* a large gr
 
 typedef struct sim_shared {            /* by all processes of a run */
     uint64_t next, last, done, counts[SIM_COUNTS], operations;
-    uint64_t running[SIM_PROCESSES];
+    uint64_t running[SIM_PROCESSES];   /* the seeds */
 } sim_shared;
 static sim_shared *sim_all;
 
-/* Runs seeds until none is left. Each eighth seed twice: it must be the same again. */
+/* Runs seeds until none is left. Each seventh seed twice: it must be the same again. */
 static void sim_worker_process(int place) {
     uint64_t seed;
     sim_catch_crashes();
@@ -293,9 +302,10 @@ static void sim_worker_process(int place) {
         sim_all->running[place] = seed;
         alarm(SIM_REAL_S);
         hash = sim_run(seed, 0);
-        if (seed % 8 == 3 && sim_run(seed, 0) != hash) sim_fail("the seed is another one the second time");
+        if (seed % 7 == 3 && sim_run(seed, 0) != hash) sim_fail("the seed is another one the second time");
         __sync_fetch_and_add(&sim_all->done, 1);
     }
+    __sync_fetch_and_add(&sim_all->operations, sim_operations);
     fflush(NULL);
     _exit(0);
 }
@@ -306,40 +316,50 @@ static void sim_large_process(uint64_t seed) {
     alarm(SIM_REAL_S);
     sim_run(seed, SIM_LARGE);
     __sync_fetch_and_add(&sim_all->done, 1);
+    __sync_fetch_and_add(&sim_all->operations, sim_operations);
     _exit(0);
 }
 
+/* Waits for one of the processes; one that a signal ended has said nothing. Returns whether it was red. */
+static int sim_await(pid_t *pids, int count, int large) {
+    int status = 0, i = 0;
+    const pid_t pid = wait(&status);
+    while (i < count && pids[i] != pid) i++;
+    if (pid > 0 && WIFSIGNALED(status) && i < count)
+        fprintf(stderr, "signal %d (%s) while it ran: build/sim %s %" PRIu64 "\n", WTERMSIG(status),
+                strsignal(WTERMSIG(status)), i < large ? "--large" : "--seed", sim_all->running[i]);
+    return status != 0;
+}
+
 /* Runs the seeds from `first` on, on as many processes as there are processors, and `large` large groups. Returns how
-   many were red. */
+   many processes were red. */
 static int sim_run_many(uint64_t first, uint64_t count, int large) {
+    pid_t pids[SIM_PROCESSES];
     long jobs = sysconf(_SC_NPROCESSORS_ONLN);
-    int running = 0, red = 0, status, i;
+    int started = 0, running = 0, red = 0;
     if (jobs < 1) jobs = 1;
-    if (jobs > SIM_PROCESSES) jobs = SIM_PROCESSES;
+    if (jobs > SIM_PROCESSES - large) jobs = SIM_PROCESSES - large;
     sim_all->next = first;
     sim_all->last = first + count - 1;
     fflush(NULL);
-    for (i = 0; i < (int)jobs + large; i++) {
-        pid_t pid;
-        while (running >= jobs && i >= (int)jobs) {
-            if (wait(&status) < 0) break;
+    for (; started < (int)jobs + large; started++, running++) {
+        if (running >= jobs) {
+            red += sim_await(pids, started, large);
             running--;
-            red += status != 0;
         }
-        pid = fork();
-        if (pid == 0 && i < large) sim_large_process(first + (uint64_t)i);
-        if (pid == 0) sim_worker_process(i % SIM_PROCESSES);
-        running += pid > 0;
+        if (started < large) sim_all->running[started] = first + (uint64_t)started;
+        pids[started] = fork();
+        if (pids[started] < 0) return red + 1;
+        if (pids[started] == 0 && started < large) sim_large_process(first + (uint64_t)started);
+        if (pids[started] == 0) sim_worker_process(started);
     }
-    while (running > 0 && wait(&status) > 0) {
-        running--;
-        red += status != 0;
-    }
+    while (running-- > 0) red += sim_await(pids, started, large);
     return red;
 }
 
 static int sim_report(void) {
     int i, low = 0;
+    printf("%-24s %10" PRIu64 "\n", "operations", sim_all->operations);
     for (i = 0; i < SIM_COUNTS; i++) {
         printf("%-24s %10" PRIu64 "\n", sim_count_names[i], sim_all->counts[i]);
         if (sim_all->counts[i] >= SIM_FLOOR) continue;
@@ -384,7 +404,7 @@ int main(int argc, char **argv) {
     }
     if (soak) {
         printf("seeds from %" PRIu64 " on\n", first);
-        while (sim_run_many(first, 1000, 0) == 0) {
+        while (sim_run_many(first, 1000, 1) == 0) {
             first += 1000;
             printf("%" PRIu64 " seeds, %.0f s\n", sim_all->done, (double)(sim_real_us() - begun) / 1e6);
             fflush(stdout);

@@ -839,12 +839,18 @@ static const tprpc_store_table sim_store_table = {(uint32_t)sizeof(tprpc_store_t
                                                   sim_store_cancel, sim_store_close};
 
 /* After the last worker: nothing is left of either. */
-static void sim_net_end(void) {
+/* names_go: all workers have left a group that nobody was named for beforehand, so none is in the store. */
+static void sim_net_end(bool names_go) {
     int i;
     if (sim_listeners) sim_fail("the listener %s is left", sim_listeners->name);
     if (sim_conns_alive) sim_fail("%d connections are left", (int)sim_conns_alive);
     if (sim_asks) sim_fail("an operation of the store's is left");
-    for (i = 0; i < SIM_KEYS; i++) while (sim_keys[i]) sim_key_delete(sim_keys[i]->name);
+    for (i = 0; i < SIM_KEYS; i++)
+        while (sim_keys[i]) {
+            if (names_go && strstr(sim_keys[i]->name, "/name/"))
+                sim_fail("the store still holds %s", sim_keys[i]->name);
+            sim_key_delete(sim_keys[i]->name);
+        }
     sim_wire_count = 0;
 }
 

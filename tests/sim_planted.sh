@@ -58,6 +58,11 @@ plant reordering '        if (request->lane != lane) continue;' \
 plant early_release '            op->release = message->release;' \
     '            op->release = NULL; if (message->release) message->release(message->release_user);' \
     'byte .* is wrong|none of ours'
+plant oversleep '    int64_t timer = tpr_timer_next_us(&loop->wheel);' \
+    '    int64_t timer = tpr_timer_next_us(&loop->wheel); if (timer < INT64_MAX / 2) timer += 20000;' \
+    'is due while its worker sleeps on|overdue'
+plant lost_cancel '        tpr_agent_call_end(call, TPRPC_ERROR_CANCELLED, &error);' '        (void)error;' \
+    'was cancelled, and ends with'
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

@@ -19,7 +19,8 @@ typedef struct sim_op {
     sim_kind  kind;
     sim_node *node, *target;
     struct sim_op *next, *prev;        /* of the worker's pending ones */
-    bool      pending, ended, one_way, borrowed, place_call, place_method, with_future, cancelling, call_again, inside;
+    bool      pending, ended, one_way, borrowed, place_call, place_method, with_future, cancelled, call_again,
+              inside;
     int       done, released, handled, placings, unplacings;
     tprpc_status status;
     int64_t   due, begun;              /* by the worker's clock, or never; virtual */
@@ -87,7 +88,7 @@ typedef struct sim_worker {
 static sim_op **sim_ops;
 static uint32_t sim_op_count, sim_op_room;
 static uint64_t sim_order;             /* what began and ended, in what order */
-static bool sim_leaving, sim_static_group, sim_has_pipes, sim_has_big;
+static bool sim_leaving, sim_static_group, sim_has_pipes, sim_has_big, sim_all_channels;
 static int  sim_finished, sim_joined, sim_neighbours;      /* neighbours: that a worker calls; 0: all */
 static int64_t sim_mix_of[SIM_CALLS];  /* how often each kind, of their sum */
 static uint32_t sim_end_numbers;
@@ -219,6 +220,11 @@ static void sim_count_outcome(tprpc_status status) {
     if (status == TPRPC_ERROR_UNREACHABLE) sim_count(SIM_outcome_unreachable);
     if (status == TPRPC_ERROR_TIMEOUT) sim_count(SIM_outcome_timeout);
     if (status == TPRPC_ERROR_CLOSED) sim_count(SIM_outcome_closed);
+    if (status == TPRPC_ERROR_CANCELLED) sim_count(SIM_outcome_cancelled);
+    if (status == TPRPC_ERROR_REMOTE) sim_count(SIM_outcome_remote);
+    if (status == TPRPC_ERROR_NO_METHOD) sim_count(SIM_outcome_no_method);
+    if (status == TPRPC_ERROR_NO_WORKER) sim_count(SIM_outcome_no_worker);
+    if (status == TPRPC_ERROR_LIMIT) sim_count(SIM_outcome_limit);
 }
 
 /* Its one callback has come, or the function refused it. */
@@ -249,6 +255,9 @@ static void sim_op_called(sim_op *op, tprpc_status status, const tprpc_error *er
                  error->text);
     sim_note(op->node->index, "ended", op->id, (int64_t)status, op->kind);
     sim_count_outcome(status);
+    if ((status == TPRPC_ERROR_CANCELLED) != op->cancelled)
+        sim_fail("operation %u was%s cancelled, and ends with %s", op->id, op->cancelled ? "" : " not",
+                 tprpc_status_name(status));
     if (status == TPRPC_ERROR_TIMEOUT && op->due != SIM_NEVER && op->kind < SIM_CALLS &&
         op->node->clock_most < op->due && strstr(error->text, "no answer within"))
         sim_fail("operation %u timed out %" PRId64 " us early", op->id, op->due - op->node->clock_most);
@@ -265,16 +274,22 @@ static void sim_released(void *user) {
     op->lent = NULL;
 }
 
-/* Called when a worker has nothing more to do now: what is due has ended. */
-static void sim_nothing_overdue(sim_node *node) {
+/* Called when a worker has nothing more to do now, and would sleep for that long (negative: until it is woken) by its
+   clock: what is due has ended, and what comes due ends the sleep. */
+static void sim_nothing_overdue(sim_node *node, int64_t sleep_us) {
     sim_worker *work = node->work;
+    const int64_t due = node->clock_most - SIM_SLACK_US;
+    const int64_t until = sleep_us < 0 ? SIM_NEVER : sim_clock_of(node) + sleep_us - SIM_SLACK_US;
     sim_op *op;
-    if (!work || work->soonest >= node->clock_most - SIM_SLACK_US || node->dying) return;
+    if (!work || (work->soonest >= due && work->soonest >= until) || node->dying) return;
     work->soonest = SIM_NEVER;
     for (op = work->pending; op; op = op->next) {
-        if (op->due < node->clock_most - SIM_SLACK_US)
+        if (op->due < due)
             sim_fail("operation %u (kind %d) is %" PRId64 " us overdue, and its worker goes to sleep", op->id,
                      (int)op->kind, node->clock_most - op->due);
+        if (op->due < until)
+            sim_fail("operation %u (kind %d) is due while its worker sleeps on for %" PRId64 " us", op->id,
+                     (int)op->kind, sleep_us);
         if (op->due < work->soonest) work->soonest = op->due;
     }
 }
@@ -288,8 +303,7 @@ static bool sim_status_fits(const sim_op *op, tprpc_status status) {
     bool other = false;
     switch (op->kind) {
     case SIM_CANCELLED:
-        want = TPRPC_ERROR_CANCELLED;
-        other = status == TPRPC_OK;
+        want = op->cancelled ? TPRPC_ERROR_CANCELLED : TPRPC_OK;
         break;
     case SIM_TIMED_OUT: case SIM_CALLER_GONE:
         want = TPRPC_ERROR_TIMEOUT;
@@ -305,7 +319,6 @@ static bool sim_status_fits(const sim_op *op, tprpc_status status) {
     if (status == TPRPC_ERROR_NO_METHOD && sim_method_goes(op)) return true;
     if (status == TPRPC_ERROR_REMOTE && op->kind == SIM_NESTED_WAIT) return true;      /* waits nest to a limit */
     if (sim.quiet) return false;
-    if (status == TPRPC_ERROR_CANCELLED) return op->cancelling;
     if (status == TPRPC_ERROR_REMOTE) return op->kind == SIM_NESTED_ASYNC;
     return status == TPRPC_ERROR_PEER || status == TPRPC_ERROR_UNREACHABLE || status == TPRPC_ERROR_TIMEOUT ||
            status == TPRPC_ERROR_NO_METHOD || (status == TPRPC_ERROR_NO_WORKER && !sim_static_group) ||
@@ -1070,10 +1083,13 @@ static void sim_do(sim_node *node, sim_todo *todo) {
     sim_op *op = todo->op;
     tprpc_status status;
     switch (todo->kind) {
-    case SIM_DO_REPLY: sim_answer(op, todo->request); return;
+    case SIM_DO_REPLY:
+        status = sim_answer(op, todo->request);
+        sim_count(status == TPRPC_OK ? SIM_answer_late : SIM_answer_to_nobody);
+        return;
     case SIM_DO_CANCEL:
-        op->cancelling = true;
         status = tprpc_future_cancel(op->future);
+        op->cancelled = status == TPRPC_OK;
         sim_note(node->index, "cancel", op->id, (int64_t)status, 0);
         if (status != TPRPC_OK && status != TPRPC_ERROR_INVALID) sim_fail("a cancel ends with %d", (int)status);
         tprpc_future_release(op->future);
@@ -1143,13 +1159,13 @@ static void sim_pause(sim_node *node, int64_t at) {
         return;
     case 1:                                        /* frames */
         more = tprpc_poll(node->ctx, TPRPC_NOW, 1500);
-        if (!more) sim_nothing_overdue(node);
+        if (!more) sim_nothing_overdue(node, 0);
         sim_sleep(more ? 2000 : 16000, false);
         return;
     default:                                       /* a loop of its own */
         more = tprpc_poll(node->ctx, TPRPC_NOW, node->index % 2 ? 20 : 0);
         if (more || node->work->todo_count != todo || !tprpc_context_arm(node->ctx, &armed)) return;
-        sim_nothing_overdue(node);
+        sim_nothing_overdue(node, armed);
         if (armed >= 0 && (left < 0 || armed < left)) left = armed;
         sim_sleep(left, true);
     }
@@ -1167,7 +1183,7 @@ static void sim_create(sim_node *node) {
     context.backends = backends;
     context.backend_count = 1;
     context.transports = "sim";
-    context.channels = sim.seed % 4 == 3 ? NULL : "basic";
+    context.channels = sim_all_channels ? NULL : "basic";
     context.spin_us = TPRPC_NOW;
     context.allocator.alloc = sim_alloc;
     context.allocator.free = sim_free;

@@ -60,7 +60,9 @@ enum { SIM_NODES = 1024, SIM_TRACE = 400, SIM_STACK = SIM_ASAN ? 1024 * 1024 : 2
     X(fault_split) X(fault_delay) X(fault_full) X(fault_stalled_link) X(fault_cut) X(fault_lost_late)                 \
     X(fault_partition) X(fault_heal) X(fault_kill) X(fault_restart) X(fault_stalled_worker) X(fault_clock_forward)    \
     X(fault_clock_back) X(fault_refused) X(fault_store_slow) X(fault_store_error)                                     \
-    X(outcome_ok) X(outcome_peer) X(outcome_unreachable) X(outcome_timeout) X(outcome_closed)
+    X(answer_late) X(answer_to_nobody)                                                                                \
+    X(outcome_ok) X(outcome_peer) X(outcome_unreachable) X(outcome_timeout) X(outcome_closed) X(outcome_cancelled)    \
+    X(outcome_remote) X(outcome_no_method) X(outcome_no_worker) X(outcome_limit)
 
 enum {
 #define X(name) SIM_##name,
@@ -136,6 +138,7 @@ typedef struct sim_world {
     size_t     main_size;
     void      *main_fake;
     bool       bells;                  /* somebody's bell was rung */
+    bool       large;                  /* a group of a thousand: not a seed of the list */
     bool       quiet;                  /* a seed without faults: everything must succeed */
     bool       partitioned;
     uint64_t   hash;
@@ -238,7 +241,7 @@ static void sim_fail(const char *format, ...) {
     va_start(args, format);
     vfprintf(stderr, format, args);
     va_end(args);
-    fprintf(stderr, "\nagain: build/sim --seed %" PRIu64 "\n", sim.seed);
+    fprintf(stderr, "\nagain: build/sim %s %" PRIu64 "\n", sim.large ? "--large" : "--seed", sim.seed);
     fflush(NULL);
     _exit(1);
 }
@@ -425,7 +428,7 @@ static void sim_run_node(sim_node *node) {
 
 /* ---- the hook: where the library would sleep, and what it rings ---- */
 
-static void (*sim_on_sleep)(sim_node *node);      /* it has nothing more to do now */
+static void (*sim_on_sleep)(sim_node *node, int64_t us);      /* it has nothing more to do now */
 
 static int sim_hook(const char *call, int64_t *size) {
     sim_node *node = sim.current;
@@ -434,7 +437,7 @@ static int sim_hook(const char *call, int64_t *size) {
         if (strcmp(call, "epoll_peek") == 0) return EINTR;         /* of real sockets, and there are none */
         if (strcmp(call, "epoll_wait") != 0) return 0;
         if (!node) sim_fail("the library waits on the scheduler's own stack");
-        if (sim_on_sleep) sim_on_sleep(node);
+        if (sim_on_sleep) sim_on_sleep(node, *size);
         sim_sleep(*size, true);
         if (!node->by_bell) return EINTR;
         *size = 0;                                                 /* for it to clear the bell */
