@@ -199,7 +199,8 @@
 // A peer's death on this host is seen at once: its socket closes, and its process is watched beside, for a forked child
 // can keep a socket open (over tcp the pipe then ends 100 ms after the last byte that came). On other hosts TCP
 // keep-alive, and a look at unacknowledged data, take 30 s; a peer that stands in a debugger is not dead. Everything in
-// flight to it then fails once, with PEER or UNREACHABLE, and the next call connects anew.
+// flight to it then fails once, with PEER or UNREACHABLE, and the next call connects anew. (A tcp:// store does not
+// watch processes: a connection that a dead client's child holds stays until the child ends; nothing waits for it.)
 //
 // Nothing that a peer, the network or the system does aborts the process.
 //

@@ -3,7 +3,7 @@
        build/sim                     what the continuous integration runs: all seeds of the list, and the large groups
        build/sim --seed N [-v]       one seed again, identically; -v: with its whole trace
        build/sim --from N --count N  so many seeds
-       build/sim --large N [-v]      one of a thousand workers
+       build/sim --large N [-v]      one of a thousand workers; with --workers W: of so many, 65 to 4,096
        build/sim --soak [N]          seeds from N on (default: by the clock), until stopped or red
 
    What it has found, with the seed that was red (as the workload then was): an ordered pipe that ended walked its reads
@@ -370,7 +370,7 @@ static int sim_report(void) {
 }
 
 static int sim_usage(void) {
-    fprintf(stderr, "usage: sim [--seed N [-v] | --large N | --from N --count N | --soak [N]]\n");
+    fprintf(stderr, "usage: sim [--seed N [-v] | --large N [--workers W] [-v] | --from N --count N | --soak [N]]\n");
     return 2;
 }
 
@@ -378,25 +378,27 @@ int main(int argc, char **argv) {
     uint64_t first = 1, count = SIM_ASAN ? 120 : 2000;
     int64_t begun = sim_real_us();
     bool one = false, large_one = false, soak = false, floors = true;
-    int i, red, low = 0, large = SIM_ASAN ? 0 : 2, passed = 0;
+    int i, red, low = 0, large = SIM_ASAN ? 0 : 2, passed = 0, workers = SIM_LARGE;
     for (i = 1; i < argc; i++) {
         if (strcmp(argv[i], "-v") == 0) sim_verbose = true;
         else if (strcmp(argv[i], "--soak") == 0 && i + 1 == argc) { soak = true; first = (uint64_t)time(NULL) * 1000; }
         else if (i + 1 == argc) return sim_usage();
         else if (strcmp(argv[i], "--seed") == 0) { one = true; first = strtoull(argv[++i], NULL, 10); }
         else if (strcmp(argv[i], "--large") == 0) { one = large_one = true; first = strtoull(argv[++i], NULL, 10); }
+        else if (strcmp(argv[i], "--workers") == 0) workers = atoi(argv[++i]);
         else if (strcmp(argv[i], "--from") == 0) { first = strtoull(argv[++i], NULL, 10); floors = false; large = 0; }
         else if (strcmp(argv[i], "--count") == 0) { count = strtoull(argv[++i], NULL, 10); floors = false; large = 0; }
         else if (strcmp(argv[i], "--soak") == 0) { soak = true; first = strtoull(argv[++i], NULL, 10); }
         else return sim_usage();
     }
+    if (workers <= 64 || workers > SIM_NODES) return sim_usage();
     sim_all = (sim_shared *)mmap(NULL, sizeof *sim_all, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (sim_all == MAP_FAILED) return 2;
     sim.counts = sim_all->counts;
     if (one) {
         sim_catch_crashes();
-        alarm(SIM_REAL_S);
-        uint64_t hash = sim_run(first, large_one ? SIM_LARGE : 0);
+        alarm(SIM_REAL_S * (unsigned)(workers > SIM_LARGE ? workers / (SIM_LARGE / 4) : 1));
+        uint64_t hash = sim_run(first, large_one ? workers : 0);
         if (sim_warm) printf("%" PRId64 " bytes when warm, %" PRId64 " at the end\n", sim_warm, sim_last_bytes);
         printf("seed %" PRIu64 ": trace %016" PRIx64 ", %.3f s of virtual time, %" PRIu64 " steps, %.3f s\n", first,
                hash, (double)(sim.now - 1100 * SIM_S) / 1e6, sim.steps, (double)(sim_real_us() - begun) / 1e6);

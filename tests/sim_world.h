@@ -41,7 +41,7 @@
 
 extern int (*tprpc_test_hook)(const char *call, int64_t *size);
 
-enum { SIM_NODES = 1024, SIM_TRACE = 400, SIM_STACK = SIM_ASAN ? 1024 * 1024 : 256 * 1024 };
+enum { SIM_NODES = 4096, SIM_TRACE = 400, SIM_STACK = SIM_ASAN ? 1024 * 1024 : 256 * 1024 };
 
 #define SIM_NEVER INT64_MAX
 #define SIM_US INT64_C(1)
