@@ -14,8 +14,11 @@
    ledger in which every operation stands). */
 #include "sim_work.h"
 
-enum { SIM_FLOOR = 100, SIM_FAULTS_S = 60 };   /* of operations and faults of each kind, in what is run by default; when
-                                                  at the latest a seed's faults end */
+enum {
+    SIM_FLOOR = 100,                   /* of operations and faults of each kind, in what is run by default */
+    SIM_FAULTS_S = 60,                 /* when at the latest a seed's faults end */
+    SIM_CALM_S = 40                    /* after which nothing of them is left */
+};
 
 static int64_t sim_warm, sim_last_bytes;   /* of a large group: bytes allocated, at most while it warms up; at last */
 
@@ -23,6 +26,7 @@ static int64_t sim_warm, sim_last_bytes;   /* of a large group: bytes allocated,
 
 static int64_t sim_fault_every, sim_fault_mix[9];
 static bool sim_faults_over;
+static int64_t sim_well_since;         /* or never */
 enum { SIM_F_CUT, SIM_F_STALL_LINK, SIM_F_PARTITION, SIM_F_KILL, SIM_F_STALL, SIM_F_FORWARD, SIM_F_BACK, SIM_F_KINDS };
 
 static void sim_heal(void *arg, uint64_t value) {
@@ -121,7 +125,16 @@ static void sim_watch_memory(void) {
     sim_last_bytes = bytes;
 }
 
-/* Once all workers have begun what they were to begin, and it has ended: the faults end, and then all leave. */
+/* All are there, and none of what faults do to them lasts. */
+static bool sim_all_well(void) {
+    int32_t i;
+    if (!sim_faults_over || sim_finished != sim.count || sim_joined != sim.count || sim.partitioned) return false;
+    for (i = 0; i < sim.count && !sim.nodes[i].dying && sim.nodes[i].stalled_until <= sim.now; i++) {}
+    return i == sim.count;
+}
+
+/* Once all workers have begun what they were to begin, and it has ended: the faults end, all call each other in the calm
+   that follows, and then all leave. */
 static void sim_end_event(void *arg, uint64_t value) {
     int32_t i;
     (void)arg;
@@ -129,14 +142,21 @@ static void sim_end_event(void *arg, uint64_t value) {
     sim_watch_memory();
     for (i = 0; i < sim.count && sim.nodes[i].work->quota <= 0; i++) {}
     if (i == sim.count || sim.now > 1000 * SIM_S + SIM_FAULTS_S * SIM_S) sim_faults_over = true;
-    if (sim_finished == sim.count && sim_joined == sim.count && !sim.partitioned) {
-        for (i = 0; i < sim.count && !sim.nodes[i].dying && sim.nodes[i].stalled_until <= sim.now; i++) {}
-        if (i == sim.count) {
-            sim_note(-1, "all leave", 0, 0, 0);
-            sim_leaving = true;
-            for (i = 0; i < sim.count; i++) tprpc_wake(sim.nodes[i].ctx);
-            return;
-        }
+    sim_net_is.mended = sim_all_well();
+    if (!sim_net_is.mended) {
+        sim_well_since = SIM_NEVER;
+    } else if (sim_well_since == SIM_NEVER) {
+        sim_well_since = sim.now;
+    } else if (!sim_calm && sim.now - sim_well_since > (sim.quiet ? 0 : SIM_CALM_S * SIM_S)) {
+        sim_note(-1, "calm", 0, 0, 0);
+        sim_calm = true;
+        for (i = 0; i < sim.count; i++) tprpc_wake(sim.nodes[i].ctx);
+    } else if (sim_calm && sim_rolled == sim.count) {
+        sim_note(-1, "all leave", 0, 0, 0);
+        sim_leaving = true;
+        sim_net_is.mended = false;
+        for (i = 0; i < sim.count; i++) tprpc_wake(sim.nodes[i].ctx);
+        return;
     }
     sim_after(50 * SIM_MS, sim_end_event, NULL, 0);
 }
@@ -153,6 +173,7 @@ static void sim_choose_weather(void) {
     sim_net_is.store_us = sim_between(10, 5000);
     sim_net_is.store_slow = sim_chance(400) ? sim_below(100) : 0;
     sim_net_is.store_error = !sim.quiet && sim_chance(150) ? sim_between(1, 20) : 0;
+    sim_net_is.mended = false;
     sim_repeats = sim_chance(300);
 }
 
@@ -177,7 +198,9 @@ static void sim_choose(int32_t count) {
     sim_timeout_us = sim.quiet ? 300 * SIM_S : sim_between(2, 20) * SIM_S;
     sim_leaving = false;
     sim_warm = sim_last_bytes = 0;
-    sim_finished = sim_joined = 0;
+    sim_finished = sim_joined = sim_rolled = 0;
+    sim_calm = sim_rolling = false;
+    sim_well_since = SIM_NEVER;
     sim_end_numbers = 0;
     for (i = 0; i < SIM_CALLS; i++) sim_mix_of[i] = sim_between(1, 10);
     sim_mix_of[sim_below(SIM_CALLS)] += 40;

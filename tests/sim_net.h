@@ -17,6 +17,7 @@ static struct {
     int64_t slow;                      /* of 1,000 chunks: up to 300 ms late */
     int64_t store_us;                  /* a store's answer, at most */
     int64_t store_slow, store_error;   /* of 1,000 operations */
+    bool    mended;                    /* the store errs no more */
 } sim_net_is;
 
 /* ---- the transport ---- */
@@ -746,7 +747,7 @@ static void sim_ask_event(void *arg, uint64_t number) {
     int64_t sum;
     (void)arg;
     if (!ask || ask->over) return;
-    if (sim_net_is.store_error && sim_chance(sim_net_is.store_error)) {
+    if (sim_net_is.store_error && !sim_net_is.mended && sim_chance(sim_net_is.store_error)) {
         sim_count(SIM_fault_store_error);
         sim_ask_end(ask, TPRPC_ERROR_UNREACHABLE, NULL, 0);
         return;

@@ -20,7 +20,7 @@ typedef struct sim_op {
     sim_node *node, *target;
     struct sim_op *next, *prev;        /* of the worker's pending ones */
     bool      pending, ended, one_way, borrowed, place_call, place_method, with_future, cancelled, call_again,
-              inside;
+              inside, calm;
     int       done, released, handled, placings, unplacings;
     tprpc_status status;
     int64_t   due, begun;              /* by the worker's clock, or never; virtual */
@@ -75,7 +75,8 @@ typedef struct sim_worker {
     int          quota;                /* operations it will begin */
     int64_t      next_at;
     int          mode, depth, turn;    /* turn: whose of its neighbours is the next call's */
-    bool         finished, joined, registered;
+    int          rolls;                /* calls of the roll call that it has begun */
+    bool         finished, rolled, joined, registered;
     sim_placing *placings;
     uint32_t    *lanes;                /* of each caller, SIM_LANES: the last call whose handler began */
     sim_end     *ends;
@@ -90,6 +91,8 @@ static uint32_t sim_op_count, sim_op_room;
 static uint64_t sim_order;             /* what began and ended, in what order */
 static bool sim_leaving, sim_static_group, sim_has_pipes, sim_has_big, sim_all_channels;
 static int  sim_finished, sim_joined, sim_neighbours;      /* neighbours: that a worker calls; 0: all */
+static int  sim_rolled;                /* workers whose roll call is over */
+static bool sim_calm, sim_rolling;     /* all faults are long over; a call of the roll call is made */
 static int64_t sim_mix_of[SIM_CALLS];  /* how often each kind, of their sum */
 static uint32_t sim_end_numbers;
 static int64_t sim_timeout_us;         /* of calls that should succeed */
@@ -316,6 +319,7 @@ static bool sim_status_fits(const sim_op *op, tprpc_status status) {
     default: break;
     }
     if (status == want || other) return true;
+    if (op->calm) return false;
     if (status == TPRPC_ERROR_NO_METHOD && sim_method_goes(op)) return true;
     if (status == TPRPC_ERROR_REMOTE && op->kind == SIM_NESTED_WAIT) return true;      /* waits nest to a limit */
     if (sim.quiet) return false;
@@ -434,7 +438,7 @@ static void sim_choose_sizes(sim_op *op) {
 }
 
 static void sim_choose_times(sim_op *op, tprpc_call_options *options) {
-    int64_t timeout_us = sim_timeout_us;
+    int64_t timeout_us = op->calm ? 300 * SIM_S : sim_timeout_us;
     op->answer_ms = 0;
     if (op->kind == SIM_TIMED_OUT || op->kind == SIM_CALLER_GONE) timeout_us = sim_between(1, 300) * SIM_MS;
     if (op->kind == SIM_LATE) op->answer_ms = (uint32_t)sim_between(1, 400);
@@ -506,7 +510,9 @@ static sim_op *sim_call(sim_node *node, sim_kind kind, bool waits, tprpc_done on
     memset(&error, 0, sizeof error);
     op->target = &sim.nodes[sim_neighbours ? (node->index + 1 + 61 * (node->work->turn++ % sim_neighbours)) % sim.count
                                            : sim_below(sim.count)];
-    op->inside = on_done != NULL;
+    op->calm = sim_rolling;
+    if (op->calm) op->target = &sim.nodes[(node->index + node->work->rolls) % sim.count];
+    op->inside = on_done != NULL || op->calm;
     op->borrowed = sim_chance(300);
     op->one_way = kind == SIM_ONE_WAY;
     if (kind == SIM_LANE || kind == SIM_ONE_WAY) op->lane = (uint32_t)sim_between(kind == SIM_LANE, SIM_LANES - 1);
@@ -1261,6 +1267,24 @@ static void sim_destroy(sim_node *node) {
     work->lanes = NULL;
 }
 
+enum { SIM_ROLLS = 8 };
+
+/* Once the faults are over for good each worker reaches others, whatever became of its pipes to them. */
+static void sim_roll_call(sim_node *node) {
+    sim_worker *work = node->work;
+    if (!sim_calm || work->rolled) return;
+    sim_rolling = true;
+    while (work->rolls < SIM_ROLLS && work->rolls < sim.count - 1) {
+        work->rolls++;
+        sim_count(SIM_call_in_calm);
+        sim_call(node, SIM_PLAIN, false, NULL, NULL);
+    }
+    sim_rolling = false;
+    if (work->calls_out) return;
+    work->rolled = true;
+    sim_rolled++;
+}
+
 /* What a worker does while the group is there. */
 static void sim_serve(sim_node *node) {
     sim_worker *work = node->work;
@@ -1277,6 +1301,7 @@ static void sim_serve(sim_node *node) {
         if (begins && work->quota > 0 && work->next_at < next) next = work->next_at;
         if (!begins && work->quota > 0 && sim.now + 10 * SIM_MS < next) next = sim.now + 10 * SIM_MS;
         if (node->dying) return;
+        sim_roll_call(node);
         if (work->quota <= 0 && !work->finished && work->calls_out == 0) {
             work->finished = true;
             sim_finished++;

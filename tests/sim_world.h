@@ -55,6 +55,7 @@ enum { SIM_NODES = 4096, SIM_TRACE = 400, SIM_STACK = SIM_ASAN ? 1024 * 1024 : 2
     X(call_nested_async) X(call_cancelled) X(call_timed_out) X(call_replied_late) X(call_caller_gone)                 \
     X(call_answered_twice) X(call_failed_by_handler) X(call_unanswered) X(call_no_method) X(call_no_worker)           \
     X(call_refused_place) X(call_from_callback) X(call_waited_for) X(call_resolved) X(call_borrowed) X(call_big)      \
+    X(call_in_calm)                                                                                                   \
     X(method_unregistered) X(pipe_connected) X(pipe_accepted) X(pipe_write) X(pipe_borrowed) X(pipe_descriptor)       \
     X(pipe_read) X(pipe_read_into) X(pipe_ordered) X(pipe_closed)                                                     \
     X(fault_split) X(fault_delay) X(fault_full) X(fault_stalled_link) X(fault_cut) X(fault_lost_late)                 \
