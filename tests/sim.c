@@ -133,8 +133,8 @@ static bool sim_all_well(void) {
     return i == sim.count;
 }
 
-/* Once all workers have begun what they were to begin, and it has ended: the faults end, all call each other in the calm
-   that follows, and then all leave. */
+/* Once all workers have begun what they were to begin, and it has ended: the faults end, in the calm that follows all call
+   each other, and then all leave. */
 static void sim_end_event(void *arg, uint64_t value) {
     int32_t i;
     (void)arg;

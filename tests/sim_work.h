@@ -511,7 +511,7 @@ static sim_op *sim_call(sim_node *node, sim_kind kind, bool waits, tprpc_done on
     op->target = &sim.nodes[sim_neighbours ? (node->index + 1 + 61 * (node->work->turn++ % sim_neighbours)) % sim.count
                                            : sim_below(sim.count)];
     op->calm = sim_rolling;
-    if (op->calm) op->target = &sim.nodes[(node->index + node->work->rolls) % sim.count];
+    if (op->calm && !sim_neighbours) op->target = &sim.nodes[(node->index + node->work->rolls) % sim.count];
     op->inside = on_done != NULL || op->calm;
     op->borrowed = sim_chance(300);
     op->one_way = kind == SIM_ONE_WAY;
