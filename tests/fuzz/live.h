@@ -208,9 +208,11 @@ static size_t line_get(line *l, uint8_t *to, size_t size) {
 /* ---- what the stranger says */
 
 static uint8_t frame[1 << 18];
+static uint8_t announced;              /* how many descriptors the next frame says that it comes with */
 
 static void say_frame(uint8_t kind, size_t body, uint16_t channel) {
-    tpr_wire_put_frame(frame, (uint32_t)body, kind, 0, channel);
+    tpr_wire_put_frame(frame, (uint32_t)body, kind, announced, channel);
+    announced = 0;
     say(frame, TPR_WIRE_HEADER + body);
 }
 
@@ -1141,15 +1143,45 @@ static void scribble_deed(void) {
     else memcpy(at, &value, 4);
 }
 
-/* Into the socket beside the memory: bytes, and descriptors that are announced or not. */
+/* A descriptor of any kind, to be passed. */
+static int open_kind(uint32_t kind) {
+    int ends[2] = {-1, -1}, fd = -1;
+    switch (kind % 9) {
+    case 0: case 1: (void)!pipe2(ends, O_CLOEXEC | O_NONBLOCK); break;
+    case 2: (void)!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends); break;
+    case 3: case 4:
+        fd = memfd_create("passed", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        if (fd >= 0) (void)!ftruncate(fd, 1 << 16);
+        if (fd >= 0 && kind % 9 == 4) fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
+        return fd;
+    case 5: return open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    case 6: return open("/dev/null", O_RDWR | O_CLOEXEC);
+    case 7: return fcntl(now->fd, F_DUPFD_CLOEXEC, 3);      /* the stranger's end of the very socket */
+    default: return fcntl(0, F_DUPFD_CLOEXEC, 3);
+    }
+    fd = kind % 9 == 1;
+    if (ends[!fd] >= 0) close(ends[!fd]);
+    return ends[fd];
+}
+
+/* Into the socket beside the memory: bytes, and descriptors that are announced there or not. A frame may say that it
+   comes with as many, or with fewer or more. */
 static void socket_deed(void) {
     uint8_t bytes[4], count = fuzz_u8() % 12;
-    int fds[16] = {0};
-    size_t size = 1 + fuzz_below(4);
+    int fds[16];
+    size_t size = 1 + fuzz_below(4), opened = 0;
     if (!now->shm || now->fd < 0) return;
     for (size_t i = 0; i < size; i++) bytes[i] = fuzz_u8() & 15;
-    if (fuzz_u8() & 1) bytes[0] = count;
-    line_raw(now, bytes, size, fds, count);
+    const uint8_t how = fuzz_u8();
+    if (how & 1) bytes[0] = count;
+    if (how & 2) size = 1;
+    const uint32_t kind = count ? fuzz_u8() : 0;            /* of the first; the others' follow from it, too */
+    while (opened < count && (fds[opened] = open_kind(kind + (uint32_t)opened * (kind >> 4))) >= 0) opened++;
+    line_raw(now, bytes, size, fds, opened);
+    for (size_t i = 0; i < opened; i++) close(fds[i]);
+    if (!(how & 4)) return;
+    announced = how & 8 ? count : (uint8_t)(how >> 5 & 1 ? count + 1 + (how >> 6) : count >> 1);
+    if (how & 16) say_control((uint8_t)(how >> 6), pick_id(known.sending, known.sending_count));
 }
 
 static void deed(void) {
@@ -1247,6 +1279,7 @@ static void fuzz_one(void) {
     placed_count = 0;
     next_bulk = 0;
     polite = false;
+    announced = 0;
     now = &lines[0];
     for (int i = 0; i < LINES; i++) {
         lines[i].fd = -1;
