@@ -15,22 +15,15 @@ static const char *const busy_methods[BUSY_KINDS] = {"echo", "echo", "place", "s
 enum { BUSY_BLOCK = 16 << 10, BUSY_PAGE = 2 * BUSY_BLOCK };
 static uint8_t busy_page[BUSY_PAGE];
 
-static inline uint64_t busy_next(uint64_t *state) {     /* splitmix64 */
-    uint64_t z = *state += UINT64_C(0x9E3779B97F4A7C15);
-    z = (z ^ z >> 30) * UINT64_C(0xBF58476D1CE4E5B9);
-    z = (z ^ z >> 27) * UINT64_C(0x94D049BB133111EB);
-    return z ^ z >> 31;
-}
-
 static inline uint32_t busy_below(uint64_t *state, uint32_t bound) {
-    return (uint32_t)(busy_next(state) >> 32) % bound;
+    return (uint32_t)(test_random(state) >> 32) % bound;
 }
 
 static inline const uint8_t *busy_window(uint64_t id, size_t at) {
     uint64_t state = id * 31 + at / BUSY_BLOCK;
     if (!busy_page[0]) {
         uint64_t page = 1;
-        for (size_t i = 0; i < sizeof busy_page; i++) busy_page[i] = (uint8_t)(busy_next(&page) | 1);
+        for (size_t i = 0; i < sizeof busy_page; i++) busy_page[i] = (uint8_t)(test_random(&page) | 1);
     }
     return busy_page + busy_below(&state, BUSY_BLOCK);
 }

@@ -339,25 +339,13 @@ static int64_t ann_pipes(void) {
     return (int64_t)stats.pipes;
 }
 
-/* Lines of /proc/self/maps: all, and those that are shared memory of ours. */
-static void count_maps(int *all, int *shm) {
-    char text[1000];
-    FILE *file = fopen("/proc/self/maps", "r");
-    *all = *shm = 0;
-    if (!CHECK(file != NULL)) return;
-    while (fgets(text, sizeof text, file)) {
-        ++*all;
-        *shm += strstr(text, "memfd:") != NULL;
-    }
-    fclose(file);
-}
-
 typedef struct holding { int fds, maps, shm; int64_t blocks, bytes; } holding;
 
 static holding ann_holds(void) {
     holding h;
     h.fds = test_count_fds();
-    count_maps(&h.maps, &h.shm);
+    h.maps = test_count_lines("/proc/self/maps", "");
+    h.shm = test_count_shared();
     h.blocks = LOAD(&anns.heap->blocks);
     h.bytes = LOAD(&anns.heap->bytes);
     return h;

@@ -246,6 +246,29 @@ static inline int harness_count_entries(const char *path) {
 static inline int test_count_fds(void) { return harness_count_entries("/proc/self/fd") - 1; }
 static inline int test_count_threads(void) { return harness_count_entries("/proc/self/task"); }
 
+/* Lines of a file with `part` in them; "": all. */
+static inline int test_count_lines(const char *path, const char *part) {
+    char line[1000];
+    int count = 0;
+    FILE *file = fopen(path, "r");
+    if (!file) harness_require(harness_fail(__FILE__, __LINE__, "%s: %s", path, strerror(errno)));
+    while (fgets(line, sizeof line, file)) count += strstr(line, part) != NULL;
+    fclose(file);
+    return count;
+}
+
+/* Shared memory that is mapped. */
+static inline int test_count_shared(void) { return test_count_lines("/proc/self/maps", "/memfd:"); }
+
+/* Random numbers, splitmix64's: the next one from a state that is any number, and that of a single number. */
+static inline uint64_t test_random(uint64_t *state) {
+    uint64_t z = *state += UINT64_C(0x9e3779b97f4a7c15);
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return z ^ (z >> 31);
+}
+static inline uint64_t test_mix(uint64_t number) { return test_random(&number); }
+
 #if TEST_ASAN
 HARNESS_C int __lsan_do_recoverable_leak_check(void);
 #endif

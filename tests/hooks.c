@@ -611,16 +611,7 @@ static bool bells(void) {
 /* ---- the sweeps ---- */
 
 /* Mappings that a context may leave behind: shared memory, and pages that a fork's child finds wiped. */
-static int count_mappings(void) {
-    char line[600];
-    int count = 0;
-    FILE *file = fopen("/proc/self/smaps", "r");
-    REQUIRE(file != NULL);
-    while (fgets(line, sizeof line, file))
-        count += strstr(line, "/memfd:") != NULL || (strncmp(line, "VmFlags:", 8) == 0 && strstr(line, " wf") != NULL);
-    fclose(file);
-    return count;
-}
+static int count_mappings(void) { return test_count_shared() + test_count_lines("/proc/self/smaps", " wf"); }
 
 static void run_failing(bool (*scenario)(void), const char *name, int at, int with, bool once, const char *harmless) {
     const int fds = test_count_fds(), failures = harness_failures;

@@ -6,12 +6,7 @@
 #include "../tprpc.h"
 
 static uint64_t random_state;
-static uint64_t random_u64(void) {        /* splitmix64 */
-    uint64_t z = random_state += UINT64_C(0x9e3779b97f4a7c15);
-    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
-    return z ^ (z >> 31);
-}
+static uint64_t random_u64(void) { return test_random(&random_state); }
 static uint64_t random_below(uint64_t n) { return random_u64() % n; }
 
 static void seed(void) {

@@ -9,15 +9,8 @@
 #include "agent_help.h"
 extern int (*tprpc_test_hook)(const char *call, int64_t *size);
 
-static uint64_t mix(uint64_t z) {                 /* splitmix64's */
-    z += UINT64_C(0x9e3779b97f4a7c15);
-    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
-    return z ^ (z >> 31);
-}
-
 static uint64_t random_state;
-static uint64_t random_below(uint64_t n) { return mix(random_state++) % n; }
+static uint64_t random_below(uint64_t n) { return test_mix(random_state++) % n; }
 
 /* ---- the pressure: what becomes of the n-th call of a name follows from the seed, the name and n ---- */
 
@@ -52,7 +45,7 @@ static int pressed(const char *call, int64_t *size) {
     for (const char *c = call; *c; c++) hash = hash * 33 + (unsigned char)*c;
     const uint64_t n = __atomic_fetch_add(&counts[hash % BUCKETS], 1, __ATOMIC_RELAXED);
     if (kill_at && __atomic_add_fetch(&calls_made, 1, __ATOMIC_RELAXED) == kill_at) kill(getpid(), SIGKILL);
-    uint64_t r = mix(mix(pressure_seed ^ hash) + n);
+    uint64_t r = test_mix(test_mix(pressure_seed ^ hash) + n);
     const unsigned dice = (unsigned)(r % 100);
     r >>= 8;
     if (pressure_hard && r % HARD_IN == 0) {
@@ -92,17 +85,6 @@ static void press(uint64_t seed, bool hard) {
 
 static void release_pressure(void) { STORE(&tprpc_test_hook, NULL); }
 
-/* Shared memory that is mapped. */
-static int count_mappings(void) {
-    char line[600];
-    int count = 0;
-    FILE *file = fopen("/proc/self/maps", "r");
-    REQUIRE(file != NULL);
-    while (fgets(line, sizeof line, file)) count += strstr(line, "/memfd:") != NULL;
-    fclose(file);
-    return count;
-}
-
 /* ---- bytes: those of a message follow from its number ---- */
 
 enum { POOL = 1 << 20, LARGEST = 300000, SKEW = 4096 };
@@ -111,7 +93,7 @@ static uint8_t *pool;
 static void pool_fill(void) {
     uint64_t *words = (uint64_t *)calloc(POOL / 8, 8);
     REQUIRE(words != NULL);
-    for (size_t i = 0; i < POOL / 8; i++) words[i] = mix(i);
+    for (size_t i = 0; i < POOL / 8; i++) words[i] = test_mix(i);
     pool = (uint8_t *)words;
 }
 static uint8_t *bytes_number(uint32_t id, size_t part) { return pool + (id * 61u + (uint32_t)part * 977u) % SKEW; }
@@ -639,11 +621,11 @@ static void goes_on(void) {
 }
 
 static void run_seed(const strain *with, uint64_t seed) {
-    const int fds = test_count_fds(), mappings = count_mappings(), failures = harness_failures;
+    const int fds = test_count_fds(), mappings = test_count_shared(), failures = harness_failures;
     tprpc_store *store = NULL;
     printf("seed %llu\n", (unsigned long long)seed);
     fflush(stdout);
-    random_state = mix(seed);
+    random_state = test_mix(seed);
     both_mode.threads = (int)(seed % 3);
     record_count = 0;
     ended = lent = given_back = kept_count = never_count = 0;
@@ -672,7 +654,7 @@ static void run_seed(const strain *with, uint64_t seed) {
     CHECK_EQ_INT(given_back, lent);
     CHECK_EQ_INT(slots_taken(), 0);
     CHECK_EQ_INT(test_count_fds(), fds);
-    CHECK_EQ_INT(count_mappings(), mappings);
+    CHECK_EQ_INT(test_count_shared(), mappings);
     if (harness_failures > failures) fprintf(stderr, "TEST_SEED=%llu repeats it\n", (unsigned long long)seed);
 }
 
@@ -683,7 +665,7 @@ static void run_strain(void *arg) {
     if (given) {
         run_seed(with, strtoull(given, NULL, 10));
     } else {
-        const uint64_t from = soak ? mix((uint64_t)test_now_us()) % 1000000000 : 1;
+        const uint64_t from = soak ? test_mix((uint64_t)test_now_us()) % 1000000000 : 1;
         for (uint64_t i = 0; i < SEEDS / TEST_SLOWDOWN && !harness_failures; i++) run_seed(with, from + i);
     }
     for (int i = 0; i < 5; i++) printf("%s %d%s", fault_names[i], faults[i], i < 4 ? ", " : "\n");
@@ -744,7 +726,7 @@ static void victim(void *arg) {
     tprpc_pipe_desc desc = {0};
     tprpc_pipe *pipe = NULL;
     int64_t end_us = test_now_us() + (int64_t)WAIT_MS * 1000 * TEST_SLOWDOWN;
-    random_state = mix(kill_seed + (uint64_t)round);
+    random_state = test_mix(kill_seed + (uint64_t)round);
     press(random_state, false);
     open_apart(&s, "victim");
     desc.address = fates->address;
@@ -800,7 +782,7 @@ static void outlive(side *s, int round, tprpc_listener *listener, accepting *a, 
     bury_name(store, "victim");
     while ((test_count_fds() > fds || slots_taken()) && test_now_us() < end_us) work_apart(s);   /* it may speak yet */
     CHECK_LE_INT(test_count_fds(), fds);
-    CHECK_LE_INT(count_mappings(), mappings);
+    CHECK_LE_INT(test_count_shared(), mappings);
     CHECK_EQ_INT(slots_taken(), 0);
 }
 
@@ -812,7 +794,7 @@ static void survivor(void *arg) {
     tprpc_listener *listener = NULL;
     tprpc_store *store = NULL;
     (void)arg;
-    random_state = mix(kill_seed);
+    random_state = test_mix(kill_seed);
     press(random_state, false);
     open_apart(&s, "survivor");
     store_desc.url = kill_url;
@@ -822,7 +804,7 @@ static void survivor(void *arg) {
     REQUIRE_EQ_INT(tprpc_listen(s.ctx, &desc, &listener, NULL), TPRPC_OK);
     snprintf(fates->address, sizeof fates->address, "%s", tprpc_listener_address(listener, NULL));
     bury_name(store, "victim");                      /* nobody yet; whatever the store keeps open is open */
-    const int fds = test_count_fds(), mappings = count_mappings();
+    const int fds = test_count_fds(), mappings = test_count_shared();
     STORE(&fates->ready, 1);
     for (int round = 0; !LOAD(&fates->stop);) {
         if (LOAD(&fates->go) <= round) {
@@ -855,14 +837,14 @@ static void run_kills(void *arg) {
     apart = true;
     killed_over = (const strain *)arg;
     over_shm = strstr(killed_over->transports, "shm") != NULL;
-    kill_seed = given ? strtoull(given, NULL, 10) : soak ? mix((uint64_t)test_now_us()) % 1000000000 : 1;
+    kill_seed = given ? strtoull(given, NULL, 10) : soak ? test_mix((uint64_t)test_now_us()) % 1000000000 : 1;
     printf("seed %llu\n", (unsigned long long)kill_seed);
     snprintf(kill_url, sizeof kill_url, "file://%s", test_temp_path(path, sizeof path));
     const pid_t pid = test_fork_run(survivor, NULL);
     REQUIRE(await(&fates->ready, 1));
     for (int round = 0; round < kills + 2 && !harness_common->failures; round++) {   /* the first and last live on */
         const bool dies = round > 0 && round <= kills;
-        kill_at = dies ? 1 + mix(kill_seed * 1000 + (uint64_t)round) % fates->calls : 0;
+        kill_at = dies ? 1 + test_mix(kill_seed * 1000 + (uint64_t)round) % fates->calls : 0;
         if (!dies) kill_at = UINT64_MAX;              /* counted all the same */
         STORE(&fates->go, round + 1);
         const pid_t child = test_fork_run(victim, &round);
