@@ -153,7 +153,7 @@ soak-valgrind: build/tests/in_conformance
 soak-sim: build/sim
 	@tools/soak.sh $(SOAK_SECONDS) 'timeout $(patsubst 0,600,$(SOAK_SECONDS)) $< --soak $$SOAK_SEED || [ $$? -eq 124 ]'
 soak-pressure: build/tests/pressure build/tests/hooks
-	@tools/soak.sh $(SOAK_SECONDS) 'TEST_SEED=$$SOAK_SEED $<' 'HOOKS_ALL=1 build/tests/hooks'
+	@tools/soak.sh $(SOAK_SECONDS) 'PRESSURE_SOAK=$$SOAK_SEED $<' 'HOOKS_ALL=1 build/tests/hooks'
 
 clean:
 	rm -rf build
