@@ -690,6 +690,13 @@ static void sweep_part(void *arg) {
     CHECK_EQ_INT(count_mappings(), mappings);
 }
 
+/* A call whose last occurrences would not be failed, for there are more than MOST_OF_ONE; NULL: none. */
+static const seen *cut_short(void) {
+    for (size_t i = 0; i < call_count; i++)
+        if (!is_in(calls[i].name, NEVER_FAIL) && calls[i].calls > MOST_OF_ONE) return &calls[i];
+    return NULL;
+}
+
 static void only_one(sweeping *s, const char *text) {
     static char name[32], how[8];
     int at, with;
@@ -715,6 +722,10 @@ static void sweep(bool (*scenario)(void), const char *must, const char *harmless
     }
     reserve_port();
     run_failing(scenario, NULL, 0, 0, true, "");
+    /* On a busy machine a run may wait long, and look often for what it waits for: then another one is counted. */
+    for (int i = 0; i < 5 && most == MOST_OF_ONE && cut_short(); i++) run_failing(scenario, NULL, 0, 0, true, "");
+    if (most == MOST_OF_ONE && !CHECK(!cut_short()))
+        fprintf(stderr, "  %s is called %d times, of which %d fail\n", cut_short()->name, cut_short()->calls, most);
     for (const char *at = must; sscanf(at, "%31s%n", name, &n) == 1; at += n) {
         bool found = false;
         for (size_t i = 0; i < call_count; i++) found |= strcmp(calls[i].name, name) == 0 && calls[i].calls > 0;
