@@ -3250,13 +3250,16 @@ static bool tpr_wire_get_intro(const void *in, size_t size, char *name, uint32_t
     return !r.failed && tpr_base_name_fault(name, strlen(name), capacity - 1) == NULL;
 }
 
-// What a worker publishes in the store: its name, a word that tells it from another of that name, and its addresses.
+// What a worker publishes in the store: its name, a word that tells it from another of that name, its addresses, and
+// its process as in a hello (0 where an older one did not say).
 enum { TPR_WIRE_NAME = 129, TPR_WIRE_ADDRESSES = 8 };
 typedef struct tpr_wire_worker {
     char     name[TPR_WIRE_NAME];
     uint64_t nonce;
     uint32_t rank, address_count;
     char     addresses[TPR_WIRE_ADDRESSES][TPR_WIRE_ADDRESS];
+    uint64_t space;
+    uint32_t process;
 } tpr_wire_worker;
 
 static size_t tpr_wire_put_worker(uint8_t *out, size_t size, const tpr_wire_worker *worker) {
@@ -3266,6 +3269,8 @@ static size_t tpr_wire_put_worker(uint8_t *out, size_t size, const tpr_wire_work
     tpr_wire_write_text(&w, worker->name);
     tpr_wire_write_u32(&w, worker->address_count);
     for (uint32_t i = 0; i < worker->address_count; i++) tpr_wire_write_text(&w, worker->addresses[i]);
+    tpr_wire_write_u64(&w, worker->space);
+    tpr_wire_write_u32(&w, worker->process);
     return w.failed ? 0 : (size_t)(w.at - out);
 }
 
@@ -3279,6 +3284,10 @@ TPR_COLD static bool tpr_wire_get_worker(const void *in, size_t size, tpr_wire_w
     if (out->address_count > TPR_WIRE_ADDRESSES) r.failed = true;
     for (uint32_t i = 0; i < out->address_count && !r.failed; i++)
         tpr_wire_read_text(&r, out->addresses[i], sizeof out->addresses[i]);
+    if (!r.failed && r.end - r.at >= 12) {
+        out->space = tpr_wire_read_u64(&r);
+        out->process = tpr_wire_read_u32(&r);
+    }
     return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
 }
 
@@ -9829,11 +9838,9 @@ static void tpr_pipe_process_ended(tpr_process_watch *watch) {
     tpr_pipe_set_timer(pipe, TPR_PIPE_MOURN_MS);
 }
 
-static void tpr_pipe_watch_process(tprpc_pipe *pipe) {
-    const tpr_wire_hello *hello = pipe->hello;
-    if (!hello->space || hello->space != pipe->ctx->process_space ||
-        (tpr_pipe_table(&pipe->now)->flags & TPRPC_TRANSPORT_SAME_HOST)) return;   // which watches it itself
-    if (!tpr_process_start(&pipe->loop->processes, (int32_t)hello->process, &pipe->process))
+static void tpr_pipe_watch_process(tprpc_pipe *pipe, uint64_t space, uint32_t process) {
+    if (!space || space != pipe->ctx->process_space || pipe->state == TPR_PIPE_ENDED) return;
+    if (!tpr_process_start(&pipe->loop->processes, (int32_t)process, &pipe->process))
         tpr_pipe_process_ended(&pipe->process);
 }
 
@@ -9863,7 +9870,8 @@ TPR_COLD static void tpr_pipe_on_hello(tprpc_pipe *pipe, const uint8_t *body, si
         if (pipe->hello->metadata_bytes < pipe->metadata_bytes) pipe->metadata_bytes = pipe->hello->metadata_bytes;
         if (pipe->hello->tensors < pipe->tensors) pipe->tensors = pipe->hello->tensors;
         tpr_pipe_compare(pipe);
-        tpr_pipe_watch_process(pipe);
+        if (!(tpr_pipe_table(&pipe->now)->flags & TPRPC_TRANSPORT_SAME_HOST))   // which watches it itself
+            tpr_pipe_watch_process(pipe, pipe->hello->space, pipe->hello->process);
         if (pipe->connector) tpr_pipe_move(pipe);
         else pipe->state = TPR_PIPE_AGREEING;
     }
@@ -13208,6 +13216,8 @@ static void tpr_agent_worker_reach(tpr_agent_worker *worker) {
         tpr_pipe_end(worker->pipe, TPRPC_ERROR_UNREACHABLE, 0, "no transport of this context reaches it");
     else if (tpr_pipe_reach(worker->pipe, &desc, &error) != TPRPC_OK)
         tpr_pipe_end(worker->pipe, error.status, error.os_code, "%s", error.text);
+    // A dead worker's child may hold its listening socket, where nobody says hello.
+    if (worker->pipe) tpr_pipe_watch_process(worker->pipe, worker->where->space, worker->where->process);
 }
 
 // The store's word on where a worker is.
@@ -14151,6 +14161,8 @@ static tprpc_status tpr_agent_listen(tprpc_agent *agent, const char *host, tprpc
     snprintf(agent->self.name, sizeof agent->self.name, "%s", agent->name);
     agent->self.nonce = agent->nonce;
     agent->self.rank = agent->rank;
+    agent->self.space = agent->ctx->process_space;
+    agent->self.process = (uint32_t)tpr_os_pid();
     for (uint32_t i = 0; i < agent->listener->count && agent->self.address_count < TPR_WIRE_ADDRESSES; i++) {
         if (!agent->listener->addresses[i].given) continue;
         snprintf(agent->self.addresses[agent->self.address_count++], TPR_WIRE_ADDRESS, "%s",

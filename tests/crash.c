@@ -33,10 +33,10 @@ static stage *on;
 typedef struct setting { const char *name, *transports, *address; int threads, by_tcp, moments; } setting;
 static const setting *set;
 
-/* Pipes come in by tcp and move to shm. Their end is known at once, so ann calls bob again while he is being buried; a
-   child of his would hold his tcp listener open, where her connection is made and nobody ever answers. */
+/* Pipes come in by tcp and move to shm. Their end is known at once, so ann calls bob again while he is being buried, and
+   where a child of his holds his tcp listener open her connection is made, and nobody ever answers. */
 static bool moves(void) { return strcmp(set->transports, "shm,tcp") == 0; }
-static bool may_fork(void) { return !set->by_tcp && !moves(); }
+static bool may_fork(void) { return !set->by_tcp; }
 
 static long number_of(const char *name, long otherwise) {
     const char *text = getenv(name);
@@ -531,7 +531,7 @@ static const setting settings[] = {
     {"moments_tcp", "tcp", "tcp://127.0.0.1:0", 0, 0, 200},
     {"moments_tcp_and_store", "tcp", "tcp://127.0.0.1:0", 0, 1, 100},
     {"moments_shm", "shm", "shm://", 0, 0, 200},
-    {"moments_moved", "shm,tcp", "tcp://127.0.0.1:0", 0, 0, 60},
+    {"moments_moved", "shm,tcp", "tcp://127.0.0.1:0", 0, 0, 100},
     {"moments_tcp_threads", "tcp", "tcp://127.0.0.1:0", 1, 0, 40},
     {"moments_shm_threads", "shm", "shm://", 1, 0, 40},
 };

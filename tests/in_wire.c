@@ -560,6 +560,8 @@ TEST(workers) {
     snprintf(in.name, sizeof in.name, "the worker");
     in.nonce = UINT64_C(0xABCDEF0102030405);
     in.rank = 12;
+    in.space = UINT64_C(0x1020304050607080);
+    in.process = 4711;
     in.address_count = TPR_WIRE_ADDRESSES;
     for (i = 0; i < in.address_count; i++)
         snprintf(in.addresses[i], sizeof in.addresses[i], "tcp://127.0.0.1:%u", 1000 + i);
@@ -568,7 +570,9 @@ TEST(workers) {
     CHECK_STR(out.name, in.name);
     CHECK(out.nonce == in.nonce && out.rank == 12 && out.address_count == in.address_count);
     for (i = 0; i < in.address_count; i++) CHECK_STR(out.addresses[i], in.addresses[i]);
-    decode_all(worker_decode, bytes, size);
+    CHECK(out.space == in.space && out.process == 4711);
+    decode_all(worker_decode, bytes, size - 12);
+    CHECK(tpr_wire_get_worker(bytes, size - 12, &out) && out.space == 0 && out.process == 0);   /* as it once was */
     memset(bytes + 12 + 4 + 10 + 4, 0, sizeof bytes - 30);
     tpr_base_store_le32(bytes + 12 + 4 + 10, TPR_WIRE_ADDRESSES);
     CHECK(worker_decode(bytes, sizeof bytes));

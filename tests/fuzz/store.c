@@ -146,6 +146,8 @@ static tpr_base_bytes worker_bytes(uint8_t *room, size_t size) {
     worker.nonce = how & 1 ? fuzz_u64() : 1;
     worker.rank = how & 2 ? fuzz_u32() : how >> 6;
     worker.address_count = how >> 4 & 3;
+    worker.space = worker.nonce;
+    worker.process = how;
     snprintf(worker.name, sizeof worker.name, "%s", how & 4 ? "evil" : "me");
     for (uint32_t i = 0; i < worker.address_count; i++)
         snprintf(worker.addresses[i], sizeof worker.addresses[i], how & 8 ? "tcp://127.0.0.1:%u" : "tcp://%u", ear_port);
