@@ -20,10 +20,11 @@
 #include <unistd.h>
 
 /* A moment: where a peer that shares memory may write while the library is at work. Copies are moments, for what is
-   copied and then checked must not be read again. */
+   copied and then checked must not be read again; so is each look at a word that both share. */
 static void fuzz_moment(void);
 #ifdef FUZZ_MOMENTS
 #define memcpy(to, from, size) (fuzz_moment(), (memcpy)(to, from, size))
+#define __atomic_load_n(at, order) (fuzz_moment(), __atomic_load_n(at, order))
 #endif
 
 #define TPRPC_TEST_HOOKS
