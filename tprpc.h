@@ -9071,7 +9071,7 @@ static void tpr_pipe_on_channel(tprpc_pipe *pipe, uint16_t index, const uint8_t 
     pipe->handle_count = 0;
     if (status != TPRPC_OK)
         tpr_pipe_end(pipe, status, 0, "%s: the peer sent a broken control message",
-                     channel ? channel->entry->backend->name : "an unknown channel");
+                     channel && channel->entry ? channel->entry->backend->name : "an unknown channel");
 }
 
 static void tpr_pipe_on_frame(tprpc_pipe *pipe, const uint8_t *body) {

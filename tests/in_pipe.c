@@ -201,6 +201,31 @@ TEST(broken_frames) {
     CHECK_EQ_INT(tprpc_context_destroy(v.s.ctx), TPRPC_OK);
 }
 
+/* A channel that this end does not have keeps its number: what is said to it is refused like any other nonsense. */
+TEST(speaks_to_a_channel_that_is_not_here) {
+    static script s;
+    static tpr_wire_agree agree;
+    server v;
+    uint8_t body[TPR_WIRE_CONTROL];
+    server_open(&v);
+    put_hello(&s);
+    for (uint32_t step = 1; step <= 3; step += 2) {
+        tpr_wire_writer w = tpr_wire_writer_of(body, sizeof body);
+        memset(&agree, 0, sizeof agree);
+        agree.step = step;
+        agree.count = 2;
+        snprintf(agree.proofs[0].name, sizeof agree.proofs[0].name, "basic");
+        snprintf(agree.proofs[1].name, sizeof agree.proofs[1].name, "nowhere");
+        agree.proofs[0].verdict = agree.proofs[1].verdict = true;
+        tpr_wire_write_agree(&w, &agree);
+        REQUIRE(!w.failed);
+        put_frame(&s, TPR_WIRE_AGREE, 0, 0, body, (uint32_t)(w.at - body));
+    }
+    put_frame(&s, TPR_WIRE_CHANNEL, 0, 1, body, 16);
+    play(&v, &s, TPRPC_ERROR_PROTOCOL, 0);
+    CHECK_EQ_INT(tprpc_context_destroy(v.s.ctx), TPRPC_OK);
+}
+
 /* A peer that hangs up at each byte of a session: before the pipe is open nobody hears of it; after, PEER. */
 TEST(ends_at_each_byte) {
     static script whole, part;
