@@ -1449,31 +1449,42 @@ static void doomed_run(void *arg) {
     for (;;) work(&s);
 }
 
-static void killed(const way *w, int child_writes) {
-    static outcome o[64];
-    doomed d;
-    side s;
+/* Forks the child that runs `run`, and takes in its pipe as s->pipe. */
+static pid_t doomed_open(side *s, doomed *d, void (*run)(void *arg)) {
     accepting accept;
-    tprpc_payload payload;
-    tprpc_message m;
     void *memory = mmap(NULL, sizeof(common), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     REQUIRE(memory != MAP_FAILED);
-    d.w = w;
-    d.shared = (common *)memory;
-    d.writes = child_writes;
-    pid_t child = test_fork_run(doomed_run, &d);
-    memset(&s, 0, sizeof s);
+    d->shared = (common *)memory;
+    const pid_t child = test_fork_run(run, d);
+    memset(s, 0, sizeof *s);
     memset(&accept, 0, sizeof accept);
+    s->threads = d->w->threads;
+    s->ctx = context(d->w->transports, s->threads);
+    s->listener = listen_on(s->ctx, d->w->address, 0);
+    snprintf(d->shared->address, sizeof d->shared->address, "%s", tprpc_listener_address(s->listener, NULL));
+    CHECK_EQ_INT(tprpc_accept(s->listener, on_accepted, &accept), TPRPC_OK);
+    STORE(d->shared->stage[0], 1);
+    WAIT(s, accept.o.runs, 1);
+    REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
+    s->pipe = accept.pipe;
+    return child;
+}
+
+static void doomed_close(side *s, doomed *d) {
+    tprpc_pipe_close(s->pipe);
+    CHECK_EQ_INT(tprpc_context_destroy(s->ctx), TPRPC_OK);
+    munmap(d->shared, sizeof *d->shared);
+}
+
+static void killed(const way *w, int child_writes) {
+    static outcome o[64];
+    doomed d = {w, NULL, child_writes};
+    side s;
+    tprpc_payload payload;
+    tprpc_message m;
+    const pid_t child = doomed_open(&s, &d, doomed_run);
     memset(&payload, 0, sizeof payload);
     memset(&m, 0, sizeof m);
-    s.threads = w->threads;
-    s.ctx = context(w->transports, s.threads);
-    s.listener = listen_on(s.ctx, w->address, 0);
-    snprintf(d.shared->address, sizeof d.shared->address, "%s", tprpc_listener_address(s.listener, NULL));
-    CHECK_EQ_INT(tprpc_accept(s.listener, on_accepted, &accept), TPRPC_OK);
-    STORE(d.shared->stage[0], 1);
-    WAIT(&s, accept.o.runs, 1);
-    REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
     payload.size = 32 << 20;
     payload.data = filled(payload.size, 1);
     m.payloads = &payload;
@@ -1481,8 +1492,8 @@ static void killed(const way *w, int child_writes) {
     m.release = on_release;
     for (size_t i = 0; i < COUNT(o); i++) {
         m.release_user = &o[i];
-        if (child_writes) REQUIRE_EQ_INT(tprpc_pipe_read(accept.pipe, NULL, on_read, &o[i]), TPRPC_OK);
-        else REQUIRE_EQ_INT(tprpc_pipe_write(accept.pipe, &m, on_written, &o[i]), TPRPC_OK);
+        if (child_writes) REQUIRE_EQ_INT(tprpc_pipe_read(s.pipe, NULL, on_read, &o[i]), TPRPC_OK);
+        else REQUIRE_EQ_INT(tprpc_pipe_write(s.pipe, &m, on_written, &o[i]), TPRPC_OK);
     }
     WAIT(&s, o[0].runs, 1);
     CHECK_EQ_INT(o[0].status, TPRPC_OK);
@@ -1499,10 +1510,8 @@ static void killed(const way *w, int child_writes) {
     }
     CHECK(o[COUNT(o) - 1].text[0] != 0);
     CHECK_EQ_INT(test_wait_child(child, 5), 128 + SIGKILL);
-    tprpc_pipe_close(accept.pipe);
-    CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
+    doomed_close(&s, &d);
     free(payload.data);
-    munmap(memory, sizeof(common));
 }
 
 TEST_WAYS(killed_while_writing, 30) { killed((const way *)arg, 1); }
@@ -1555,26 +1564,10 @@ static void on_word(tprpc_status status, const tprpc_message *m, const tprpc_err
 static void last_words(const way *w, int held) {
     static word words[WORDS + 1];
     static uint8_t expected[WORD_BYTES];
-    doomed d;
+    doomed d = {w, NULL, held};
     side s;
-    accepting accept;
-    void *memory = mmap(NULL, sizeof(common), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    REQUIRE(memory != MAP_FAILED);
-    memset(&s, 0, sizeof s);
-    memset(&accept, 0, sizeof accept);
-    d.w = w;
-    d.shared = (common *)memory;
-    d.writes = held;
     prctl(PR_SET_CHILD_SUBREAPER, 1);             /* the holder becomes this process's, which ends it */
-    pid_t child = test_fork_run(speaker_run, &d);
-    s.threads = w->threads;
-    s.ctx = context(w->transports, s.threads);
-    s.listener = listen_on(s.ctx, w->address, 0);
-    snprintf(d.shared->address, sizeof d.shared->address, "%s", tprpc_listener_address(s.listener, NULL));
-    CHECK_EQ_INT(tprpc_accept(s.listener, on_accepted, &accept), TPRPC_OK);
-    STORE(d.shared->stage[0], 1);
-    WAIT(&s, accept.o.runs, 1);
-    REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
+    const pid_t child = doomed_open(&s, &d, speaker_run);
     while (!LOAD(d.shared->stage[1])) {
         if (strncmp(w->name, "tcp", 3) == 0) test_sleep_us(1000);
         else work(&s);                            /* a ring is smaller */
@@ -1582,22 +1575,20 @@ static void last_words(const way *w, int held) {
     CHECK_EQ_INT(test_wait_child(child, 5), 0);
     test_sleep_us(150000);                        /* who is polled is away; what has come is not asked for */
     for (int i = 0; i < WORDS; i++) {
-        REQUIRE_EQ_INT(tprpc_pipe_read(accept.pipe, NULL, on_word, &words[i]), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_pipe_read(s.pipe, NULL, on_word, &words[i]), TPRPC_OK);
         idle(&s, 10000);
         fill_word(expected, i);
         WAIT(&s, words[i].o.runs, 1);
         CHECK_EQ_INT(words[i].o.status, TPRPC_OK);
         CHECK_MEM(words[i].bytes, expected, WORD_BYTES);
     }
-    if (tprpc_pipe_read(accept.pipe, NULL, on_word, &words[WORDS]) == TPRPC_OK) {   /* else its end is known already */
+    if (tprpc_pipe_read(s.pipe, NULL, on_word, &words[WORDS]) == TPRPC_OK) {   /* else its end is known already */
         WAIT(&s, words[WORDS].o.runs, 1);
         CHECK_EQ_INT(words[WORDS].o.status, TPRPC_ERROR_PEER);
     }
     if (held) kill(LOAD(d.shared->stage[1]), SIGKILL);
     if (held) CHECK_EQ_INT(waitpid(LOAD(d.shared->stage[1]), NULL, 0), LOAD(d.shared->stage[1]));
-    tprpc_pipe_close(accept.pipe);
-    CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
-    munmap(memory, sizeof(common));
+    doomed_close(&s, &d);
 }
 
 TEST_WAYS(last_words, 30) { last_words((const way *)arg, 0); }
