@@ -34,6 +34,7 @@
 //   >>tcp         connections over IPv4 and IPv6
 //   >>shm         connections through memory that two processes share
 //   >>channel     what channels have in common
+//   >>batch       what the channels for host memory have in common: fetched by the receiver, or sent through the pipe
 //   >>basic       host memory through the pipe's own connection
 //   >>xth         host memory between threads of one process
 //   >>backends    the registry; contexts are created here
@@ -4326,6 +4327,14 @@ struct tprpc_context {
 
 enum { TPR_CONTEXT_TAG = 0x20787463 };   // "ctx "
 
+// The instance, on another loop of its context, of the backend whose instance was given `host`.
+static void *tpr_context_instance(const tprpc_host *host, uint32_t loop) {
+    tprpc_context *ctx = host->context;
+    uint32_t i = 0;
+    while (ctx->backends[i].hosts != host - host->loop) i++;
+    return ctx->backends[i].instances[loop];
+}
+
 // Whether a public function may use the context: not after a fork.
 static inline bool tpr_context_usable(const tprpc_context *ctx) {
     return ctx && (!ctx->env.fork_page || TPR_LIKELY(*ctx->env.fork_page == 1));
@@ -6608,44 +6617,527 @@ TPRPC_API bool tprpc_link_handles(tprpc_link *link) {
     return link && link->handles(link);
 }
 
+// >>batch -------------------------------------------------------------------------------------------------------------
+// What the channels for host memory have in common: a batch of buffers, which the receiver fetches chunk by chunk, on
+// several loops of its context where it is large, or asks to be sent through the pipe.
+//
+// Uses: atomic, os, base, timer, loop, context, channel.
+// Invariant: a batch is in `sends` or `receives` of its end from its beginning to its end; a message of the twin about
+// one that is not there is about one that has ended, and is dropped. A receive ends when all its workers have come back
+// or cannot begin any more, a send when neither the link nor a receiver of this process is at its memory.
+
+enum {
+    TPR_BATCH_CHUNK = 256 << 10,      // bytes fetched in one go,
+    TPR_BATCH_LEAST = 1 << 10,        // and what fewer count as
+    TPR_BATCH_PIECES = 32,            // buffers in one go
+    TPR_BATCH_SPREAD = 2 << 20,       // bytes from which other loops help
+    TPR_BATCH_HELPERS = 3
+};
+
+// Control: kind, 7 bytes of 0, transfer id. READY, DROP and DONE come from the receiver, CANCEL from the sender.
+enum {
+    TPR_BATCH_READY = 1,              // send the bytes through the pipe
+    TPR_BATCH_CANCEL = 2,             // nothing more will come
+    TPR_BATCH_DROP = 3,               // nothing more is wanted
+    TPR_BATCH_DONE = 4                // all was fetched
+};
+
+typedef enum tpr_batch_outcome {      // of a fetch
+    TPR_BATCH_FETCHED,
+    TPR_BATCH_GONE,                   // the sender has taken its memory back, or died
+    TPR_BATCH_UNREADABLE,             // its memory cannot be read: it is to send it
+    TPR_BATCH_STOPPED                 // this end wants no more
+} tpr_batch_outcome;
+
+typedef struct tpr_batch tpr_batch;
+typedef struct tpr_batch_piece { size_t buffer, offset, size; } tpr_batch_piece;   // never empty
+
+typedef struct tpr_batch_method {     // what a channel does in its own way; NULL: nothing
+    const char *name;
+    // Fetches pieces of the sender's buffers into those of the same number. Any thread. NULL: all is sent.
+    tpr_batch_outcome (*fetch)(tpr_batch *receive, const tpr_batch_piece *pieces, size_t count);
+    // A receive begins, with the sender's word; false: it cannot fetch. confirm: whether what was fetched is right.
+    bool              (*find)(tpr_batch *receive, const uint8_t *descriptor, size_t size);
+    tpr_batch_outcome (*confirm)(tpr_batch *receive);
+    // A send begins, with a word for the receiver; it is over, unless a receiver is at it, which then defers `back`.
+    size_t            (*offer)(tpr_batch *send, uint8_t *descriptor);
+    bool              (*withdraw)(tpr_batch *send);
+} tpr_batch_method;
+
+typedef struct tpr_batch_queue {      // an instance: the workers on a loop, which share a chunk in a turn
+    const tpr_batch_method *method;
+    const tprpc_host *host;
+    tpr_base_list     workers;        // in turn
+    tprpc_work        work;
+    bool              posted;
+} tpr_batch_queue;
+
+typedef struct tpr_batch_end {
+    tpr_batch_queue *queue;
+    tprpc_link      *link;
+    tpr_os_lock      lock;            // for `sends`, at which receivers of this process may look
+    tpr_base_map     sends, receives; // by id
+} tpr_batch_end;
+
+enum { TPR_BATCH_CALLED, TPR_BATCH_AT_WORK, TPR_BATCH_REVOKED };
+typedef struct tpr_batch_worker {     // fetches chunks of a receive, on one loop
+    tpr_base_list    node;            // of the queue
+    tpr_batch_queue *queue;           // of its loop
+    tpr_batch       *batch;           // that of a helper which was revoked may be gone
+    size_t           buffer;          // where the last chunk ended, and
+    uint64_t         before;          // how many bytes lie before that buffer
+    tprpc_work       work;            // of a helper: brings it to its loop, and back
+    uint32_t         state;           // of a helper; atomic. Only who is at work may touch the batch.
+} tpr_batch_worker;
+
+struct tpr_batch {
+    tpr_batch_end  *end;
+    tprpc_transfer *transfer;
+    tprpc_buffer   *buffers;          // `count` of them, and
+    uint64_t       *table;            // count + 2 numbers of the method's, in this block
+    size_t          count, pushed;    // buffers; those given to the link
+    uint64_t        total, moved;     // bytes; of those that go through the pipe, how many have come or were given
+    uint64_t        next;             // atomic: the first byte that no worker has taken
+    uint32_t        outcome;          // atomic: tpr_batch_outcome, the first that was not good
+    uint32_t        workers;          // that have not come back; 0: nothing is being fetched
+    uint32_t        readers;          // of a send, under the end's lock: those of this process, and
+    bool            withdrawn;        // that none may begin any more
+    bool            sending, lent;    // lent: `back` will come
+    bool            over, lost;       // a send that ends; a receive whose link is lost
+    tprpc_status    status;           // of one that is over, or was aborted
+    tprpc_work      back;             // the link has taken a piece, or the last reader has gone
+    tpr_batch_worker  own;
+    tpr_batch_worker *helpers[TPR_BATCH_HELPERS];
+};
+
+static tpr_loop *tpr_batch_loop(const tpr_batch_end *end) {
+    return &end->queue->host->context->loops[end->queue->host->loop];
+}
+
+static size_t tpr_batch_size(size_t count) {
+    return sizeof(tpr_batch) + count * sizeof(tprpc_buffer) + (count + 2) * sizeof(uint64_t);
+}
+
+static void tpr_batch_say(tpr_batch_end *end, uint8_t kind, uint64_t id) {
+    uint8_t bytes[16] = TPR_ZERO;
+    bytes[0] = kind;
+    tpr_base_store_le64(bytes + 8, id);
+    tprpc_link_control(end->link, bytes, sizeof bytes, NULL, 0);   // a link that refuses has failed and aborts all
+}
+
+// ---- beginning and end
+
+static tprpc_status tpr_batch_begin(tpr_batch_end *end, tprpc_transfer *transfer, const tprpc_buffer *buffers,
+                                    size_t count, bool sending, tpr_batch **out, tprpc_error *error) {
+    tpr_base_map *map = sending ? &end->sends : &end->receives;
+    const char *name = end->queue->method->name;
+    if (tpr_base_map_get(map, transfer->id))
+        return tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "%s: the peer began a transfer twice", name);
+    tpr_base_pool *pool = &tpr_batch_loop(end)->pool;
+    tpr_batch *self = (tpr_batch *)tpr_base_pool_alloc(pool, tpr_batch_size(count));
+    if (self) {
+        memset(self, 0, sizeof *self);
+        self->end = end;
+        self->transfer = transfer;
+        self->sending = sending;
+        self->buffers = (tprpc_buffer *)(void *)(self + 1);
+        self->table = (uint64_t *)(void *)(self->buffers + count);
+        self->count = count;
+        for (size_t i = 0; i < count; i++) {
+            self->buffers[i] = buffers[i];
+            self->total += buffers[i].size;
+        }
+        tpr_os_lock_take(&end->lock);
+        bool put = tpr_base_map_put(map, transfer->id, self);
+        tpr_os_lock_give(&end->lock);
+        transfer->channel_data = put ? self : NULL;
+        *out = self;
+        if (put) return TPRPC_OK;
+        tpr_base_pool_free(pool, self, tpr_batch_size(count));
+    }
+    return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "%s: no memory for a transfer of %zu buffers", name, count);
+}
+
+// Ends a batch: out of the map, its memory back, then the word to its owner.
+static void tpr_batch_finish(tpr_batch *self, tprpc_status status) {
+    tprpc_transfer *transfer = self->transfer;
+    tpr_batch_end *end = self->end;
+    const char *name = end->queue->method->name;
+    tprpc_error error = TPR_ZERO;
+    tpr_os_lock_take(&end->lock);
+    tpr_base_map_remove(self->sending ? &end->sends : &end->receives, transfer->id);
+    tpr_os_lock_give(&end->lock);
+    tpr_base_pool_free(&tpr_batch_loop(end)->pool, self, tpr_batch_size(self->count));
+    if (status != TPRPC_OK) tprpc_error_set(&error, status, 0, "%s: the transfer was %s", name,
+                                            status == TPRPC_ERROR_CANCELLED ? "cancelled"
+                                            : status == TPRPC_ERROR_MEMORY  ? "given up, for there was no memory"
+                                                                            : "broken off by the peer");
+    tprpc_transfer_done(transfer, status, status == TPRPC_OK ? NULL : &error);
+}
+
+// ---- sending
+
+// A send is over; it ends when nobody is at its memory.
+static void tpr_batch_over(tpr_batch *send, tprpc_status status) {
+    const tpr_batch_method *method = send->end->queue->method;
+    if (!send->over) send->status = status;
+    send->over = true;
+    if (!send->lent && method->withdraw) send->lent = !method->withdraw(send);
+    if (!send->lent) tpr_batch_finish(send, send->status);
+}
+
+// Gives a send up and tells the receiver. To tell may end the pipe, which aborts all, or have the link give back what
+// it was lent: either would end this one, so it is over before, or lent meanwhile.
+static void tpr_batch_cancel(tpr_batch *send, tprpc_status status) {
+    const bool lent = send->lent;
+    if (!send->over) send->status = status;
+    send->over = send->lent = true;
+    tpr_batch_say(send->end, TPR_BATCH_CANCEL, send->transfer->id);
+    if (lent) return;
+    send->lent = false;
+    tpr_batch_over(send, status);
+}
+
+// Hands the next buffer to the link; when all were taken it is over.
+static void tpr_batch_push(tpr_batch *send) {
+    tpr_batch_end *end = send->end;
+    while (send->pushed < send->count && !send->buffers[send->pushed].size) send->pushed++;
+    if (send->pushed == send->count) {
+        tpr_batch_over(send, TPRPC_OK);
+        return;
+    }
+    tprpc_buffer *buffer = &send->buffers[send->pushed++];
+    uint64_t offset = send->moved, id = send->transfer->id;
+    send->moved += buffer->size;
+    tprpc_status status = tprpc_link_bulk(end->link, id, offset, buffer->data, buffer->size, &send->back);
+    send->lent = status == TPRPC_OK;
+    if (!send->lent) tpr_batch_cancel(send, status == TPRPC_ERROR_MEMORY ? status : TPRPC_ERROR_PEER);
+}
+
+static void tpr_batch_back(tprpc_work *work) {
+    tpr_batch *send = TPR_CONTAINER(work, tpr_batch, back);
+    send->lent = false;
+    if (send->over) tpr_batch_over(send, send->status);
+    else tpr_batch_push(send);
+}
+
+static tprpc_status tpr_batch_send(void *end, tprpc_transfer *transfer, const tprpc_buffer *buffers, size_t count,
+                                   uint8_t *descriptor, size_t *descriptor_size, tprpc_error *error) {
+    tpr_batch_end *self = (tpr_batch_end *)end;
+    tpr_batch *send;
+    *descriptor_size = 0;
+    tprpc_status status = tpr_batch_begin(self, transfer, buffers, count, true, &send, error);
+    if (status != TPRPC_OK) return status;
+    send->back.run = tpr_batch_back;
+    send->back.loop = self->queue->host->loop;
+    if (self->queue->method->offer) *descriptor_size = self->queue->method->offer(send, descriptor);
+    return TPRPC_OK;
+}
+
+// ---- receiving
+
+static void tpr_batch_queue_in(tpr_batch_queue *queue, tpr_batch_worker *worker) {
+    tpr_base_list_add(&queue->workers, &worker->node);
+    if (queue->posted) return;
+    queue->posted = true;
+    tprpc_defer(queue->host->context, &queue->work);
+}
+
+// The bytes from `at` on, `size` of them, as pieces of the batch's buffers. Returns how many bytes those have.
+static size_t tpr_batch_cut(tpr_batch_worker *worker, uint64_t at, size_t size, tpr_batch_piece *pieces,
+                            size_t *count) {
+    const tpr_batch *batch = worker->batch;
+    size_t cut = 0;
+    *count = 0;
+    while (cut < size && *count < TPR_BATCH_PIECES) {
+        size_t length = batch->buffers[worker->buffer].size, offset = (size_t)(at + cut - worker->before);
+        if (offset >= length) {
+            worker->before += length;
+            worker->buffer++;
+            continue;
+        }
+        tpr_batch_piece *piece = &pieces[(*count)++];
+        piece->buffer = worker->buffer;
+        piece->offset = offset;
+        piece->size = length - offset < size - cut ? length - offset : size - cut;
+        cut += piece->size;
+    }
+    return cut;
+}
+
+// Takes a chunk and fetches it, lowering *left. Returns whether there may be more.
+static bool tpr_batch_chunk(tpr_batch_worker *worker, size_t *left) {
+    tpr_batch *batch = worker->batch;
+    tpr_batch_piece pieces[TPR_BATCH_PIECES];
+    const uint64_t at = TPR_ATOMIC_ADD(&batch->next, (uint64_t)TPR_BATCH_CHUNK);
+    if (at >= batch->total) return false;
+    const size_t size = batch->total - at < TPR_BATCH_CHUNK ? (size_t)(batch->total - at) : (size_t)TPR_BATCH_CHUNK;
+    const size_t counted = size > TPR_BATCH_LEAST ? size : (size_t)TPR_BATCH_LEAST;
+    for (size_t done = 0, count; done < size && !TPR_ATOMIC_PEEK(&batch->outcome);) {
+        done += tpr_batch_cut(worker, at + done, size - done, pieces, &count);
+        uint32_t none = TPR_BATCH_FETCHED, outcome = batch->end->queue->method->fetch(batch, pieces, count);
+        if (outcome) TPR_ATOMIC_CAS(&batch->outcome, &none, outcome);
+    }
+    *left -= counted < *left ? counted : *left;
+    return at + size < batch->total && !TPR_ATOMIC_PEEK(&batch->outcome);
+}
+
+// Tells the sender how a receive goes. That may end the pipe, which aborts all: this one is then kept, with the status.
+static tprpc_status tpr_batch_tell(tpr_batch *receive, uint8_t word) {
+    const tprpc_status status = receive->status;
+    receive->workers = 1;
+    if (!receive->lost) tpr_batch_say(receive->end, word, receive->transfer->id);
+    receive->workers = 0;
+    return word == TPR_BATCH_READY ? receive->status : status;
+}
+
+// All that were at it have come back.
+static void tpr_batch_fetched(tpr_batch *batch) {
+    const tpr_batch_method *method = batch->end->queue->method;
+    uint32_t outcome = TPR_ATOMIC_LOAD(&batch->outcome);
+    if (!outcome && method->confirm) outcome = method->confirm(batch);
+    const bool pushed = batch->status == TPRPC_OK && outcome == TPR_BATCH_UNREADABLE;
+    if (batch->status == TPRPC_OK && outcome && !pushed) batch->status = TPRPC_ERROR_PEER;
+    const uint8_t word = pushed ? TPR_BATCH_READY : batch->status == TPRPC_OK ? TPR_BATCH_DONE : TPR_BATCH_DROP;
+    const tprpc_status status = tpr_batch_tell(batch, word);
+    if (!pushed || status != TPRPC_OK) tpr_batch_finish(batch, status);
+}
+
+// A worker has no more to do, and is on the batch's own loop. Helpers that are not at work need not be waited for.
+static void tpr_batch_worker_back(tpr_batch *batch) {
+    for (size_t i = 0; i < TPR_BATCH_HELPERS; i++) {
+        uint32_t called = TPR_BATCH_CALLED;
+        if (!batch->helpers[i] || !TPR_ATOMIC_CAS(&batch->helpers[i]->state, &called, (uint32_t)TPR_BATCH_REVOKED))
+            continue;
+        batch->helpers[i] = NULL;
+        batch->workers--;
+    }
+    if (--batch->workers == 0) tpr_batch_fetched(batch);
+}
+
+static void tpr_batch_helper_home(tprpc_work *work) {
+    tpr_batch_worker *helper = TPR_CONTAINER(work, tpr_batch_worker, work);
+    tpr_batch *batch = helper->batch;
+    for (size_t i = 0; i < TPR_BATCH_HELPERS; i++) if (batch->helpers[i] == helper) batch->helpers[i] = NULL;
+    tpr_base_pool_free(&tpr_batch_loop(batch->end)->pool, helper, sizeof *helper);
+    tpr_batch_worker_back(batch);
+}
+
+static void tpr_batch_helper_free(tpr_batch_worker *helper) {
+    const tprpc_host *host = helper->queue->host;
+    tpr_base_pool_free(&host->context->loops[host->loop].pool, helper, sizeof *helper);
+}
+
+static void tpr_batch_helper_step(tpr_batch_worker *helper, size_t *left) {
+    uint32_t called = TPR_BATCH_CALLED;
+    if (!TPR_ATOMIC_CAS(&helper->state, &called, (uint32_t)TPR_BATCH_AT_WORK)) {
+        tpr_batch_helper_free(helper);
+        return;
+    }
+    if (tpr_batch_chunk(helper, left)) {
+        TPR_ATOMIC_STORE(&helper->state, (uint32_t)TPR_BATCH_CALLED);
+        tpr_batch_queue_in(helper->queue, helper);
+        return;
+    }
+    helper->work.run = tpr_batch_helper_home;
+    helper->work.loop = helper->batch->end->queue->host->loop;
+    tprpc_defer(helper->queue->host->context, &helper->work);
+}
+
+static void tpr_batch_helper_come(tprpc_work *work) {
+    tpr_batch_worker *helper = TPR_CONTAINER(work, tpr_batch_worker, work);
+    tpr_batch_queue_in(helper->queue, helper);
+}
+
+// A chunk for all that are here, so that a poll with a budget can stop behind it.
+static void tpr_batch_run(tprpc_work *work) {
+    tpr_batch_queue *queue = TPR_CONTAINER(work, tpr_batch_queue, work);
+    size_t left = TPR_BATCH_CHUNK;
+    while (left > 0 && !tpr_base_list_empty(&queue->workers)) {
+        tpr_batch_worker *first = TPR_CONTAINER(queue->workers.next, tpr_batch_worker, node);
+        tpr_base_list_remove(&first->node);
+        if (first->work.run) tpr_batch_helper_step(first, &left);
+        else if (tpr_batch_chunk(first, &left)) tpr_batch_queue_in(queue, first);
+        else tpr_batch_worker_back(first->batch);
+    }
+    queue->posted = !tpr_base_list_empty(&queue->workers);
+    if (queue->posted) tprpc_defer(queue->host->context, work);
+}
+
+// Puts workers to it: this loop's, and for a large one helpers on the next loops.
+static void tpr_batch_fetch(tpr_batch *batch) {
+    tpr_batch_queue *queue = batch->end->queue;
+    tprpc_context *ctx = queue->host->context;
+    uint32_t loops = batch->total < TPR_BATCH_SPREAD ? 1 : ctx->loop_count;
+    batch->workers = 1;
+    for (uint32_t i = 1; i < loops && i <= TPR_BATCH_HELPERS; i++) {
+        tpr_batch_worker *helper = (tpr_batch_worker *)tpr_base_pool_alloc(&tpr_batch_loop(batch->end)->pool,
+                                                                           sizeof *helper);
+        if (!helper) break;            // it goes without
+        memset(helper, 0, sizeof *helper);
+        helper->batch = batch;
+        helper->work.run = tpr_batch_helper_come;
+        helper->work.loop = (queue->host->loop + i) % ctx->loop_count;
+        helper->queue = (tpr_batch_queue *)tpr_context_instance(queue->host, helper->work.loop);
+        batch->helpers[i - 1] = helper;
+        batch->workers++;
+        tprpc_defer(ctx, &helper->work);
+    }
+    batch->own.batch = batch;
+    tpr_batch_queue_in(queue, &batch->own);
+}
+
+static tprpc_status tpr_batch_recv(void *end, tprpc_transfer *transfer, const tprpc_buffer *buffers, size_t count,
+                                   const uint8_t *descriptor, size_t descriptor_size, tprpc_error *error) {
+    tpr_batch_end *self = (tpr_batch_end *)end;
+    const tpr_batch_method *method = self->queue->method;
+    const uint64_t id = transfer->id;
+    tpr_batch *receive;
+    tprpc_status status = tpr_batch_begin(self, transfer, buffers, count, false, &receive, error);
+    if (status != TPRPC_OK) {          // the sender, which waits, is told
+        tpr_batch_say(self, TPR_BATCH_DROP, id);
+        return status;
+    }
+    if (method->fetch && (!method->find || method->find(receive, descriptor, descriptor_size))) {
+        tpr_batch_fetch(receive);
+        return TPRPC_OK;
+    }
+    const bool empty = receive->total == 0;
+    tpr_batch_say(self, TPR_BATCH_READY, id);   // which may end the pipe, and the receive
+    if (empty && (receive = (tpr_batch *)tpr_base_map_get(&self->receives, id)) != NULL)
+        tpr_batch_finish(receive, TPRPC_OK);
+    return TPRPC_OK;
+}
+
+TPR_COLD static void tpr_batch_abort(void *end, tprpc_transfer *transfer, bool link_lost) {
+    tpr_batch *self = (tpr_batch *)transfer->channel_data;
+    tprpc_status status = link_lost ? TPRPC_ERROR_PEER : TPRPC_ERROR_CANCELLED;
+    (void)end;
+    if (!self) return;                       // its beginning has failed, and to say so ended the pipe
+    if (self->sending && link_lost) {
+        tpr_batch_over(self, status);
+    } else if (self->sending) {
+        tpr_batch_cancel(self, status);
+    } else {
+        self->status = status;
+        self->lost = link_lost;
+        TPR_ATOMIC_STORE(&self->outcome, (uint32_t)TPR_BATCH_STOPPED);
+        if (!self->workers) tpr_batch_finish(self, tpr_batch_tell(self, TPR_BATCH_DROP));   // else the last ends it
+    }
+}
+
+// ---- from the twin
+
+static tprpc_status tpr_batch_control(void *end, const uint8_t *bytes, size_t size, const intptr_t *handles,
+                                      size_t count) {
+    tpr_batch_end *self = (tpr_batch_end *)end;
+    (void)handles;
+    if (size != 16 || count) return TPRPC_ERROR_PROTOCOL;
+    uint64_t id = tpr_base_load_le64(bytes + 8);
+    tpr_batch *batch = (tpr_batch *)tpr_base_map_get(bytes[0] == TPR_BATCH_CANCEL ? &self->receives : &self->sends, id);
+    switch (bytes[0]) {
+    case TPR_BATCH_READY:
+        if (batch && !batch->pushed && !batch->over) tpr_batch_push(batch);
+        else if (!batch) tpr_batch_say(self, TPR_BATCH_CANCEL, id);
+        return TPRPC_OK;
+    case TPR_BATCH_DROP:      // what the link has taken goes out, the rest does not
+        if (batch) tpr_batch_over(batch, TPRPC_ERROR_PEER);
+        return TPRPC_OK;
+    case TPR_BATCH_DONE:
+        if (batch) tpr_batch_over(batch, TPRPC_OK);
+        return TPRPC_OK;
+    case TPR_BATCH_CANCEL:
+        if (batch && batch->workers) TPR_ATOMIC_STORE(&batch->outcome, (uint32_t)TPR_BATCH_GONE);
+        else if (batch) tpr_batch_finish(batch, TPRPC_ERROR_PEER);
+        return TPRPC_OK;
+    default:
+        return TPRPC_ERROR_PROTOCOL;
+    }
+}
+
+// Where bytes go: the offset counts over all buffers of the transfer, and a piece lies within one of them.
+static void *tpr_batch_bulk(void *end, uint64_t id, uint64_t offset, size_t size) {
+    tpr_batch *self = (tpr_batch *)tpr_base_map_get(&((tpr_batch_end *)end)->receives, id);
+    if (!self || self->workers || offset != self->moved) return NULL;
+    for (size_t i = 0; i < self->count; i++) {
+        uint64_t length = self->buffers[i].size;
+        if (offset < length) return size <= length - offset ? (uint8_t *)self->buffers[i].data + offset : NULL;
+        offset -= length;
+    }
+    return NULL;
+}
+
+static void tpr_batch_bulk_done(void *end, uint64_t id, uint64_t offset, size_t size) {
+    tpr_batch *self = (tpr_batch *)tpr_base_map_get(&((tpr_batch_end *)end)->receives, id);
+    if (!self || self->workers || offset != self->moved) return;
+    self->moved += size;
+    if (self->moved == self->total) tpr_batch_finish(self, TPRPC_OK);
+}
+
+// ---- instances and ends
+
+static tprpc_status tpr_batch_open(const tprpc_host *host, const tpr_batch_method *method, void **instance,
+                                   tprpc_error *error) {
+    tpr_batch_queue *self = (tpr_batch_queue *)tpr_context_alloc(host->context, sizeof *self);
+    if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "%s: no memory for an instance", method->name);
+    self->method = method;
+    self->host = host;
+    self->work.run = tpr_batch_run;
+    self->work.loop = host->loop;
+    tpr_base_list_init(&self->workers);
+    *instance = self;
+    return TPRPC_OK;
+}
+
+static void tpr_batch_close(void *instance) {
+    tpr_batch_queue *self = (tpr_batch_queue *)instance;
+    while (!tpr_base_list_empty(&self->workers)) {   // helpers that were revoked
+        tpr_batch_worker *helper = TPR_CONTAINER(self->workers.next, tpr_batch_worker, node);
+        tpr_base_list_remove(&helper->node);
+        tpr_batch_helper_free(helper);
+    }
+    tpr_context_free(self->host->context, self, sizeof *self);
+}
+
+static bool tpr_batch_moves(void *instance, tprpc_device from, tprpc_device to) {
+    (void)instance;
+    return from.kind == TPRPC_CPU && to.kind == TPRPC_CPU;
+}
+
+// A new end of `size` bytes, which begin with a tpr_batch_end.
+static void *tpr_batch_attach(void *instance, tprpc_link *link, size_t size, tprpc_error *error) {
+    tpr_batch_queue *queue = (tpr_batch_queue *)instance;
+    tprpc_context *ctx = queue->host->context;
+    tpr_batch_end *self = (tpr_batch_end *)tpr_context_alloc(ctx, size);
+    if (!self) {
+        tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a channel %s", queue->method->name);
+        return NULL;
+    }
+    self->queue = queue;
+    self->link = link;
+    self->sends.memory = self->receives.memory = &ctx->env.memory;
+    return self;
+}
+
+static void tpr_batch_detach(tpr_batch_end *self, size_t size) {
+    tpr_base_map_clear(&self->sends);
+    tpr_base_map_clear(&self->receives);
+    tpr_context_free(self->queue->host->context, self, size);
+}
+
 // >>basic -------------------------------------------------------------------------------------------------------------
 // The channel that always works: host memory through the pipe's own connection, in chunks. The receiver says when it
 // is ready, then the sender's bytes go straight into its buffers.
 //
-// Uses: atomic, os, base, timer, loop, context, channel.
-// Invariant: a transfer is in `sends` or `receives` of its end from its beginning to its end; a message of the twin
-// about a transfer that is not there is about one that has ended, and is dropped.
+// Uses: os, base, loop, context, channel, batch.
+// Invariant: it has no state but that of its batches.
 
-enum { TPR_BASIC_READY = 1, TPR_BASIC_CANCEL = 2, TPR_BASIC_DROP = 3 };   // control: kind, 7 bytes of 0, transfer id
-                                      // READY, DROP: from the receiver; CANCEL: from the sender
-typedef struct tpr_basic_end {
-    tprpc_context *context;
-    tprpc_link    *link;
-    tpr_base_map   sends, receives;   // by id
-} tpr_basic_end;
-
-typedef struct tpr_basic_transfer {
-    tpr_basic_end   *end;
-    tprpc_transfer  *transfer;        // NULL once it was aborted while bytes are still on their way
-    tprpc_work       taken;           // of a send: the link has taken the piece in `next - 1`
-    uint64_t         total, moved;
-    size_t           count, next;     // buffers; the next to send
-    uint32_t         loop;
-    tprpc_status     status;
-    bool             sending;
-    tprpc_buffer     buffers[1];      // count of them
-} tpr_basic_transfer;
-
-
+static const tpr_batch_method tpr_basic_method = {"basic", NULL, NULL, NULL, NULL, NULL};
 
 static tprpc_status tpr_basic_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
     (void)user;
-    (void)error;
-    *instance = (void *)(uintptr_t)host;   // the host is all that an end needs
-    return TPRPC_OK;
+    return tpr_batch_open(host, &tpr_basic_method, instance, error);
 }
-
-static void tpr_basic_close(void *instance) { (void)instance; }
 
 static size_t tpr_basic_domain(void *instance, uint8_t *out, size_t capacity) {
     (void)instance; (void)out; (void)capacity;
@@ -6657,194 +7149,18 @@ static bool tpr_basic_reaches(void *instance, const uint8_t *domain, size_t size
     return true;
 }
 
-static bool tpr_basic_moves(void *instance, tprpc_device from, tprpc_device to) {
-    (void)instance;
-    return from.kind == TPRPC_CPU && to.kind == TPRPC_CPU;
-}
-
 static tprpc_status tpr_basic_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
-    const tprpc_host *host = (const tprpc_host *)instance;
-    tpr_basic_end *self = (tpr_basic_end *)tpr_context_alloc(host->context, sizeof *self);
-    if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a basic channel");
-    self->context = host->context;
-    self->link = link;
-    self->sends.memory = self->receives.memory = &host->context->env.memory;
-    *end = self;
-    return TPRPC_OK;
+    *end = tpr_batch_attach(instance, link, sizeof(tpr_batch_end), error);
+    return *end ? TPRPC_OK : TPRPC_ERROR_MEMORY;
 }
 
-static void tpr_basic_detach(void *end) {
-    tpr_basic_end *self = (tpr_basic_end *)end;
-    tpr_base_map_clear(&self->sends);
-    tpr_base_map_clear(&self->receives);
-    tpr_context_free(self->context, self, sizeof *self);
-}
-
-static size_t tpr_basic_transfer_size(size_t count) {
-    return sizeof(tpr_basic_transfer) + count * sizeof(tprpc_buffer);
-}
-
-static tpr_loop *tpr_basic_loop(tpr_basic_transfer *self) { return &self->end->context->loops[self->loop]; }
-
-// Ends a transfer: out of the map, its memory back, then the word to its owner.
-static void tpr_basic_finish(tpr_basic_transfer *self, uint64_t id, tprpc_status status) {
-    tprpc_transfer *transfer = self->transfer;
-    tprpc_error error = TPR_ZERO;
-    tpr_base_map_remove(self->sending ? &self->end->sends : &self->end->receives, id);
-    tpr_base_pool_free(&tpr_basic_loop(self)->pool, self, tpr_basic_transfer_size(self->count));
-    if (status != TPRPC_OK) tprpc_error_set(&error, status, 0, "basic: the transfer was %s",
-                                            status == TPRPC_ERROR_CANCELLED ? "cancelled"
-                                            : status == TPRPC_ERROR_MEMORY  ? "given up, for there was no memory"
-                                                                            : "broken off by the peer");
-    tprpc_transfer_done(transfer, status, status == TPRPC_OK ? NULL : &error);
-}
-
-static void tpr_basic_say(tpr_basic_end *self, uint8_t kind, uint64_t id) {
-    uint8_t bytes[16] = TPR_ZERO;
-    bytes[0] = kind;
-    tpr_base_store_le64(bytes + 8, id);
-    tprpc_link_control(self->link, bytes, sizeof bytes, NULL, 0);   // a link that refuses has failed and aborts all
-}
-
-static tprpc_status tpr_basic_begin(tpr_basic_end *end, tprpc_transfer *transfer, const tprpc_buffer *buffers,
-                                    size_t count, bool sending, tpr_basic_transfer **out, tprpc_error *error) {
-    uint32_t loop = ((tpr_channel_transfer *)(void *)transfer)->loop;
-    if (tpr_base_map_get(sending ? &end->sends : &end->receives, transfer->id))
-        return tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "basic: the peer began a transfer twice");
-    tpr_basic_transfer *self =
-        (tpr_basic_transfer *)tpr_base_pool_alloc(&end->context->loops[loop].pool, tpr_basic_transfer_size(count));
-    if (self) {
-        memset(self, 0, sizeof *self);
-        self->end = end;
-        self->transfer = transfer;
-        self->sending = sending;
-        self->loop = loop;
-        self->count = count;
-        for (size_t i = 0; i < count; i++) {
-            self->buffers[i] = buffers[i];
-            self->total += buffers[i].size;
-        }
-        if (tpr_base_map_put(sending ? &end->sends : &end->receives, transfer->id, self)) {
-            transfer->channel_data = self;
-            *out = self;
-            return TPRPC_OK;
-        }
-        tpr_base_pool_free(&end->context->loops[loop].pool, self, tpr_basic_transfer_size(count));
-    }
-    return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a transfer of %zu buffers", count);
-}
-
-// Hands the next buffer to the link, or ends when all were taken.
-static void tpr_basic_send_next(tpr_basic_transfer *self) {
-    uint64_t id = self->transfer->id;
-    while (self->next < self->count && !self->buffers[self->next].size) self->next++;
-    if (self->status != TPRPC_OK || self->next == self->count) {
-        tpr_basic_finish(self, id, self->status);
-        return;
-    }
-    tprpc_buffer *buffer = &self->buffers[self->next++];
-    uint64_t offset = self->moved;
-    self->moved += buffer->size;
-    tprpc_status status = tprpc_link_bulk(self->end->link, id, offset, buffer->data, buffer->size, &self->taken);
-    if (status == TPRPC_OK) return;
-    tpr_basic_say(self->end, TPR_BASIC_CANCEL, id);   // the receiver, which waits, is told
-    tpr_basic_finish(self, id, status == TPRPC_ERROR_MEMORY ? status : TPRPC_ERROR_PEER);
-}
-
-static void tpr_basic_taken(tprpc_work *work) {
-    tpr_basic_send_next(TPR_CONTAINER(work, tpr_basic_transfer, taken));
-}
-
-static tprpc_status tpr_basic_send(void *end, tprpc_transfer *transfer, const tprpc_buffer *buffers, size_t count,
-                                   uint8_t *descriptor, size_t *descriptor_size, tprpc_error *error) {
-    tpr_basic_transfer *self;
-    (void)descriptor;
-    *descriptor_size = 0;
-    tprpc_status status = tpr_basic_begin((tpr_basic_end *)end, transfer, buffers, count, true, &self, error);
-    if (status == TPRPC_OK) self->taken.run = tpr_basic_taken;
-    return status;
-}
-
-static tprpc_status tpr_basic_recv(void *end, tprpc_transfer *transfer, const tprpc_buffer *buffers, size_t count,
-                                   const uint8_t *descriptor, size_t descriptor_size, tprpc_error *error) {
-    tpr_basic_transfer *self;
-    (void)descriptor;
-    (void)descriptor_size;
-    tprpc_status status = tpr_basic_begin((tpr_basic_end *)end, transfer, buffers, count, false, &self, error);
-    if (status != TPRPC_OK) {   // the sender, which waits, is told
-        tpr_basic_say((tpr_basic_end *)end, TPR_BASIC_DROP, transfer->id);
-        return status;
-    }
-    uint64_t id = transfer->id, total = self->total;
-    tpr_basic_say((tpr_basic_end *)end, TPR_BASIC_READY, id);
-    if (total == 0 && (self = (tpr_basic_transfer *)tpr_base_map_get(&((tpr_basic_end *)end)->receives, id)) != NULL)
-        tpr_basic_finish(self, id, TPRPC_OK);
-    return TPRPC_OK;
-}
-
-TPR_COLD static void tpr_basic_abort(void *end, tprpc_transfer *transfer, bool link_lost) {
-    tpr_basic_transfer *self = (tpr_basic_transfer *)transfer->channel_data;
-    tprpc_status status = link_lost ? TPRPC_ERROR_PEER : TPRPC_ERROR_CANCELLED;
-    if (!self) return;                       // its beginning has failed, and to say so ended the pipe
-    if (self->sending && self->next > 0) {   // the link holds a piece; its `taken` ends the transfer
-        self->status = status;
-        return;
-    }
-    if (!link_lost)
-        tpr_basic_say((tpr_basic_end *)end, self->sending ? TPR_BASIC_CANCEL : TPR_BASIC_DROP, transfer->id);
-    tpr_basic_finish(self, transfer->id, status);
-}
-
-static tprpc_status tpr_basic_control(void *end, const uint8_t *bytes, size_t size, const intptr_t *handles,
-                                      size_t count) {
-    tpr_basic_end *self = (tpr_basic_end *)end;
-    (void)handles;
-    if (size != 16 || count) return TPRPC_ERROR_PROTOCOL;
-    uint64_t id = tpr_base_load_le64(bytes + 8);
-    bool about_receive = bytes[0] == TPR_BASIC_CANCEL;
-    tpr_basic_transfer *transfer =
-        (tpr_basic_transfer *)tpr_base_map_get(about_receive ? &self->receives : &self->sends, id);
-    switch (bytes[0]) {
-    case TPR_BASIC_READY:
-        if (transfer && transfer->next == 0) tpr_basic_send_next(transfer);
-        else if (!transfer) tpr_basic_say(self, TPR_BASIC_CANCEL, id);
-        return TPRPC_OK;
-    case TPR_BASIC_DROP:      // the receiver wants no more: what the link has taken goes out, the rest does not
-        if (transfer && transfer->next > 0) transfer->status = TPRPC_ERROR_PEER;
-        else if (transfer) tpr_basic_finish(transfer, id, TPRPC_ERROR_PEER);
-        return TPRPC_OK;
-    case TPR_BASIC_CANCEL:
-        if (transfer) tpr_basic_finish(transfer, id, TPRPC_ERROR_PEER);
-        return TPRPC_OK;
-    default:
-        return TPRPC_ERROR_PROTOCOL;
-    }
-}
-
-// Where bytes go: the offset counts over all buffers of the transfer, and a piece lies within one of them.
-static void *tpr_basic_bulk(void *end, uint64_t id, uint64_t offset, size_t size) {
-    tpr_basic_transfer *self = (tpr_basic_transfer *)tpr_base_map_get(&((tpr_basic_end *)end)->receives, id);
-    if (!self || offset != self->moved) return NULL;
-    for (size_t i = 0; i < self->count; i++) {
-        uint64_t length = self->buffers[i].size;
-        if (offset < length) return size <= length - offset ? (uint8_t *)self->buffers[i].data + offset : NULL;
-        offset -= length;
-    }
-    return NULL;
-}
-
-static void tpr_basic_bulk_done(void *end, uint64_t id, uint64_t offset, size_t size) {
-    tpr_basic_transfer *self = (tpr_basic_transfer *)tpr_base_map_get(&((tpr_basic_end *)end)->receives, id);
-    if (!self || offset != self->moved) return;
-    self->moved += size;
-    if (self->moved == self->total) tpr_basic_finish(self, id, TPRPC_OK);
-}
+static void tpr_basic_detach(void *end) { tpr_batch_detach((tpr_batch_end *)end, sizeof(tpr_batch_end)); }
 
 static const tprpc_channel_table tpr_basic_table = {
     (uint32_t)sizeof(tprpc_channel_table), 0, 0, 1, 0, 0,
-    tpr_basic_open, tpr_basic_close, tpr_basic_domain, tpr_basic_reaches, NULL, NULL, NULL, tpr_basic_moves,
-    tpr_basic_attach, tpr_basic_detach, NULL, NULL, NULL, tpr_basic_send, tpr_basic_recv, tpr_basic_abort,
-    tpr_basic_control, tpr_basic_bulk, tpr_basic_bulk_done, NULL, NULL,
+    tpr_basic_open, tpr_batch_close, tpr_basic_domain, tpr_basic_reaches, NULL, NULL, NULL, tpr_batch_moves,
+    tpr_basic_attach, tpr_basic_detach, NULL, NULL, NULL, tpr_batch_send, tpr_batch_recv, tpr_batch_abort,
+    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL,
 };
 
 static const tprpc_backend tpr_basic_backend = {
@@ -6855,43 +7171,20 @@ static const tprpc_backend tpr_basic_backend = {
 // >>xth ---------------------------------------------------------------------------------------------------------------
 // Host memory between threads of one process: the receiver copies straight from the sender's buffers.
 //
-// Uses: atomic, os, base, timer, loop, context, channel.
+// Uses: os, base, loop, context, channel, batch.
 // Invariant: no pointer of a peer's is ever believed: a receiver finds the sender's end by its key in the registry of
-// this process, and the buffers by the transfer's id in that end, under the end's lock, which it holds while it
-// copies a chunk.
+// this process, and the buffers by the transfer's id in that end, under the end's lock. While it copies a chunk it is
+// counted in the batch, which does not end before.
 
 #ifndef TPRPC_NO_XTH
-enum { TPR_XTH_KEY = 16, TPR_XTH_CHUNK = 256 << 10, TPR_XTH_LEAST = 1 << 10, TPR_XTH_DONE = 1, TPR_XTH_DROP = 2 };
-
-typedef struct tpr_xth {              // an instance: all receives of a loop share one chunk in a turn
-    const tprpc_host *host;
-    tpr_base_list     receives;       // in turn
-    tprpc_work        work;
-    bool              posted;
-} tpr_xth;
+enum { TPR_XTH_KEY = 16 };
 
 typedef struct tpr_xth_end {
+    tpr_batch_end  batch;             // first
     tpr_base_list  node;              // in the registry
-    tpr_os_lock    lock;              // for `sends`; taken by receivers of other contexts
     uint32_t       users;             // receivers that hold it, under the registry's lock
     uint8_t        key[TPR_XTH_KEY], secret[TPR_XTH_KEY], peer_key[TPR_XTH_KEY];
-    tprpc_context *context;
-    uint32_t       loop;
-    tpr_xth       *instance;
-    tprpc_link    *link;
-    tpr_base_map   sends;             // by id: tpr_xth_transfer
 } tpr_xth_end;
-
-typedef struct tpr_xth_transfer {
-    tpr_xth_end    *end;
-    tprpc_transfer *transfer;
-    tpr_base_list   node;             // of a receive, in its instance
-    size_t          count, at;        // buffers; the one being copied
-    size_t          offset;           // within it
-    bool            sending;
-    tprpc_status    aborted;
-    tprpc_buffer    buffers[1];
-} tpr_xth_transfer;
 
 // The one thing of the process's that the library keeps: which ends live in it. Empty unless two contexts of the
 // process are connected; each vendored copy has its own, and such copies see each other as two processes.
@@ -6906,7 +7199,7 @@ static void tpr_xth_register(tpr_xth_end *end) {
     tpr_os_lock_give(&tpr_xth_registry.lock);
 }
 
-// Takes an end out once no receiver holds it; one holds it for the copy of a chunk at most.
+// Takes an end out once no receiver holds it; one that does has no batch of it any more and lets go at once.
 static void tpr_xth_unregister(tpr_xth_end *end) {
     for (;;) {
         tpr_os_lock_take(&tpr_xth_registry.lock);
@@ -6918,8 +7211,8 @@ static void tpr_xth_unregister(tpr_xth_end *end) {
         }
         tpr_os_lock_give(&tpr_xth_registry.lock);
         if (!held) return;
-        tpr_os_lock_take(&end->lock);   // sleeps while the receiver copies
-        tpr_os_lock_give(&end->lock);
+        tpr_os_lock_take(&end->batch.lock);
+        tpr_os_lock_give(&end->batch.lock);
     }
 }
 
@@ -6933,33 +7226,67 @@ static tpr_xth_end *tpr_xth_find(const uint8_t *key) {
     }
     if (found) found->users++;
     tpr_os_lock_give(&tpr_xth_registry.lock);
-    if (found) tpr_os_lock_take(&found->lock);
+    if (found) tpr_os_lock_take(&found->batch.lock);
     return found;
 }
 
 static void tpr_xth_let_go(tpr_xth_end *end) {
     tpr_os_lock_take(&tpr_xth_registry.lock);
-    tpr_os_lock_give(&end->lock);
+    tpr_os_lock_give(&end->batch.lock);
     end->users--;
     tpr_os_lock_give(&tpr_xth_registry.lock);
 }
 
-static void tpr_xth_run(tprpc_work *work);
-
-static tprpc_status tpr_xth_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
-    tpr_xth *self = (tpr_xth *)tpr_context_alloc(host->context, sizeof *self);
-    (void)user;
-    if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "xth: no memory for an instance");
-    self->host = host;
-    self->work.run = tpr_xth_run;
-    self->work.loop = host->loop;
-    tpr_base_list_init(&self->receives);
-    *instance = self;
-    return TPRPC_OK;
+static bool tpr_xth_same_sizes(const tpr_batch *a, const tpr_batch *b) {
+    bool same = a->count == b->count;
+    for (size_t i = 0; same && i < a->count; i++) same = a->buffers[i].size == b->buffers[i].size;
+    return same;
 }
 
-static void tpr_xth_close(void *instance) {
-    tpr_context_free(((tpr_xth *)instance)->host->context, instance, sizeof(tpr_xth));
+static bool tpr_xth_meet(tpr_batch *receive, const uint8_t *descriptor, size_t size) {
+    tpr_xth_end *peer = tpr_xth_find(((tpr_xth_end *)receive->end)->peer_key);
+    (void)descriptor;
+    (void)size;
+    if (!peer) return false;
+    tpr_batch *send = (tpr_batch *)tpr_base_map_get(&peer->batch.sends, receive->transfer->id);
+    const bool same = send && tpr_xth_same_sizes(send, receive);
+    tpr_xth_let_go(peer);
+    return same;
+}
+
+static tpr_batch_outcome tpr_xth_fetch(tpr_batch *receive, const tpr_batch_piece *pieces, size_t count) {
+    tpr_xth_end *peer = tpr_xth_find(((tpr_xth_end *)receive->end)->peer_key);
+    if (!peer) return TPR_BATCH_GONE;
+    tpr_batch *send = (tpr_batch *)tpr_base_map_get(&peer->batch.sends, receive->transfer->id);
+    const bool found = send && !send->withdrawn;
+    if (found) {
+        send->readers++;
+        tpr_os_lock_give(&peer->batch.lock);
+        for (size_t i = 0; i < count; i++) {
+            const tpr_batch_piece *p = &pieces[i];
+            memcpy((uint8_t *)receive->buffers[p->buffer].data + p->offset,
+                   (const uint8_t *)send->buffers[p->buffer].data + p->offset, p->size);
+        }
+        tpr_os_lock_take(&peer->batch.lock);
+        if (--send->readers == 0 && send->withdrawn) tprpc_defer(peer->batch.queue->host->context, &send->back);
+    }
+    tpr_xth_let_go(peer);
+    return found ? TPR_BATCH_FETCHED : TPR_BATCH_GONE;
+}
+
+static bool tpr_xth_withdraw(tpr_batch *send) {
+    tpr_os_lock_take(&send->end->lock);
+    send->withdrawn = true;
+    const bool idle = send->readers == 0;
+    tpr_os_lock_give(&send->end->lock);
+    return idle;
+}
+
+static const tpr_batch_method tpr_xth_method = {"xth", tpr_xth_fetch, tpr_xth_meet, NULL, NULL, tpr_xth_withdraw};
+
+static tprpc_status tpr_xth_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
+    (void)user;
+    return tpr_batch_open(host, &tpr_xth_method, instance, error);
 }
 
 TPR_COLD static size_t tpr_xth_domain(void *instance, uint8_t *out, size_t capacity) {
@@ -6975,23 +7302,13 @@ TPR_COLD static bool tpr_xth_reaches(void *instance, const uint8_t *domain, size
     return own_size == size && memcmp(own, domain, size) == 0;
 }
 
-static bool tpr_xth_moves(void *instance, tprpc_device from, tprpc_device to) {
-    (void)instance;
-    return from.kind == TPRPC_CPU && to.kind == TPRPC_CPU;
-}
-
 static tprpc_status tpr_xth_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
-    const tprpc_host *host = ((tpr_xth *)instance)->host;
-    tpr_xth_end *self = (tpr_xth_end *)tpr_context_alloc(host->context, sizeof *self);
-    if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for an xth channel");
-    self->context = host->context;
-    self->loop = host->loop;
-    self->instance = (tpr_xth *)instance;
-    self->link = link;
-    self->sends.memory = &host->context->env.memory;
+    tpr_xth_end *self = (tpr_xth_end *)tpr_batch_attach(instance, link, sizeof *self, error);
+    if (!self) return TPRPC_ERROR_MEMORY;
     if (tpr_os_random(self->key, TPR_XTH_KEY) != 0 || tpr_os_random(self->secret, TPR_XTH_KEY) != 0) {
-        tpr_context_free(host->context, self, sizeof *self);
-        return tpr_base_os_error(error, errno, "reading", "random bytes");
+        const int code = errno;
+        tpr_batch_detach(&self->batch, sizeof *self);
+        return tpr_base_os_error(error, code, "reading", "random bytes");
     }
     tpr_xth_register(self);
     *end = self;
@@ -7001,8 +7318,7 @@ static tprpc_status tpr_xth_attach(void *instance, tprpc_link *link, void **end,
 TPR_COLD static void tpr_xth_detach(void *end) {
     tpr_xth_end *self = (tpr_xth_end *)end;
     tpr_xth_unregister(self);
-    tpr_base_map_clear(&self->sends);
-    tpr_context_free(self->context, self, sizeof *self);
+    tpr_batch_detach(&self->batch, sizeof *self);
 }
 
 static size_t tpr_xth_challenge(void *end, uint8_t *out, size_t capacity) {
@@ -7029,168 +7345,11 @@ TPR_COLD static tprpc_status tpr_xth_verify(void *end, const uint8_t *answer, si
                            "the peer is not in this process, or has its own copy of tprpc");
 }
 
-static tpr_xth_transfer *tpr_xth_begin(tpr_xth_end *end, tprpc_transfer *transfer, const tprpc_buffer *buffers,
-                                       size_t count) {
-    size_t size = sizeof(tpr_xth_transfer) + count * sizeof(tprpc_buffer);
-    tpr_xth_transfer *self = (tpr_xth_transfer *)tpr_base_pool_alloc(&end->context->loops[end->loop].pool, size);
-    if (!self) return NULL;
-    memset(self, 0, sizeof *self);
-    self->end = end;
-    self->transfer = transfer;
-    self->count = count;
-    for (size_t i = 0; i < count; i++) self->buffers[i] = buffers[i];
-    transfer->channel_data = self;
-    return self;
-}
-
-static void tpr_xth_finish(tpr_xth_transfer *self, tprpc_status status, const char *why) {
-    tprpc_transfer *transfer = self->transfer;
-    tpr_xth_end *end = self->end;
-    tprpc_error error = TPR_ZERO;
-    if (self->sending) {
-        tpr_os_lock_take(&end->lock);
-        tpr_base_map_remove(&end->sends, transfer->id);
-        tpr_os_lock_give(&end->lock);
-    }
-    tpr_base_pool_free(&end->context->loops[end->loop].pool, self, sizeof *self + self->count * sizeof(tprpc_buffer));
-    if (status != TPRPC_OK) tprpc_error_set(&error, status, 0, "xth: %s", why);
-    tprpc_transfer_done(transfer, status, status == TPRPC_OK ? NULL : &error);
-}
-
-static void tpr_xth_say(tpr_xth_end *end, uint8_t kind, uint64_t id) {
-    uint8_t bytes[16] = TPR_ZERO;
-    bytes[0] = kind;
-    tpr_base_store_le64(bytes + 8, id);
-    tprpc_link_control(end->link, bytes, sizeof bytes, NULL, 0);
-}
-
-static tprpc_status tpr_xth_send(void *end, tprpc_transfer *transfer, const tprpc_buffer *buffers, size_t count,
-                                 uint8_t *descriptor, size_t *descriptor_size, tprpc_error *error) {
-    tpr_xth_end *self = (tpr_xth_end *)end;
-    tpr_xth_transfer *send = tpr_xth_begin(self, transfer, buffers, count);
-    bool put = false;
-    (void)descriptor;
-    *descriptor_size = 0;
-    if (send) {
-        send->sending = true;
-        tpr_os_lock_take(&self->lock);
-        put = tpr_base_map_put(&self->sends, transfer->id, send);
-        tpr_os_lock_give(&self->lock);
-        if (put) return TPRPC_OK;
-        tpr_base_pool_free(&self->context->loops[self->loop].pool, send, sizeof *send + count * sizeof(tprpc_buffer));
-    }
-    return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a transfer of %zu buffers", count);
-}
-
-// Copies up to *left bytes from the sender's memory, and lowers that. Returns whether the transfer goes on.
-static bool tpr_xth_copy(tpr_xth_transfer *self, const tpr_xth_transfer *from, size_t *left) {
-    if (from->count != self->count) return false;
-    while (self->at < self->count && *left > 0) {
-        tprpc_buffer *to = &self->buffers[self->at];
-        const tprpc_buffer *source = &from->buffers[self->at];
-        if (source->size != to->size) return false;
-        size_t n = to->size - self->offset < *left ? to->size - self->offset : *left;
-        if (n) memcpy((uint8_t *)to->data + self->offset, (const uint8_t *)source->data + self->offset, n);
-        *left -= n;
-        self->offset += n;
-        if (self->offset == to->size) {
-            self->at++;
-            self->offset = 0;
-        }
-    }
-    return true;
-}
-
-static void tpr_xth_put(tpr_xth_transfer *self) {
-    tpr_xth *instance = self->end->instance;
-    tpr_base_list_add(&instance->receives, &self->node);
-    if (instance->posted) return;
-    instance->posted = true;
-    tprpc_defer(instance->host->context, &instance->work);
-}
-
-static void tpr_xth_step(tpr_xth_transfer *self, size_t *left) {
-    tpr_xth_end *end = self->end;
-    uint64_t id = self->transfer->id;
-    if (self->aborted != TPRPC_OK) {
-        if (self->aborted == TPRPC_ERROR_CANCELLED) tpr_xth_say(end, TPR_XTH_DROP, id);
-        tpr_xth_finish(self, self->aborted, "the transfer was broken off");
-        return;
-    }
-    tpr_xth_end *peer = tpr_xth_find(end->peer_key);
-    const tpr_xth_transfer *from = peer ? (const tpr_xth_transfer *)tpr_base_map_get(&peer->sends, id) : NULL;
-    bool going = from && tpr_xth_copy(self, from, left);
-    if (peer) tpr_xth_let_go(peer);
-    if (going && self->at < self->count) {
-        tpr_xth_put(self);
-        return;
-    }
-    tpr_xth_say(end, going ? TPR_XTH_DONE : TPR_XTH_DROP, id);
-    tpr_xth_finish(self, going ? TPRPC_OK : TPRPC_ERROR_PEER, "the sender took its memory back");
-}
-
-// A chunk for all receives, so that a poll with a budget can stop behind it. One with few bytes counts, too.
-static void tpr_xth_run(tprpc_work *work) {
-    tpr_xth *self = TPR_CONTAINER(work, tpr_xth, work);
-    size_t left = TPR_XTH_CHUNK;
-    while (left > 0 && !tpr_base_list_empty(&self->receives)) {
-        tpr_xth_transfer *first = TPR_CONTAINER(self->receives.next, tpr_xth_transfer, node);
-        size_t most = left > TPR_XTH_LEAST ? left - TPR_XTH_LEAST : 0;
-        tpr_base_list_remove(&first->node);
-        tpr_xth_step(first, &left);
-        if (left > most) left = most;
-    }
-    self->posted = !tpr_base_list_empty(&self->receives);
-    if (self->posted) tprpc_defer(self->host->context, work);
-}
-
-static tprpc_status tpr_xth_recv(void *end, tprpc_transfer *transfer, const tprpc_buffer *buffers, size_t count,
-                                 const uint8_t *descriptor, size_t descriptor_size, tprpc_error *error) {
-    tpr_xth_end *self = (tpr_xth_end *)end;
-    tpr_xth_transfer *recv = tpr_xth_begin(self, transfer, buffers, count);
-    (void)descriptor;
-    (void)descriptor_size;
-    if (!recv) {                // the sender, which waits, is told
-        tpr_xth_say(self, TPR_XTH_DROP, transfer->id);
-        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a transfer of %zu buffers", count);
-    }
-    tpr_xth_put(recv);
-    return TPRPC_OK;
-}
-
-TPR_COLD static void tpr_xth_abort(void *end, tprpc_transfer *transfer, bool link_lost) {
-    tpr_xth_transfer *self = (tpr_xth_transfer *)transfer->channel_data;
-    tprpc_status status = link_lost ? TPRPC_ERROR_PEER : TPRPC_ERROR_CANCELLED;
-    (void)end;
-    if (!self) return;                                                                // its beginning has failed
-    if (self->sending) tpr_xth_finish(self, status, "the transfer was broken off");   // waits for a chunk being copied
-    else self->aborted = status;                                                      // its next step ends it
-}
-
-static tprpc_status tpr_xth_control(void *end, const uint8_t *bytes, size_t size, const intptr_t *handles,
-                                    size_t count) {
-    tpr_xth_end *self = (tpr_xth_end *)end;
-    (void)handles;
-    if (size != 16 || count || (bytes[0] != TPR_XTH_DONE && bytes[0] != TPR_XTH_DROP)) return TPRPC_ERROR_PROTOCOL;
-    tpr_xth_transfer *send = (tpr_xth_transfer *)tpr_base_map_get(&self->sends, tpr_base_load_le64(bytes + 8));
-    if (send) tpr_xth_finish(send, bytes[0] == TPR_XTH_DONE ? TPRPC_OK : TPRPC_ERROR_PEER, "the receiver refused it");
-    return TPRPC_OK;
-}
-
-static void *tpr_xth_bulk(void *end, uint64_t id, uint64_t offset, size_t size) {
-    (void)end; (void)id; (void)offset; (void)size;
-    return NULL;
-}
-
-static void tpr_xth_bulk_done(void *end, uint64_t id, uint64_t offset, size_t size) {
-    (void)end; (void)id; (void)offset; (void)size;
-}
-
 static const tprpc_channel_table tpr_xth_table = {
     (uint32_t)sizeof(tprpc_channel_table), (uint32_t)TPRPC_CHANNEL_MUTUAL, 0, 1, 0, 0,
-    tpr_xth_open, tpr_xth_close, tpr_xth_domain, tpr_xth_reaches, NULL, NULL, NULL, tpr_xth_moves,
-    tpr_xth_attach, tpr_xth_detach, tpr_xth_challenge, tpr_xth_answer, tpr_xth_verify, tpr_xth_send, tpr_xth_recv,
-    tpr_xth_abort, tpr_xth_control, tpr_xth_bulk, tpr_xth_bulk_done, NULL, NULL,
+    tpr_xth_open, tpr_batch_close, tpr_xth_domain, tpr_xth_reaches, NULL, NULL, NULL, tpr_batch_moves,
+    tpr_xth_attach, tpr_xth_detach, tpr_xth_challenge, tpr_xth_answer, tpr_xth_verify, tpr_batch_send, tpr_batch_recv,
+    tpr_batch_abort, tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL,
 };
 
 static const tprpc_backend tpr_xth_backend = {
