@@ -385,6 +385,55 @@ IN_MODES(wake_ends_a_poll_that_follows, 0x44) {
     group_run(sides, 2);
 }
 
+/* ---- a large call that times out at once: its outcome comes, then its memory back, once, and is freed ---- */
+
+static void freed(void *user) {
+    free(user);
+    ADD(&shared->released, 1);
+}
+
+static void client_has_no_time(side *s) {
+    enum { LARGE = 64 << 20, CALLS = 4 };
+    for (int i = 0; i < CALLS; i++) {
+        tprpc_tensor tensor = {0};
+        tprpc_message message = {0};
+        tprpc_call_options options = {0};
+        tensor.size = LARGE;
+        tensor.data = malloc(LARGE);
+        REQUIRE(tensor.data != NULL);
+        memset(tensor.data, i, LARGE);
+        message.tensors = &tensor;
+        message.tensor_count = 1;
+        message.release = freed;
+        message.release_user = tensor.data;
+        options.timeout_ms = 1;
+        CHECK_EQ_INT(call_and_wait(s, "bob", "take", &message, &options, NULL), TPRPC_ERROR_TIMEOUT);
+        CHECK(until_released(s, i + 1));
+    }
+    CHECK_EQ_INT(call_and_wait(s, "bob", "take", NULL, NULL, NULL), TPRPC_OK);   /* the pipe has survived it */
+    CHECK_EQ_INT(LOAD(&shared->released), CALLS);
+    CHECK_EQ_INT(stats_of(s).client_active_calls, 0);
+}
+
+static void on_take(tprpc_request request, const tprpc_message *message, void *user) {
+    (void)message; (void)user;
+    tprpc_reply(request, NULL);
+}
+
+static void no_time(const mode *with, const char *channels) {
+    static const tprpc_method_desc methods[] = {{"take", on_take, NULL, NULL, NULL, 0}, {0}};
+    side sides[2] = {{0}};
+    for (int i = 0; i < 2; i++) sides[i].channels = channels;
+    sides[0].mode = with;
+    sides[0].main = client_has_no_time;
+    sides[1].methods = methods;
+    group_run(sides, 2);
+}
+
+IN_MODES(no_time_basic, ALL_MODES) { no_time(with, "basic"); }
+IN_MODES(no_time_xth, 0x64) { no_time(with, "xth"); }
+IN_MODES(no_time_cma, 0x92) { no_time(with, "cma"); }
+
 /* ---- the request's own message as a late answer to a call that was cancelled: it goes with the request ---- */
 
 static void poison_and_free(void *ptr, size_t size, uint32_t tag, void *user) {

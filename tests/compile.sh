@@ -621,6 +621,7 @@ check "two copies, one of each" vendored -DTPRPC_STATIC -fvisibility=hidden
 check "runs without TCP" left_out_runs -DTPRPC_NO_TCP shm://
 check "runs without SHM" left_out_runs -DTPRPC_NO_SHM tcp://127.0.0.1:0
 check "runs without XTH" left_out_runs -DTPRPC_NO_XTH tcp://127.0.0.1:0 shm://
+check "runs without CMA" left_out_runs -DTPRPC_NO_CMA tcp://127.0.0.1:0 shm://
 check "runs without THREADS" left_out_runs -DTPRPC_NO_THREADS tcp://127.0.0.1:0 shm://
 check "runs without TCP, SHM" left_out_runs '-DTPRPC_NO_TCP -DTPRPC_NO_SHM'
 check "runs without: all but TCP" left_out_runs "$(echo "$all" | sed 's/-DTPRPC_NO_TCP//')" tcp://127.0.0.1:0

@@ -1391,21 +1391,29 @@ static void victim_main(void *arg) {
 
 /* Whether the channel's domain is the same in another process of this host. */
 static bool channel_leaves(const tprpc_channel_table *t) {
+    tprpc_host host = {(uint32_t)sizeof host, 0, context(NULL, NULL, 0)};
+    tprpc_error error = TPR_ZERO;
     uint8_t there[65] = {0};
+    void *instance;
+    bool leaves;
     int way[2];
     pid_t pid;
+    REQUIRE_EQ_INT(t->open(&host, NULL, &instance, &error), TPRPC_OK);
     REQUIRE(pipe(way) == 0);
     fflush(NULL);
     pid = fork();
     if (pid == 0) {
-        there[0] = (uint8_t)t->domain(NULL, there + 1, 64);
+        there[0] = (uint8_t)t->domain(instance, there + 1, 64);
         _exit(write(way[1], there, sizeof there) != (ssize_t)sizeof there);
     }
     away_read(way[0], there, sizeof there);
     CHECK_EQ_INT(test_wait_child(pid, 10), 0);
     close(way[0]);
     close(way[1]);
-    return t->reaches(NULL, there + 1, there[0]);
+    leaves = t->reaches(instance, there + 1, there[0]);
+    t->close(instance);
+    CHECK_EQ_INT(tprpc_context_destroy(host.context), TPRPC_OK);
+    return leaves;
 }
 
 static void c_within(void *arg) { CHECK(!channel_leaves(((const channel_case *)arg)->channel->channel)); }
@@ -1470,6 +1478,29 @@ static void c_killed(void *arg) {
         close(v.socket[1]);
         toys_end();
     }
+}
+
+/* Those that must be told by the transport which process the peer is: over one that cannot they say so. */
+static bool needs_process(const tprpc_backend *backend) { return backend == &tpr_cma_backend; }
+
+static void c_says_why_not(void *arg) {
+    const channel_case *c = (const channel_case *)arg;
+    tprpc_pipe_info info;
+    world w;
+    uint32_t i, shown = 0;
+    toys_begin(0);
+    probe_open(c);
+    channel_world(&w, c, 0);
+    REQUIRE_EQ_INT(tprpc_pipe_get_info(w.pipe[0], &info, sizeof info), TPRPC_OK);
+    for (i = 0; i < info.path_count; i++) {
+        if (strcmp(info.paths[i].name, "probe") != 0) continue;
+        shown++;
+        CHECK(!info.paths[i].chosen);
+        CHECK_CONTAINS(info.paths[i].why, "whose process");
+    }
+    CHECK_EQ_INT(shown, 1);
+    world_close(&w);
+    toys_end();
 }
 
 static void c_moves_nothing(void *arg) {
@@ -2172,6 +2203,10 @@ static void add_channel(const tprpc_backend *backend, const tprpc_backend *trans
         c->kinds[0] = (k & 2) != 0;
         c->kinds[1] = (k & 1) != 0;
         snprintf(name, sizeof name, "%s_over_%s_%s", backend->name, transport->name, kinds[k]);
+        if (needs_process(backend) && !transport->transport->process) {
+            add("channel", name, "says_why_not", c_says_why_not, c);
+            continue;
+        }
         for (i = 0; i < COUNT(tests); i++) add("channel", name, tests[i].name, tests[i].run, c);
         add("channel", name, proves ? "proof" : "needs_no_proof", proves ? c_proof : c_needs_no_proof, c);
         if (within) add("channel", name, "within", c_within, c);

@@ -613,7 +613,9 @@ static void sim_disconnect(void *conn, tprpc_status cause) {
 static const tprpc_transport_table sim_table = {
     (uint32_t)sizeof(tprpc_transport_table), 0, sim_net_open, sim_net_close, sim_domain, sim_reaches, sim_progress,
     sim_arm, NULL, sim_listen, sim_address, sim_unlisten, sim_public_address, sim_connect, sim_own, sim_send, sim_peek,
-    sim_consume, sim_recv, sim_take_handles, sim_peer, sim_check_peer, sim_disconnect};
+    sim_consume, sim_recv, sim_take_handles, sim_peer, sim_check_peer, NULL,
+    sim_disconnect,
+};
 
 static const tprpc_backend sim_backend = {(uint32_t)sizeof(tprpc_backend), TPRPC_VERSION, "sim",
                                           "A simulated network, for tests.", 5000, &sim_table, NULL, NULL, NULL};

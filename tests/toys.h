@@ -454,6 +454,11 @@ static tprpc_status toy_check_peer(void *conn, tprpc_error *error) {
     return TPRPC_OK;
 }
 
+static int32_t toy_process(void *conn) {
+    (void)conn;
+    return TOY_CAST(int32_t, getpid());
+}
+
 static void toy_disconnect(void *conn, tprpc_status cause) {
     toy_conn *self = TOY_CAST(toy_conn *, conn);
     (void)cause;
@@ -486,6 +491,7 @@ static const tprpc_transport_table toy_table = {TOY_CAST(uint32_t, sizeof(tprpc_
                                                 toy_take_handles,
                                                 toy_peer,
                                                 toy_check_peer,
+                                                toy_process,
                                                 toy_disconnect};
 
 TOY_USED static const tprpc_backend toy_backend = {TOY_CAST(uint32_t, sizeof(tprpc_backend)),
