@@ -483,6 +483,21 @@ TPRPC_API intptr_t tprpc_context_handle(tprpc_context *ctx);
 // armed is away: no peer wakes it. Callback thread only.
 TPRPC_API bool tprpc_context_arm(tprpc_context *ctx, int64_t *deadline_us);
 
+enum { TPRPC_BACKEND_TRANSPORT = 1, TPRPC_BACKEND_CHANNEL = 2, TPRPC_BACKEND_CONVERTER = 3 };
+typedef struct tprpc_backend_info {  // a backend as a context has it
+    char        name[16];
+    const char *summary;             // one sentence, the backend's own: valid while the backend is
+    int32_t     kind;                // TPRPC_BACKEND_*
+    int32_t     priority;            // as the context orders it: the larger comes first among those of its kind
+    bool        viable;              // this context uses it
+    char        why[160];            // where it does not: why
+    uint32_t    domain_size;         // bytes of domain; 0: it reaches everything, or is not viable
+    uint8_t     domain[64];          // what it can reach, as the two ends of a pipe compare it; of the first loop
+} tprpc_backend_info;
+// Tells which backends the context knows, viable or not, the user's own first: fills the first `capacity` of `out`
+// (`size`: sizeof *out of the caller). Returns how many there are; 0 for a size that is none. Any thread.
+TPRPC_API size_t tprpc_context_get_backends(tprpc_context *ctx, tprpc_backend_info *out, size_t capacity, size_t size);
+
 // ---- messages -----------------------------------------------------------------------------------------------------
 
 enum { TPRPC_DEVICE_DEFAULT = 0, TPRPC_CPU = 1, TPRPC_CUDA = 2, TPRPC_DEVICE_USER = 64 };
@@ -7851,6 +7866,24 @@ static tprpc_status tpr_backends_all_in(tprpc_context *ctx, const tprpc_context_
     return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "no transport was built in");
 }
 
+static void tpr_backends_info(const tprpc_context *ctx, const tpr_context_backend *entry, tprpc_backend_info *out) {
+    const tprpc_backend *backend = entry->backend;
+    memset(out, 0, sizeof *out);
+    snprintf(out->name, sizeof out->name, "%s", backend->name);
+    snprintf(out->why, sizeof out->why, "%s", entry->viable ? "" : entry->why);
+    out->summary = backend->summary;
+    out->kind = backend->transport ? TPRPC_BACKEND_TRANSPORT
+                : backend->channel ? TPRPC_BACKEND_CHANNEL : TPRPC_BACKEND_CONVERTER;
+    out->priority = entry->priority;
+    out->viable = entry->viable;
+    if (!entry->viable || backend->converter) return;
+    size_t (*domain)(void *, uint8_t *, size_t) = backend->transport ? backend->transport->domain
+                                                                     : backend->channel->domain;
+    tpr_loop_enter(&ctx->loops[0]);
+    out->domain_size = (uint32_t)domain(entry->instances[0], out->domain, sizeof out->domain);
+    tpr_loop_leave(&ctx->loops[0]);
+}
+
 static bool tpr_backends_loop_empty(void *arg) {
     return tpr_base_list_empty(&((tpr_loop *)arg)->objects) && !((tpr_loop *)arg)->callbacks.head;
 }
@@ -7930,6 +7963,14 @@ TPRPC_API tprpc_status tprpc_context_destroy(tprpc_context *ctx) {
     }
     tpr_backends_free_context(ctx);
     return TPRPC_OK;
+}
+
+TPRPC_API size_t tprpc_context_get_backends(tprpc_context *ctx, tprpc_backend_info *out, size_t capacity, size_t size) {
+    TPRPC_ASSERT(ctx && (out || !capacity));
+    if (!tpr_context_usable(ctx) || (!out && capacity) || size != sizeof *out) return 0;
+    for (uint32_t i = 0; i < ctx->backend_count && i < capacity; i++)
+        tpr_backends_info(ctx, &ctx->backends[i], &out[i]);
+    return ctx->backend_count;
 }
 
 // >>pipe --------------------------------------------------------------------------------------------------------------

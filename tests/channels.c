@@ -348,6 +348,39 @@ TEST(read_too_late) {
     free(x);
 }
 
+/* ---- which there are ---- */
+
+static const tprpc_backend_info *info_named(const tprpc_backend_info *all, size_t count, const char *name) {
+    for (size_t i = 0; i < count; i++) if (strcmp(all[i].name, name) == 0) return &all[i];
+    REQUIRE(!"there is none of that name");
+    return NULL;
+}
+
+TEST(backends_are_told) {
+    tprpc_backend_info all[16], one[2];
+    tprpc_context *ctx = context_with("cma,basic", 2);   /* over shm alone */
+    const size_t count = tprpc_context_get_backends(ctx, all, COUNT(all), sizeof *all);
+    REQUIRE(count >= 5 && count <= COUNT(all));
+    const tprpc_backend_info *shm = info_named(all, count, "shm"), *tcp = info_named(all, count, "tcp");
+    const tprpc_backend_info *cma = info_named(all, count, "cma"), *basic = info_named(all, count, "basic");
+    const tprpc_backend_info *xth = info_named(all, count, "xth");
+    CHECK(shm->viable && cma->viable && basic->viable && !tcp->viable && !xth->viable);
+    CHECK_STR(shm->why, "");
+    CHECK_CONTAINS(tcp->why, "not among the transports given");
+    CHECK_CONTAINS(xth->why, "not among the channels given");
+    CHECK(shm->kind == TPRPC_BACKEND_TRANSPORT && cma->kind == TPRPC_BACKEND_CHANNEL);
+    CHECK_LE_INT(basic->priority + 1, cma->priority);    /* as the list says */
+    CHECK(shm->domain_size > 0 && cma->domain_size == 8 && basic->domain_size == 0 && xth->domain_size == 0);
+    CHECK_CONTAINS(cma->summary, "process_vm_readv");
+    memset(one, 0x5a, sizeof one);
+    const tprpc_backend_info untouched = one[1];
+    CHECK_EQ_INT(tprpc_context_get_backends(ctx, one, 1, sizeof *one), count);
+    CHECK_STR(one[0].name, all[0].name);
+    CHECK_MEM(&one[1], &untouched, sizeof untouched);
+    CHECK_EQ_INT(tprpc_context_get_backends(ctx, NULL, 0, sizeof *one), count);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+}
+
 /* ---- a peer that forbids it ---- */
 
 typedef struct apart { char address[128], channel[16], why[128]; int listens, done; } apart;

@@ -271,7 +271,7 @@ static void ghost_builds(ghost *g) {
         tpr_wire_write_raw(&w, zeros, BULK);
         break;
     case SAY_READY:                    /* of basic's, for the victim's transfer 1 */
-        tpr_wire_write_u64(&w, TPR_BASIC_READY);
+        tpr_wire_write_u64(&w, TPR_BATCH_READY);
         tpr_wire_write_u64(&w, 1);
         break;
     case SAY_CREDIT: tpr_wire_write_u64(&w, g->message_cost); break;

@@ -68,6 +68,7 @@ TEST(what_backends_call) {
     static const size_t aligns[] = {0, 3, 8192, SIZE_MAX};
     tprpc_context *ctx = new_context();
     tprpc_work work, before;
+    tprpc_backend_info info;
     uint8_t bytes[8] = {0};
     memset(&work, 0, sizeof work);
     tprpc_defer(NULL, &work);
@@ -99,6 +100,10 @@ TEST(what_backends_call) {
     INVALID(tprpc_link_control(NULL, bytes, sizeof bytes, NULL, 0));
     INVALID(tprpc_link_bulk(NULL, 1, 0, bytes, sizeof bytes, &work));
     CHECK(!tprpc_link_handles(NULL));
+    CHECK_EQ_INT(tprpc_link_process(NULL), 0);
+    CHECK_EQ_INT(tprpc_context_get_backends(NULL, &info, 1, sizeof info), 0);
+    CHECK_EQ_INT(tprpc_context_get_backends(ctx, NULL, 1, sizeof info), 0);
+    CHECK_EQ_INT(tprpc_context_get_backends(ctx, &info, 1, sizeof info - 1), 0);
     tprpc_transfer_done(NULL, TPRPC_OK, NULL);
     CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
 }

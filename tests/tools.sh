@@ -220,6 +220,51 @@ two_ends rate "rate_mps cpu_s" "size=64 iters=2000 channel=None" --iters 2000 --
 two_ends bw "bandwidth_gbps cpu_s" "size=1048576 iters=8 channel=basic" --iters 8 --size 1M --spin never
 two_ends pipes "$pipes" "count=20 fds_per_pipe=1 size=None iters=None" --count 20 --spin adaptive
 two_ends frame "$times iters bandwidth_gbps" "size=1048576 channel=basic" --iters 16 --size 1M --no-pin
+# What tprpc-info tells of this machine, as a table and as JSON.
+info_table() {
+    build/tprpc-info >"$out" 2>"$said" || { bad info_table "exit status $?"; return; }
+    for word in '^tprpc ' '^transports' '^  tcp  ' '^channels' '^  basic ' '^limits' '^  open files '; do
+        grep -q "$word" "$out" || { bad info_table "nothing like \"$word\""; return; }
+    done
+    ok info_table
+}
+
+info_json() {
+    build/tprpc-info --json >"$out" 2>"$said" || { bad info_json "exit status $?"; return; }
+    if python3 - "$out" 2>"$said" <<'END'
+import json, os, re, resource, sys
+header = open("tprpc.h").read()
+told = json.loads(open(sys.argv[1]).read())
+assert sorted(told) == ["channels", "limits", "transports", "version"], sorted(told)
+names = [b["name"] for kind in ("transports", "channels") for b in told[kind]]
+known = re.findall(r"&tpr_(\w+)_backend,", header)
+assert sorted(names) == sorted(known), (names, known)
+for kind in ("transports", "channels"):
+    order = [b["priority"] for b in told[kind]]
+    assert order == sorted(order, reverse=True), order
+    for b in told[kind]:
+        assert sorted(b) == ["domain", "name", "priority", "reason", "summary", "viable"], b
+        assert b["viable"] is (b["reason"] == ""), b
+        assert b["summary"].endswith("."), b
+limits = {limit["name"]: limit for limit in told["limits"]}
+assert limits["open files"]["value"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0], limits
+assert limits["processors"]["value"] == len(os.sched_getaffinity(0)), limits
+END
+    then ok info_json; else bad info_json "not what it should be"; fi
+}
+
+# A limit that is low comes with advice.
+info_advice() {
+    (ulimit -n 100 && build/tprpc-info) >"$out" 2>"$said" || { bad info_advice "exit status $?"; return; }
+    if grep -A1 '^  open files  *100' "$out" | grep -q 'LOW: .*ulimit -n'; then ok info_advice
+    else bad info_advice "no advice for 100 open files"; fi
+}
+
+info_table
+info_json
+info_advice
+refuses info_option "no option --jason" build/tprpc-info --jason
+
 refuses option "no option --sise" build/tprpc-perf --sise 64
 refuses test '"ping" is none of' build/tprpc-perf --test ping
 refuses number 'not "-1"' build/tprpc-perf --size -1

@@ -260,19 +260,35 @@ static void say_hello(uint8_t flags) {
     say_frame(TPR_WIRE_HELLO, body_size(&w), 0);
 }
 
-/* The next step of the proof, of the channels that the live end named or, when it named none, of basic. */
+/* What cma reads of the stranger's, who is in this process: a nonce, and a transfer's word with where its buffers are. */
+static uint8_t nonce[16];
+static uint64_t table[1 + 64];
+enum { TABLE_WORD = 0x1234 };
+
+/* The next step of the proof, of the channels that the live end named or, when it named none, of basic and of cma. */
 static tpr_wire_agree proofs;
 
 static void say_agree(uint32_t step, uint8_t flags) {
     if (!proofs.count) {
-        proofs.count = 1;
+        proofs.count = flags & 1 ? 2 : 1;
         snprintf(proofs.proofs[0].name, sizeof proofs.proofs[0].name, "basic");
+        snprintf(proofs.proofs[1].name, sizeof proofs.proofs[1].name, "cma");
+        tpr_base_store_le64(proofs.proofs[1].challenge, (uintptr_t)nonce);
+        proofs.proofs[1].challenge_size = 8;
     }
     proofs.step = step;
     for (uint32_t i = 0; i < proofs.count; i++) {
         tpr_wire_proof *proof = &proofs.proofs[i];
         memcpy(proof->answer, proof->challenge, sizeof proof->answer);
         proof->answer_size = step > 1 ? proof->challenge_size : 0;
+        if (strcmp(proof->name, "cma") == 0 && proof->challenge_size == 8) {
+            tprpc_span there, here;
+            there.data = (void *)(uintptr_t)tpr_base_load_le64(proof->challenge);
+            here.data = proof->answer;
+            here.size = there.size = sizeof nonce;
+            tpr_os_read_process(tpr_os_pid(), &here, &there, 1);
+            if (step > 1) proof->answer_size = sizeof nonce;
+        }
         if ((flags & 2) && step > 1) proof->answer_size = fuzz_below(TPR_WIRE_PROOF + 1);
         if (flags & 4) proof->challenge_size = fuzz_below(TPR_WIRE_PROOF + 1);
         proof->verdict = !(flags & 8);
@@ -373,6 +389,7 @@ static void say_message(bool call) {
     tpr_wire_item items[8];
     uint8_t prefix[TPR_WIRE_PREFIX] = {0}, flags = fuzz_u8(), kind = 0;
     uint64_t totals[4] = {0, 0, 0, 0};
+    uint8_t where_table[16];
     memset(&head, 0, sizeof head);
     memset(items, 0, sizeof items);
     if (call) {
@@ -402,6 +419,10 @@ static void say_message(bool call) {
         item->device.kind = flags & 32 ? (int32_t)fuzz_below(70) : TPRPC_CPU;
         item->target.kind = flags & 64 ? (int32_t)fuzz_below(70) : TPRPC_DEVICE_DEFAULT;
     }
+    tpr_base_store_le64(where_table, (uintptr_t)table);
+    tpr_base_store_le64(where_table + 8, TABLE_WORD);
+    table[0] = flags & 4 ? TABLE_WORD : 0;
+    for (size_t i = 1; i < sizeof table / sizeof table[0]; i++) table[i] = (uintptr_t)frame;
     tpr_wire_writer w = frame_body();
     tpr_wire_write_message(&w, &head);
     for (uint32_t i = 0; i < count; i++) {
@@ -411,6 +432,10 @@ static void say_message(bool call) {
     for (uint32_t i = 0; i < head.transfers; i++) {
         tpr_wire_transfer transfer = {offer_bulk(totals[i]), flags & 1 ? fuzz_below(3) & 0xffff : 0, {metadata, 0}};
         transfer.descriptor.size = flags & 8 ? fuzz_u8() : 0;
+        if (transfer.descriptor.size % 2) {
+            transfer.descriptor.data = where_table;
+            transfer.descriptor.size = sizeof where_table;
+        }
         tpr_wire_write_transfer(&w, &transfer);
     }
     tpr_wire_write_raw(&w, prefix, head.prefix_size);
@@ -506,7 +531,7 @@ static void heard(const tpr_wire_frame *head, const uint8_t *body) {
             tpr_wire_read_transfer(&r, &transfer);
             if (r.failed) break;
             known.sending[known.sending_count++ % IDS] = transfer.id;
-            if (polite) say_control(TPR_BASIC_READY, transfer.id);
+            if (polite) say_control(TPR_BATCH_READY, transfer.id);
         }
         if (polite && known.cost - known.granted > 100000) say_credit(known.granted = known.cost);
         tpr_base_bytes prefix = tpr_wire_read_raw(&r, message.prefix_size);
@@ -515,7 +540,7 @@ static void heard(const tpr_wire_frame *head, const uint8_t *body) {
         return;
     }
     case TPR_WIRE_CHANNEL:
-        if (head->size == 16 && body[0] == TPR_BASIC_READY)
+        if (head->size == 16 && body[0] == TPR_BATCH_READY)
             known.ready[known.ready_count++ % IDS] = tpr_base_load_le64(body + 8);
         return;
     default: return;
