@@ -73,6 +73,7 @@ static const struct { const char *calls; int codes[6]; } known_codes[] = {
     {" epoll_wait epoll_peek ", {EINTR, ENOMEM}},
     {" futex_wait bell_write bell_read ", {EINTR, EAGAIN}},
     {" pthread_create ", {EAGAIN, EPERM}},
+    {" process_vm_readv ", {EPERM, EFAULT, ESRCH, ENOMEM}},
     {"", {EIO, EPERM, ENOMEM, EINTR}},
 };
 
@@ -134,6 +135,8 @@ static void told(const tprpc_error *error, tprpc_status status) {
     if (getenv("TEST_LOG") && error) fprintf(stderr, "  %s\n", error->text);
 }
 
+static const char *channels;           /* NULL: all */
+
 static bool ends_open(ends *e, const char *transports, int threads) {
     memset(e, 0, sizeof *e);
     e->threads = threads;
@@ -141,6 +144,7 @@ static bool ends_open(ends *e, const char *transports, int threads) {
         tprpc_context_desc desc = {0};
         tprpc_error error = {0};
         desc.transports = transports;
+        desc.channels = channels;
         desc.threads = threads;
         desc.clock_us = clock_us;
         desc.spin_us = TPRPC_NOW;
@@ -244,6 +248,12 @@ static bool messages(const char *address, const char *transports) {
 static bool over_tcp(void) { return messages("tcp://127.0.0.1:0", "tcp"); }
 static bool over_tcp6(void) { return messages("tcp://[::1]:0", "tcp"); }
 static bool over_shm(void) { return messages("shm://", "shm"); }
+static bool read_by_cma(void) {
+    channels = "cma,basic";
+    const bool good = messages("shm://", "shm");
+    channels = NULL;
+    return good;
+}
 static bool moved_to_shm(void) { return messages("tcp://127.0.0.1:0", "shm,tcp"); }
 
 static void on_ready(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
@@ -762,6 +772,7 @@ TEST_LIMIT(tcp_owner_by_proc, 240) {
     failing_too = NULL;
 }
 TEST_LIMIT(shm, 240) { sweep(over_shm, "fstat fstatfs get_seals memfd_create mmap", "", 1); }
+TEST_LIMIT(cma, 240) { sweep(read_by_cma, "process_vm_readv", " process_vm_readv ", 12); }
 TEST_LIMIT(moved, 240) { sweep(moved_to_shm, "fstatfs get_seals socket_error", " fstatfs get_seals memfd_create ", 1); }
 TEST_LIMIT(agents_meet_by_tcp, 240) {
     sweep(agents_by_tcp, "connect_route getaddrinfo_numeric getsockname", OPTIONS, 1);
