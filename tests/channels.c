@@ -351,9 +351,10 @@ TEST(read_too_late) {
 /* ---- which there are ---- */
 
 static const tprpc_backend_info *info_named(const tprpc_backend_info *all, size_t count, const char *name) {
-    for (size_t i = 0; i < count; i++) if (strcmp(all[i].name, name) == 0) return &all[i];
-    REQUIRE(!"there is none of that name");
-    return NULL;
+    size_t i = 0;
+    while (i < count && strcmp(all[i].name, name) != 0) i++;
+    REQUIRE(i < count);
+    return &all[i];
 }
 
 TEST(backends_are_told) {
