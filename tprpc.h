@@ -634,6 +634,7 @@ typedef struct tprpc_pipe_info {
     uint64_t bytes_sent, bytes_received;           // on the wire of the transport, frames included
     uint64_t tensor_bytes_sent, tensor_bytes_received;   // of tensors and payloads, whatever moved them
     uint64_t messages_sent, messages_received;
+    uint64_t fallbacks;              // transfers, sent or received, that went another way than the one chosen for them
     uint32_t path_count;             // of `paths`: the transports and channels known to this end, or the first 16; the
                                      // chosen ones are named above in any case
     uint32_t reserved;
@@ -6643,6 +6644,7 @@ struct tprpc_link {                  // what a pipe offers to the end of a chann
                          tprpc_work *taken);
     bool         (*handles)(tprpc_link *link);
     int32_t      (*process)(tprpc_link *link);
+    uint64_t     fallbacks;          // counted by the channel
 };
 
 // ---- public
@@ -6971,6 +6973,7 @@ static void tpr_batch_fetched(tpr_batch *batch) {
     if (!outcome && method->confirm) outcome = method->confirm(batch);
     const bool pushed = batch->status == TPRPC_OK && outcome == TPR_BATCH_UNREADABLE;
     if (batch->status == TPRPC_OK && outcome && !pushed) batch->status = TPRPC_ERROR_PEER;
+    batch->end->link->fallbacks += pushed;
     const uint8_t word = pushed ? TPR_BATCH_READY : batch->status == TPRPC_OK ? TPR_BATCH_DONE : TPR_BATCH_DROP;
     const tprpc_status status = tpr_batch_tell(batch, word);
     if (!pushed || status != TPRPC_OK) tpr_batch_finish(batch, status);
@@ -7093,6 +7096,7 @@ static tprpc_status tpr_batch_recv(void *end, tprpc_transfer *transfer, const tp
         return TPRPC_OK;
     }
     const bool empty = receive->total == 0;
+    self->link->fallbacks += method->fetch != NULL;
     receive->asked = true;
     tpr_batch_say(self, TPR_BATCH_READY, id);   // which may end the pipe, and the receive
     if (empty && (receive = (tpr_batch *)tpr_base_map_get(&self->receives, id)) != NULL)
@@ -7128,8 +7132,10 @@ static tprpc_status tpr_batch_control(void *end, const uint8_t *bytes, size_t si
     tpr_batch *batch = (tpr_batch *)tpr_base_map_get(bytes[0] == TPR_BATCH_CANCEL ? &self->receives : &self->sends, id);
     switch (bytes[0]) {
     case TPR_BATCH_READY:
-        if (batch && !batch->pushed && !batch->over) tpr_batch_push(batch);
-        else if (!batch) tpr_batch_say(self, TPR_BATCH_CANCEL, id);
+        if (!batch) tpr_batch_say(self, TPR_BATCH_CANCEL, id);
+        if (!batch || batch->pushed || batch->over) return TPRPC_OK;
+        self->link->fallbacks += self->queue->method->fetch != NULL;
+        tpr_batch_push(batch);
         return TPRPC_OK;
     case TPR_BATCH_DROP:      // what the link has taken goes out, the rest does not
         if (batch) tpr_batch_over(batch, TPRPC_ERROR_PEER);
@@ -7562,7 +7568,6 @@ static bool tpr_cma_reaches(void *instance, const uint8_t *domain, size_t size) 
 }
 
 static tprpc_status tpr_cma_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
-    tpr_loop *loop = &((tpr_batch_queue *)instance)->host->context->loops[((tpr_batch_queue *)instance)->host->loop];
     const int32_t pid = tprpc_link_process(link);
     if (pid <= 0)
         return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "cma: the transport cannot say whose process it is");
@@ -7573,7 +7578,8 @@ static tprpc_status tpr_cma_attach(void *instance, tprpc_link *link, void **end,
     bool random = tpr_os_random(self->nonce, sizeof self->nonce) == 0 &&
                   tpr_os_random(&self->words, sizeof self->words) == 0;
     const int code = errno;
-    if (random && tpr_process_start(&loop->processes, pid, &self->process) && tpr_cma_alive(self)) {
+    if (random && tpr_process_start(&tpr_batch_loop(&self->batch)->processes, pid, &self->process) &&
+        tpr_cma_alive(self)) {
         *end = self;
         return TPRPC_OK;
     }
@@ -8186,7 +8192,7 @@ struct tprpc_pipe {
     uint8_t         moved[TPR_WIRE_HEADER + 36];   // which may come in pieces
     char            move_why[110], address[TPR_WIRE_ADDRESS];   // why it was not moved; where it connects to
     uint64_t bytes_sent, bytes_received, tensor_bytes_sent, tensor_bytes_received, messages_sent, messages_received;
-    uint64_t        fast_messages;
+    uint64_t        fast_messages, fallbacks;   // fallbacks: of sends, to the next channel
     uint64_t        idle_turns;        // the loop's, when messages were taken in last
 };
 
@@ -8883,6 +8889,7 @@ static tprpc_status tpr_pipe_plan_send(tprpc_pipe *pipe, tpr_pipe_plan *plan, ui
         write->pending--;
         tpr_base_pool_free(&pipe->loop->pool, plan->descriptors[k], table->max_descriptor);
         plan->descriptors[k] = NULL;
+        pipe->fallbacks++;
         TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_INFO, "pipe", "", "%s refused a transfer, the next channel is tried",
                 channel->entry->backend->name);
     }
@@ -10865,6 +10872,8 @@ static void tpr_pipe_info_of(tprpc_pipe *pipe, tprpc_pipe_info *info) {
     info->tensor_bytes_received = pipe->tensor_bytes_received;
     info->messages_sent = pipe->messages_sent;
     info->messages_received = pipe->messages_received;
+    info->fallbacks = pipe->fallbacks;
+    for (uint32_t i = 0; i < pipe->channel_count; i++) info->fallbacks += pipe->channels[i]->link.fallbacks;
     if (pipe->state == TPR_PIPE_ENDED) info->error = pipe->error;
     for (uint32_t i = 0; i < pipe->ctx->backend_count && info->path_count < TPR_COUNT(info->paths); i++) {
         if (pipe->ctx->backends[i].backend->converter) continue;

@@ -257,6 +257,7 @@ TEST(unreadable_is_sent) {
             carry(&p, 20000, 1);
             REQUIRE_EQ_INT(tprpc_pipe_get_info(p.a, &info, sizeof info), TPRPC_OK);
             CHECK_STR(info.channel, "cma");
+            CHECK_EQ_INT(info.fallbacks, 0);
             const uint64_t before = info.bytes_sent;
             read_code = codes[i / COUNT(good)];
             reads_left = good[i % COUNT(good)];
@@ -265,6 +266,9 @@ TEST(unreadable_is_sent) {
             STORE(tprpc_test_hook, NULL);
             REQUIRE_EQ_INT(tprpc_pipe_get_info(p.a, &info, sizeof info), TPRPC_OK);
             CHECK_LE_INT(before + (5 << 20), info.bytes_sent);
+            CHECK_EQ_INT(info.fallbacks, 1);
+            REQUIRE_EQ_INT(tprpc_pipe_get_info(p.b, &info, sizeof info), TPRPC_OK);
+            CHECK_EQ_INT(info.fallbacks, 1);
             carry(&p, 5 << 20, 3);     /* and the next is read again */
             REQUIRE_EQ_INT(tprpc_pipe_get_info(p.a, &info, sizeof info), TPRPC_OK);
             CHECK_LE_INT(info.bytes_sent, before + (6 << 20));

@@ -490,6 +490,33 @@ static void run_limited(const char *transports, const char *address) {
 TEST(toy_channel_with_limits) { run_limited("tcp", "tcp://127.0.0.1:0"); }
 TEST(toy_channel_with_limits_over_shm) { run_limited("shm", "shm://"); }
 
+static tprpc_status full_send(void *end, tprpc_transfer *transfer, const tprpc_buffer *buffers, size_t count,
+                              uint8_t *descriptor, size_t *descriptor_size, tprpc_error *error) {
+    (void)end; (void)transfer; (void)buffers; (void)count; (void)descriptor; (void)descriptor_size;
+    return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "toylim: full");
+}
+
+/* What the best channel does not take goes by the next, and is counted. */
+TEST(toy_channel_that_is_full) {
+    tprpc_channel_table table = toyc_table;
+    uint8_t *memory = TOY_CAST(uint8_t *, bytes_new(BIG));
+    tprpc_pipe_info info;
+    world w;
+    unsigned i;
+    table.send = full_send;
+    limited_open(&w, &table, "shm", "shm://");
+    for (i = 1; i <= 3; i++) {
+        CHECK_EQ_INT(limited_send(&w, memory, BIG, i), 0);
+        REQUIRE_EQ_INT(tprpc_pipe_get_info(w.pipe[1], &info, sizeof info), TPRPC_OK);
+        CHECK_EQ_INT(info.fallbacks, i);
+    }
+    REQUIRE_EQ_INT(tprpc_pipe_get_info(w.pipe[0], &info, sizeof info), TPRPC_OK);
+    CHECK_EQ_INT(info.fallbacks, 0);   /* of what it received, none was to come otherwise */
+    world_close(&w);
+    toys_end();
+    free(memory);
+}
+
 /* The channel says up to where a buffer is better sent within the message; the manual's limits are the default and
    the sum. */
 TEST(toy_channel_with_an_inline_limit) {

@@ -17,10 +17,11 @@ skip() {
 command -v valgrind >/dev/null 2>&1 || skip 'there is no valgrind'
 valgrind -q --error-exitcode=9 true >/dev/null 2>&1 || skip 'valgrind runs no program here'
 
-tests=()
+# Between processes cma wants pidfd_open, which valgrind does not know (3.19).
+mapfile -t tests < <("$suite" -l | grep -v '^channel_cma_.*_killed$')
 if [ "${1-}" != all ]; then
-    wanted='^(transport_(shm|tcp)|converter|channel_(basic_over_tcp|xth_over_shm))_'
-    mapfile -t tests < <("$suite" -l | grep -E "$wanted" | grep -Ev '_(streams|processes|threads)$')
+    wanted='^(transport_(shm|tcp)|converter|channel_(basic_over_tcp|xth_over_shm|cma_over_shm))_'
+    mapfile -t tests < <(printf '%s\n' "${tests[@]}" | grep -E "$wanted" | grep -Ev '_(streams|processes|threads)$')
     if [ ${#tests[@]} -lt 40 ]; then
         echo "FAIL conformance_under_valgrind: ${#tests[@]} tests of the suite were chosen"
         echo '0 passed, 1 failed'
