@@ -10207,7 +10207,8 @@ TPR_COLD static void tpr_pipe_prove(tprpc_pipe *pipe, const tpr_wire_agree *thei
         const tprpc_channel_table *table = channel->entry->backend->channel;
         if (table->challenge && proof->answer_size) {
             channel->proved = table->verify(channel->end, proof->answer, proof->answer_size, &error) == TPRPC_OK;
-            snprintf(channel->why, sizeof channel->why, "%.109s", channel->proved ? "" : error.text);
+            channel->why[0] = 0;
+            if (!channel->proved) snprintf(channel->why, sizeof channel->why, "its proof failed: %.90s", error.text);
             if (!channel->proved)
                 TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_INFO, "pipe", "", "%s: %s", channel->entry->backend->name,
                         error.text);
