@@ -388,6 +388,30 @@ TEST(backends_are_told) {
 
 /* ---- a peer that forbids it ---- */
 
+static int prctls;
+
+static int count_prctls(const char *call, int64_t *size) {
+    (void)size;
+    if (strcmp(call, "prctl") == 0) ADD(prctls, 1);
+    return 0;
+}
+
+/* The right to be read is given away by who asks for that alone. */
+TEST(let_read) {
+    for (int asked = 0; asked < 2; asked++) {
+        tprpc_context_desc desc;
+        tprpc_context *ctx;
+        memset(&desc, 0, sizeof desc);
+        desc.let_read = asked;
+        STORE(prctls, 0);
+        STORE(tprpc_test_hook, count_prctls);
+        REQUIRE_EQ_INT(tprpc_context_create(&desc, &ctx, NULL), TPRPC_OK);
+        CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+        STORE(tprpc_test_hook, NULL);
+        CHECK_EQ_INT(LOAD(prctls), asked);
+    }
+}
+
 typedef struct apart { char address[128], channel[16], why[128]; int listens, done; } apart;
 
 static void forbid_by_seccomp(void) {
