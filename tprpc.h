@@ -3765,7 +3765,7 @@ TPR_COLD static bool tpr_process_start(tpr_process_set *set, int32_t pid, tpr_pr
 }
 
 // Whether what is watched is alive at this moment. False also for what is not watched.
-static bool tpr_process_lives(const tpr_process_watch *watch) {
+TPR_UNUSED static bool tpr_process_lives(const tpr_process_watch *watch) {
     return watch->process && watch->process->fd >= 0 && !tpr_os_readable(watch->process->fd);
 }
 
