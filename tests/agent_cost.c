@@ -215,6 +215,7 @@ static const char may_poll[] =
     " bind listen reuseaddr "
     " memfd_create ftruncate fcntl mmap fstat fstatfs get_seals pidfd_open "
     " close shutdown drain munmap epoll_del futex_wake "   /* sockets do not linger */
+    " process_vm_readv "                               /* a copy, of a chunk at most; a stopped process is read as well */
     " open read read_owner "                           /* of /proc alone; a store's file is another name */
     " pread pwrite ";                                  /* of a store's file, whose lock (fcntl) is never waited for */
 
@@ -310,6 +311,7 @@ static void watch(const mode *with, bool tcp_store, int rank, const char *channe
 IN_MODES(polls_do_not_block, 0xc3) { watch(with, false, 0, NULL); }
 /* Two threads that share nothing: without xth, and each with a store of its own. */
 IN_MODES(polls_do_not_block_basic, 0x44) { watch(with, true, 0, "basic"); }
+IN_MODES(polls_do_not_block_cma, 0x82) { watch(with, true, 0, "cma"); }
 IN_MODES(polls_do_not_block_as_store, 0x83) { watch(with, true, 0, NULL); }
 IN_MODES(polls_do_not_block_at_store, 0x83) { watch(with, true, 1, NULL); }
 
