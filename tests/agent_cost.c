@@ -215,7 +215,7 @@ static const char may_poll[] =
     " bind listen reuseaddr "
     " memfd_create ftruncate fcntl mmap fstat fstatfs get_seals pidfd_open "
     " close shutdown drain munmap epoll_del futex_wake "   /* sockets do not linger */
-    " process_vm_readv "                               /* a copy, of a chunk at most; a stopped process is read as well */
+    " process_vm_readv "                               /* a copy, of a chunk at most, also of one that is stopped */
     " open read read_owner "                           /* of /proc alone; a store's file is another name */
     " pread pwrite ";                                  /* of a store's file, whose lock (fcntl) is never waited for */
 
