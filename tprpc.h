@@ -3809,6 +3809,8 @@ enum {
     TPR_LOOP_SOURCES = 32,
     TPR_LOOP_TURNS = 64,               // of an unbudgeted poll
     TPR_LOOP_IDLE_TURNS = 16,          // between looks at the clock
+    TPR_LOOP_QUICK_CHUNK = 16 << 10,   // bytes of bulk moved in one go while small messages are about,
+    TPR_LOOP_QUICK_US = 10000,         // which they are for so long after the last one
     TPR_LOOP_LET_PASS_US = 1000        // that others have to take the lock
 };
 
@@ -3864,6 +3866,7 @@ typedef struct tpr_loop {
     uint32_t         source_count, depth;   // depth: callbacks on the stack
     uintptr_t        callback_thread;
     int64_t          now_us, sleep_until;
+    int64_t          quick_us;         // when a small message was sent or taken in last
     uint64_t         idle_turns, polls;
     tpr_loop_queue   places, callbacks;
     tpr_loop_work    later;            // deferred under the lock
@@ -3884,6 +3887,14 @@ static inline int64_t tpr_loop_clock(tpr_loop *loop) {
     tpr_loop_env *env = loop->env;
     loop->now_us = env->clock_us ? env->clock_us(env->user) : tpr_os_now_us();
     return loop->now_us;
+}
+
+static inline void tpr_loop_saw_small(tpr_loop *loop) { loop->quick_us = loop->now_us; }
+
+// How many bytes of bulk may be moved in one go, at most `most`: a small message that comes meanwhile waits for them.
+static inline size_t tpr_loop_chunk(const tpr_loop *loop, size_t most) {
+    const bool quick = loop->quick_us && loop->now_us - loop->quick_us < TPR_LOOP_QUICK_US;
+    return quick && most > TPR_LOOP_QUICK_CHUNK ? (size_t)TPR_LOOP_QUICK_CHUNK : most;
 }
 
 TPR_COLD static void tpr_loop_contend(tpr_loop *loop) {
@@ -9062,6 +9073,7 @@ static tprpc_status tpr_pipe_send_short(tprpc_pipe *pipe, const void *prefix, si
     tpr_wire_put_short(head, (uint32_t)message->metadata_size, (uint8_t)prefix_size);
     tpr_base_copy_few(head + TPR_WIRE_SHORT, (const uint8_t *)prefix, prefix_size);
     pipe->fast_messages++;
+    tpr_loop_saw_small(pipe->loop);
     if (TPR_LIKELY(now)) {
         spans[0].data = head;
         spans[0].size = head_size;
@@ -9705,6 +9717,7 @@ static inline bool tpr_pipe_take_short(tprpc_pipe *pipe, tprpc_span span) {
     if (span.size < size) return false;
     tpr_pipe_in *in = tpr_pipe_in_short(pipe, metadata_size, prefix_size);
     if (TPR_UNLIKELY(!in)) return false;   // the general path says so
+    tpr_loop_saw_small(pipe->loop);
     bytes += sizeof head;
     tpr_base_copy_few(in->prefix, bytes, prefix_size);
     if (metadata_size) memcpy((void *)(uintptr_t)in->message.metadata, bytes + prefix_size, metadata_size);
