@@ -38,6 +38,8 @@
 //   >>basic       host memory through the pipe's own connection
 //   >>xth         host memory between threads of one process
 //   >>cma         host memory of another process of this host, read from there
+//   >>bulk        host memory of another process of this host, through memory that both share
+//   >>mpt         host memory over several connections of a network
 //   >>backends    the registry; contexts are created here
 //   >>pipe        agreement with the other end, and the messages
 //   >>store       where workers find each other
@@ -48,7 +50,7 @@
 // THE PARTS. A context is a loop with its hooks. An agent is a worker of a group: it calls methods of other workers by
 // name and serves its own. A store is where the group meets. Below agents, and usable without them, are pipes: ordered
 // messages between two ends. A transport is how a pipe's bytes travel (shm, tcp), a channel how tensors do (xth,
-// basic, cma).
+// bulk, cma, mpt, basic).
 //
 // Structs that end in _desc describe what is to be created. A field that is zero has its default, which its comment
 // names; so in C write {.name = ...}, in C++ `tprpc_agent_desc d = {}; d.name = ...`. Every duration has its unit in
@@ -139,16 +141,25 @@
 //
 // A pipe begins on the address it was given. The two ends then tell each other what they have, and move the pipe to
 // the best transport that both have and that reaches the other: shm (200) on one host, tcp (0) else. Channels are
-// chosen likewise, by priority: xth (1300) within one process, basic (1000) everywhere; one that needs it is proven by
-// moving a nonce before it carries anything of yours. What fails is passed over, the next is tried, and the reason is
-// kept: tprpc_pipe_get_info, tprpc_agent_get_peer_info and tprpc_agent_report show it. Nothing that a machine lacks is
-// fatal.
+// chosen likewise, by priority: xth (1300) within one process, bulk (1200) and cma (1190) between processes of one
+// host, mpt (1100) over a network, basic (1000) everywhere; one that needs it is proven by moving a nonce before it
+// carries anything of yours. What fails is passed over, the next is tried, and the reason is kept: tprpc_pipe_get_info,
+// tprpc_agent_get_peer_info and tprpc_agent_report show it. Nothing that a machine lacks is fatal.
 //
-// cma (900) reads the sender's memory from where it is (process_vm_readv), over shm. Put it before basic (.channels =
-// "xth,cma,basic") where the sender has better to do than copy, or the receiver has several threads, which then share a
-// large tensor: one end at work moves half of what both do through basic's ring. Each direction needs its own right:
-// where the system's ptrace_scope is 1 the sender grants it by .let_read, at 2 only root has it, at 3 nobody. A buffer
-// that turns out to be unreadable is sent through the pipe after all.
+// bulk moves tensors through memory that both ends share: the sender copies in while the receiver copies out, which is
+// the fastest where each has a processor to itself. cma reads the sender's memory from where it is (process_vm_readv):
+// one copy, by the receiver, on up to four of its threads, and none of the sender's time. Which is faster depends on
+// the processors that are free, so a pipe tries both with its first large tensors (1 MiB and more), three times each,
+// stays with the faster, and looks at the other one in 64 times again. Name them in .channels ("xth,cma,bulk,basic"),
+// and that is the order. cma needs a right in each direction: where the system's ptrace_scope is 1 the sender grants it
+// by .let_read, at 2 only root has it, at 3 nobody. A buffer that turns out to be unreadable is sent through the pipe
+// after all.
+//
+// Tensors of 256 KiB and more travel over a connection of their own beside the pipe's, a lane, which is made when the
+// first of them is sent: so a call does not wait behind megabytes in one socket. While small messages are about, bulk
+// moves 16 KiB at a time, else 256 KiB. On a network where one connection does not get all there is (a limit per flow,
+// several links bonded) set .lanes at both ends: mpt then spreads a tensor over that many. On one path that is no
+// faster, and it is not used unless asked for.
 //
 // tprpc_context_desc.transports and .channels say which pipes may use, in order of preference ("shm,tcp"); a store on
 // tcp:// works all the same. Backends of your own are tables of functions, given in .backends: see the public part.
@@ -258,6 +269,8 @@
 //   TPRPC_NO_SHM            without shm
 //   TPRPC_NO_XTH            without xth
 //   TPRPC_NO_CMA            without cma
+//   TPRPC_NO_BULK           without bulk
+//   TPRPC_NO_MPT            without mpt
 //   TPRPC_NO_THREADS        no threads: contexts are polled; `threads` and worker_threads are UNSUPPORTED
 //   TPRPC_NO_DLOPEN         no dlopen: what is loaded at run time is missing (nothing is, in this version)
 //   TPRPC_NO_FILES          no files: no file:// stores; a socket's owner is asked of sock_diag alone
@@ -309,6 +322,9 @@
 //   handles of an shm connection that are under way   -                                     32
 //   frames sent and not consumed by the peer          -                                     1 MiB
 //   a chunk of bulk                                   -                                     256 KiB, at most 1 MiB
+//   bulk that goes over a lane                        -                                     from 256 KiB on
+//   lanes of a pipe                                   tprpc_context_desc.lanes              1 (at most 8)
+//   a lane is made, and tried again after             -                                     2 s; 1 s, later up to 64 s
 //   a ring of shm, each way                           -                                     256 KiB
 //   an error's sentence, in bytes                     tprpc_error.text                      243
 //   backends that a pipe's info shows                 tprpc_pipe_info.paths                 16
@@ -420,6 +436,8 @@ typedef struct tprpc_context_desc {
     int64_t         spin_us;         // how long a wait spins before it sleeps; TPRPC_NOW: not at all (default: 50)
     const char     *transports;      // "shm,tcp": allowed, in order of preference (default: NULL, all that are viable)
     const char     *channels;        // likewise (default: NULL, all that are viable)
+    int32_t         lanes;           // connections over which mpt spreads a large tensor, at most 8; 1: it is not used
+                                     // (default: 1)
     bool            let_read;        // processes of this user may read this one's memory, for the channel cma, also
                                      // where ptrace_scope is 1: PR_SET_PTRACER, until it exits (default: false)
     tprpc_allocator allocator;       // any thread, may be called under a lock (default: malloc and free)
@@ -995,7 +1013,9 @@ enum { TPRPC_TRANSPORT_HANDLES = 1,      // passes descriptors
        TPRPC_TRANSPORT_LOCAL_COPY = 4,   // the ends share memory: a byte moved is a byte copied by a CPU
        TPRPC_TRANSPORT_HOST_PORT = 8,    // its addresses are "host:port"; an agent listens on port 0 of the group's
                                          // interface
-       TPRPC_TRANSPORT_REPEATS = 16 };   // every progress says RECV again until all bytes are consumed
+       TPRPC_TRANSPORT_REPEATS = 16,     // every progress says RECV again until all bytes are consumed
+       TPRPC_TRANSPORT_LANES = 32 };     // a second connection between two ends is worth having: what fills one does
+                                         // not hold up the other
 
 typedef struct tprpc_transport_table {
     uint32_t size;                   // sizeof *this
@@ -1026,9 +1046,10 @@ typedef struct tprpc_transport_table {
     void         (*unlisten)(void *listener);
     bool         (*public_address)(void *instance, const char *address);
 
-    // connect may block for a name's look-up alone. lane 0 carries control and small messages; further lanes bulk, so
-    // that a network can tell them apart. In this version there is lane 0 alone, which carries all. It ends in one
-    // OPEN or one LOST event, unless closed before.
+    // connect may block for a name's look-up alone. lane 0 carries control and small messages; further lanes, where the
+    // transport is worth having them (TPRPC_TRANSPORT_LANES), bulk, so that a network can tell them apart; what they
+    // connect to is the address that lane 0 had, or for HOST_PORT what `peer` says. It ends in one OPEN or one LOST
+    // event, unless closed before.
     tprpc_status (*connect)(void *instance, const char *address, uint32_t lane, tprpc_conn_owner *owner, void **conn,
                             tprpc_error *error);
     void         (*own)(void *conn, tprpc_conn_owner *owner);
@@ -1074,7 +1095,9 @@ typedef struct tprpc_allocation {    // memory by identity: the same base and id
     const void *base; size_t size; uint64_t id; tprpc_device device;
 } tprpc_allocation;
 
-enum { TPRPC_CHANNEL_MUTUAL = 1 };   // usable in a direction only when both ends proved each other
+enum { TPRPC_CHANNEL_MUTUAL = 1,     // usable in a direction only when both ends proved each other
+       TPRPC_CHANNEL_RATED = 2 };    // of those that say so and can move a batch, the pipe takes the one that was
+                                     // faster with large ones, unless the user gave an order
 
 typedef struct tprpc_channel_table {
     uint32_t size;                   // sizeof *this
@@ -1128,6 +1151,10 @@ typedef struct tprpc_channel_table {
     // registers memory does so for the buffers that send and recv are given.
     tprpc_status (*register_memory)(void *instance, const tprpc_allocation *allocation, tprpc_error *error);
     void         (*deregister_memory)(void *instance, const tprpc_allocation *allocation);
+
+    // Connections beside the pipe's own over which its large bulk may go (more than the context has count as that). 0:
+    // none, and its bulk comes in the order sent; else in any order.
+    uint32_t lanes;
 } tprpc_channel_table;
 
 // What a channel calls, in its functions or in deferred work, for the loop of its link.
@@ -1142,6 +1169,8 @@ TPRPC_API tprpc_status tprpc_link_bulk(tprpc_link *link, uint64_t transfer, uint
                                        size_t size, tprpc_work *taken);
 // Whether control can pass handles.
 TPRPC_API bool         tprpc_link_handles(tprpc_link *link);
+// What the pipe's transport is: TPRPC_TRANSPORT_*.
+TPRPC_API uint32_t     tprpc_link_transport(tprpc_link *link);
 // The twin's process, as the pipe's transport says (tprpc_transport_table.process); 0: it cannot be told.
 TPRPC_API int32_t      tprpc_link_process(tprpc_link *link);
 // Ends a transfer, exactly once: its memory is not touched any more. error: NULL when status is TPRPC_OK; copied.
@@ -2775,7 +2804,7 @@ TPRPC_API tprpc_status tprpc_error_set(tprpc_error *error, tprpc_status status, 
 
 enum {
     TPR_WIRE_MAGIC = 0x50525054,          // "TPRP"
-    TPR_WIRE_MAJOR = 1, TPR_WIRE_MINOR = 1,
+    TPR_WIRE_MAJOR = 1, TPR_WIRE_MINOR = 2,
     TPR_WIRE_HEADER = 8,                  // u32 size of the body, u8 kind, u8 handles, u16 channel
     TPR_WIRE_DATA_HEADER = 16,            // u64 transfer, u64 offset; the bytes follow
     TPR_WIRE_MESSAGE_HEADER = 16,
@@ -2796,7 +2825,10 @@ enum {
     TPR_WIRE_CHANNEL,
     TPR_WIRE_DATA,
     TPR_WIRE_CREDIT,
-    TPR_WIRE_BYE
+    TPR_WIRE_BYE,
+    TPR_WIRE_LANE,                        // since 1.2: a connection's first frame, it becomes a pipe's lane;
+    TPR_WIRE_LANED,                       // the answer; and that who listened wants so many lanes (u32)
+    TPR_WIRE_WANT
 };
 
 typedef struct tpr_wire_reader { const uint8_t *at, *end; bool failed; } tpr_wire_reader;
@@ -2934,8 +2966,9 @@ static inline bool tpr_wire_get_frame(const uint8_t *in, uint64_t message_limit,
     switch (out->kind) {
     case TPR_WIRE_MESSAGE: return out->size >= TPR_WIRE_MESSAGE_HEADER && out->size <= message_limit;
     case TPR_WIRE_DATA: return out->size > TPR_WIRE_DATA_HEADER && out->size <= TPR_WIRE_DATA_HEADER + TPR_WIRE_CHUNK;
-    case TPR_WIRE_HELLO: case TPR_WIRE_MOVE: case TPR_WIRE_MOVED: return out->size <= TPR_WIRE_FIRST;
-    case TPR_WIRE_AGREE: case TPR_WIRE_CHANNEL: case TPR_WIRE_CREDIT: case TPR_WIRE_BYE:
+    case TPR_WIRE_HELLO: case TPR_WIRE_MOVE: case TPR_WIRE_MOVED: case TPR_WIRE_LANE: case TPR_WIRE_LANED:
+        return out->size <= TPR_WIRE_FIRST;
+    case TPR_WIRE_AGREE: case TPR_WIRE_CHANNEL: case TPR_WIRE_CREDIT: case TPR_WIRE_BYE: case TPR_WIRE_WANT:
         return out->size <= TPR_WIRE_CONTROL;
     default: return false;
     }
@@ -3016,7 +3049,8 @@ static bool tpr_wire_read_hello(const uint8_t *bytes, size_t size, tpr_wire_hell
     return !r.failed;
 }
 
-typedef struct tpr_wire_move { uint8_t token[16], nonce[16]; } tpr_wire_move;   // a MOVED gives the nonce back
+typedef struct tpr_wire_move { uint8_t token[16], nonce[16]; } tpr_wire_move;   // the answer gives the nonce back
+enum { TPR_WIRE_MOVE_BYTES = 36, TPR_WIRE_LANE_BYTES = 40 };   // of a LANE's body: that of a MOVE, then the lane's u32
 
 static void tpr_wire_write_move(tpr_wire_writer *w, const tpr_wire_move *move) {
     tpr_wire_write_u32(w, (uint32_t)TPR_WIRE_MAGIC);
@@ -3031,6 +3065,12 @@ TPR_COLD static bool tpr_wire_read_move(const uint8_t *bytes, size_t size, tpr_w
     tpr_wire_read_into(&r, out->token, 16);
     tpr_wire_read_into(&r, out->nonce, 16);
     return !r.failed;
+}
+
+// The lane that a LANE or LANED names, from 1 on; 0: it is broken.
+TPR_COLD static uint32_t tpr_wire_read_lane(const uint8_t *bytes, size_t size, tpr_wire_move *out) {
+    if (size < TPR_WIRE_LANE_BYTES || !tpr_wire_read_move(bytes, size, out)) return 0;
+    return tpr_base_load_le32(bytes + TPR_WIRE_MOVE_BYTES);
 }
 
 // Four frames prove the channels that both ends have: the connector's challenges; the acceptor's challenges and
@@ -4357,7 +4397,7 @@ static void tpr_loop_fini(tpr_loop *loop) {
 // Uses: atomic, os, base, timer, loop.
 // Invariant: what is here is set while the context is created and constant after, but for the objects on its loops.
 
-enum { TPR_CONTEXT_BACKENDS = TPR_LOOP_SOURCES - 1, TPR_CONTEXT_LOOPS = 64 };
+enum { TPR_CONTEXT_BACKENDS = TPR_LOOP_SOURCES - 1, TPR_CONTEXT_LOOPS = 64, TPR_CONTEXT_LANES = 8 };
 
 typedef struct tpr_context_backend {   // one backend of a context: viable, with an instance for each loop, or not, with
                                        // why
@@ -4387,6 +4427,8 @@ struct tprpc_context {
     void         *user;
     uint32_t      loop_count, thread_count, backend_count, next_loop;   // next_loop is atomic
     uint32_t      agents, pipes;       // atomic: alive
+    uint32_t      lanes;               // of a pipe, at most
+    bool          ordered_channels;    // by the user
     tpr_loop     *loops;
     tpr_context_thread *threads;
     tpr_context_backend backends[TPR_CONTEXT_BACKENDS];
@@ -5450,7 +5492,7 @@ TPR_COLD static void tpr_tcp_close(void *instance) {
 }
 
 static const tprpc_transport_table tpr_tcp_table = {
-    sizeof(tprpc_transport_table), TPRPC_TRANSPORT_HOST_PORT,
+    sizeof(tprpc_transport_table), TPRPC_TRANSPORT_HOST_PORT | TPRPC_TRANSPORT_LANES,
     tpr_tcp_open, tpr_tcp_close, tpr_tcp_domain, tpr_tcp_reaches,
     tpr_tcp_progress, tpr_tcp_arm, tpr_tcp_handle,
     tpr_tcp_listen, tpr_tcp_address, tpr_tcp_unlisten, tpr_tcp_public_address,
@@ -6618,7 +6660,8 @@ static void tpr_shm_disconnect(void *handle, tprpc_status cause) {
 
 static const tprpc_transport_table tpr_shm_table = {
     (uint32_t)sizeof(tprpc_transport_table),
-    TPRPC_TRANSPORT_HANDLES | TPRPC_TRANSPORT_SAME_HOST | TPRPC_TRANSPORT_LOCAL_COPY | TPRPC_TRANSPORT_REPEATS,
+    TPRPC_TRANSPORT_HANDLES | TPRPC_TRANSPORT_SAME_HOST | TPRPC_TRANSPORT_LOCAL_COPY | TPRPC_TRANSPORT_REPEATS |
+        TPRPC_TRANSPORT_LANES,
     tpr_shm_open, tpr_shm_close, tpr_shm_domain, tpr_shm_reaches, tpr_shm_progress, tpr_shm_arm, tpr_shm_handle,
     tpr_shm_listen, tpr_shm_address, tpr_shm_unlisten, tpr_shm_public_address, tpr_shm_connect, tpr_shm_own,
     tpr_shm_send, tpr_shm_peek, tpr_shm_consume, tpr_shm_recv, tpr_shm_take_handles, tpr_shm_peer, tpr_shm_check_peer,
@@ -6653,8 +6696,8 @@ struct tprpc_link {                  // what a pipe offers to the end of a chann
     tprpc_status (*control)(tprpc_link *link, const void *bytes, size_t size, const intptr_t *handles, size_t count);
     tprpc_status (*bulk)(tprpc_link *link, uint64_t transfer, uint64_t offset, const void *data, size_t size,
                          tprpc_work *taken);
-    bool         (*handles)(tprpc_link *link);
     int32_t      (*process)(tprpc_link *link);
+    uint32_t     (*transport)(tprpc_link *link);
     uint64_t     fallbacks;          // counted by the channel
 };
 
@@ -6665,7 +6708,7 @@ TPRPC_API tprpc_status tprpc_link_control(tprpc_link *link, const void *bytes, s
     TPRPC_ASSERT(link && (bytes || !size) && (handles || !handle_count));
     if (!link || (!bytes && size) || (!handles && handle_count)) return TPRPC_ERROR_INVALID;
     if (size > 4096 || handle_count > TPR_OS_HANDLES) return TPRPC_ERROR_LIMIT;
-    if (handle_count && !link->handles(link)) return TPRPC_ERROR_UNSUPPORTED;
+    if (handle_count && !tprpc_link_handles(link)) return TPRPC_ERROR_UNSUPPORTED;
     return link->control(link, bytes, size, handles, handle_count);
 }
 
@@ -6687,7 +6730,12 @@ TPRPC_API void tprpc_transfer_done(tprpc_transfer *transfer, tprpc_status status
 
 TPRPC_API bool tprpc_link_handles(tprpc_link *link) {
     TPRPC_ASSERT(link);
-    return link && link->handles(link);
+    return link && (link->transport(link) & TPRPC_TRANSPORT_HANDLES) != 0;
+}
+
+TPRPC_API uint32_t tprpc_link_transport(tprpc_link *link) {
+    TPRPC_ASSERT(link);
+    return link ? link->transport(link) : 0;
 }
 
 TPRPC_API int32_t tprpc_link_process(tprpc_link *link) {
@@ -6951,13 +6999,18 @@ static size_t tpr_batch_cut(tpr_batch_worker *worker, uint64_t at, size_t size, 
     return cut;
 }
 
+static size_t tpr_batch_chunk_size(const tpr_batch_queue *queue) {
+    return tpr_loop_chunk(&queue->host->context->loops[queue->host->loop], TPR_BATCH_CHUNK);
+}
+
 // Takes a chunk and fetches it, lowering *left. Returns whether there may be more.
 static bool tpr_batch_chunk(tpr_batch_worker *worker, size_t *left) {
     tpr_batch *batch = worker->batch;
     tpr_batch_piece pieces[TPR_BATCH_PIECES];
-    const uint64_t at = TPR_ATOMIC_ADD(&batch->next, (uint64_t)TPR_BATCH_CHUNK);
+    const size_t most = tpr_batch_chunk_size(worker->queue);
+    const uint64_t at = TPR_ATOMIC_ADD(&batch->next, (uint64_t)most);
     if (at >= batch->total) return false;
-    const size_t size = batch->total - at < TPR_BATCH_CHUNK ? (size_t)(batch->total - at) : (size_t)TPR_BATCH_CHUNK;
+    const size_t size = batch->total - at < most ? (size_t)(batch->total - at) : most;
     const size_t counted = size > TPR_BATCH_LEAST ? size : (size_t)TPR_BATCH_LEAST;
     for (size_t done = 0, count; done < size && !TPR_ATOMIC_PEEK(&batch->outcome);) {
         done += tpr_batch_cut(worker, at + done, size - done, pieces, &count);
@@ -7054,7 +7107,7 @@ static void tpr_batch_helper_come(tprpc_work *work) {
 // A chunk for all that are here, so that a poll with a budget can stop behind it.
 static void tpr_batch_run(tprpc_work *work) {
     tpr_batch_queue *queue = TPR_CONTAINER(work, tpr_batch_queue, work);
-    size_t left = TPR_BATCH_CHUNK;
+    size_t left = tpr_batch_chunk_size(queue);
     while (left > 0 && !tpr_base_list_empty(&queue->workers)) {
         tpr_batch_worker *first = TPR_CONTAINER(queue->workers.next, tpr_batch_worker, node);
         tpr_base_list_remove(&first->node);
@@ -7087,6 +7140,7 @@ static void tpr_batch_fetch(tpr_batch *batch) {
         tprpc_defer(ctx, &helper->work);
     }
     batch->own.batch = batch;
+    batch->own.queue = queue;
     tpr_batch_queue_in(queue, &batch->own);
 }
 
@@ -7163,10 +7217,11 @@ static tprpc_status tpr_batch_control(void *end, const uint8_t *bytes, size_t si
     }
 }
 
-// Where bytes go: the offset counts over all buffers of the transfer, and a piece lies within one of them.
+// Where bytes go: the offset counts over all buffers of the transfer, and a piece lies within one of them. Pieces come
+// in any order, over several connections.
 static void *tpr_batch_bulk(void *end, uint64_t id, uint64_t offset, size_t size) {
     tpr_batch *self = (tpr_batch *)tpr_base_map_get(&((tpr_batch_end *)end)->receives, id);
-    if (!self || !self->asked || offset != self->moved) return NULL;
+    if (!self || !self->asked) return NULL;
     for (size_t i = 0; i < self->count; i++) {
         uint64_t length = self->buffers[i].size;
         if (offset < length) return size <= length - offset ? (uint8_t *)self->buffers[i].data + offset : NULL;
@@ -7177,9 +7232,10 @@ static void *tpr_batch_bulk(void *end, uint64_t id, uint64_t offset, size_t size
 
 static void tpr_batch_bulk_done(void *end, uint64_t id, uint64_t offset, size_t size) {
     tpr_batch *self = (tpr_batch *)tpr_base_map_get(&((tpr_batch_end *)end)->receives, id);
-    if (!self || !self->asked || offset != self->moved) return;
+    (void)offset;
+    if (!self || !self->asked) return;
     self->moved += size;
-    if (self->moved == self->total) tpr_batch_finish(self, TPRPC_OK);
+    if (self->moved >= self->total) tpr_batch_finish(self, TPRPC_OK);
 }
 
 // ---- instances and ends
@@ -7269,7 +7325,7 @@ static const tprpc_channel_table tpr_basic_table = {
     (uint32_t)sizeof(tprpc_channel_table), 0, 0, 1, 0, 0,
     tpr_basic_open, tpr_batch_close, tpr_basic_domain, tpr_basic_reaches, NULL, NULL, NULL, tpr_batch_moves,
     tpr_basic_attach, tpr_basic_detach, NULL, NULL, NULL, tpr_batch_send, tpr_batch_recv, tpr_batch_abort,
-    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL,
+    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, 1,
 };
 
 static const tprpc_backend tpr_basic_backend = {
@@ -7458,7 +7514,7 @@ static const tprpc_channel_table tpr_xth_table = {
     (uint32_t)sizeof(tprpc_channel_table), (uint32_t)TPRPC_CHANNEL_MUTUAL, 0, 1, 0, 0,
     tpr_xth_open, tpr_batch_close, tpr_xth_domain, tpr_xth_reaches, NULL, NULL, NULL, tpr_batch_moves,
     tpr_xth_attach, tpr_xth_detach, tpr_xth_challenge, tpr_xth_answer, tpr_xth_verify, tpr_batch_send, tpr_batch_recv,
-    tpr_batch_abort, tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL,
+    tpr_batch_abort, tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, 0,
 };
 
 static const tprpc_backend tpr_xth_backend = {
@@ -7630,24 +7686,98 @@ static tprpc_status tpr_cma_verify(void *end, const uint8_t *answer, size_t size
 }
 
 static const tprpc_channel_table tpr_cma_table = {
-    (uint32_t)sizeof(tprpc_channel_table), 0, 0, 1, 0, TPR_CMA_WORD,
+    (uint32_t)sizeof(tprpc_channel_table), (uint32_t)TPRPC_CHANNEL_RATED, 0, 1, 0, TPR_CMA_WORD,
     tpr_cma_open, tpr_batch_close, tpr_cma_domain, tpr_cma_reaches, NULL, NULL, NULL, tpr_batch_moves,
     tpr_cma_attach, tpr_cma_detach, tpr_cma_challenge, tpr_cma_answer, tpr_cma_verify, tpr_batch_send, tpr_batch_recv,
-    tpr_batch_abort, tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL,
+    tpr_batch_abort, tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, 0,
 };
 
 static const tprpc_backend tpr_cma_backend = {
     (uint32_t)sizeof(tprpc_backend), TPRPC_VERSION, "cma",
     "Host memory of another process of this host, read from there by process_vm_readv.",
-    900, NULL, &tpr_cma_table, NULL, NULL,   // below basic: through a ring of shm both ends copy at a time, 64 MiB at
-                                             // 10.1 GB/s, here one does, at 5.0 (2-core x86-64 VM, EPYC, 2026-11)
+    1190, NULL, &tpr_cma_table, NULL, NULL,
 };
 #endif // TPRPC_NO_CMA
+
+// >>bulk --------------------------------------------------------------------------------------------------------------
+// Host memory of another process of this host, through memory that both share: a lane's ring (>>pipe, lanes), into
+// which the sender copies while the receiver copies out of it.
+//
+// Uses: base, loop, context, channel, batch, basic.
+// Invariant: it has no state but that of its batches.
+
+#ifndef TPRPC_NO_BULK
+static const tpr_batch_method tpr_bulk_method = {"bulk", NULL, NULL, NULL, NULL, NULL};
+
+static tprpc_status tpr_bulk_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
+    (void)user;
+    return tpr_batch_open(host, &tpr_bulk_method, instance, error);
+}
+
+static tprpc_status tpr_bulk_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
+    if (!(tprpc_link_transport(link) & TPRPC_TRANSPORT_LOCAL_COPY))
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "the transport shares no memory");
+    return tpr_basic_attach(instance, link, end, error);
+}
+
+static const tprpc_channel_table tpr_bulk_table = {
+    (uint32_t)sizeof(tprpc_channel_table), (uint32_t)TPRPC_CHANNEL_RATED, 0, 1, 0, 0,
+    tpr_bulk_open, tpr_batch_close, tpr_basic_domain, tpr_basic_reaches, NULL, NULL, NULL, tpr_batch_moves,
+    tpr_bulk_attach, tpr_basic_detach, NULL, NULL, NULL, tpr_batch_send, tpr_batch_recv, tpr_batch_abort,
+    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, 1,
+};
+
+static const tprpc_backend tpr_bulk_backend = {
+    (uint32_t)sizeof(tprpc_backend), TPRPC_VERSION, "bulk",
+    "Host memory of another process of this host, copied in and out of shared memory at a time.",
+    1200, NULL, &tpr_bulk_table, NULL, NULL,
+};
+#endif // TPRPC_NO_BULK
+
+// >>mpt ---------------------------------------------------------------------------------------------------------------
+// Host memory over several connections of a network at a time ("multi-path"), in chunks, each over the lane that has
+// room. For networks on which one connection does not get all there is.
+//
+// Uses: base, loop, context, channel, batch, basic.
+// Invariant: it has no state but that of its batches.
+
+#ifndef TPRPC_NO_MPT
+static const tpr_batch_method tpr_mpt_method = {"mpt", NULL, NULL, NULL, NULL, NULL};
+
+static tprpc_status tpr_mpt_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
+    (void)user;
+    if (host->context->lanes < 2)
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "tprpc_context_desc.lanes is not above 1");
+    return tpr_batch_open(host, &tpr_mpt_method, instance, error);
+}
+
+static tprpc_status tpr_mpt_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
+    const uint32_t flags = tprpc_link_transport(link);
+    if (!(flags & TPRPC_TRANSPORT_LANES) || (flags & TPRPC_TRANSPORT_LOCAL_COPY))
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                               "the transport is not one that several connections make faster");
+    return tpr_basic_attach(instance, link, end, error);
+}
+
+static const tprpc_channel_table tpr_mpt_table = {
+    (uint32_t)sizeof(tprpc_channel_table), 0, 0, 1, 0, 0,
+    tpr_mpt_open, tpr_batch_close, tpr_basic_domain, tpr_basic_reaches, NULL, NULL, NULL, tpr_batch_moves,
+    tpr_mpt_attach, tpr_basic_detach, NULL, NULL, NULL, tpr_batch_send, tpr_batch_recv, tpr_batch_abort,
+    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, TPR_CONTEXT_LANES,
+};
+
+static const tprpc_backend tpr_mpt_backend = {
+    (uint32_t)sizeof(tprpc_backend), TPRPC_VERSION, "mpt",
+    "Host memory in chunks over several connections of a network at a time.",
+    1100, NULL, &tpr_mpt_table, NULL, NULL,
+};
+#endif // TPRPC_NO_MPT
 
 // >>backends ----------------------------------------------------------------------------------------------------------
 // The registry, one line a backend, and the creation and destruction of contexts, which read it.
 //
-// Uses: atomic, os, base, wire, timer, loop, context, transport, tcp, shm, channel, basic, xth, cma.
+// Uses: atomic, os, base, wire, timer, loop, context, transport, tcp, shm, channel, basic, xth, cma, bulk,
+// mpt.
 // Invariant: no backend's name appears anywhere below.
 
 static const tprpc_backend *const tpr_backends_all[] = {
@@ -7662,6 +7792,12 @@ static const tprpc_backend *const tpr_backends_all[] = {
 #endif
 #ifndef TPRPC_NO_CMA
     &tpr_cma_backend,
+#endif
+#ifndef TPRPC_NO_BULK
+    &tpr_bulk_backend,
+#endif
+#ifndef TPRPC_NO_MPT
+    &tpr_mpt_backend,
 #endif
     &tpr_basic_backend,
 };
@@ -7827,6 +7963,8 @@ static tprpc_status tpr_backends_found(tprpc_context *ctx, const tprpc_context_d
     ctx->env.polled = desc->threads == 0;
     if (desc->let_read) tpr_os_let_read();
     ctx->env.nesting = ctx->limits.nesting;
+    ctx->lanes = desc->lanes ? (uint32_t)desc->lanes : 1;
+    ctx->ordered_channels = desc->channels != NULL;
     if (desc->log) {
         ctx->env.logger.lines =
             (tpr_base_log_line *)tpr_context_alloc(ctx, TPR_BASE_LOG_LINES * sizeof(tpr_base_log_line));
@@ -7929,6 +8067,9 @@ TPRPC_API tprpc_status tprpc_context_create_for(const tprpc_context_desc *desc, 
     if (desc->threads < 0 || desc->threads > TPR_CONTEXT_LOOPS)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "threads is %d, not 0 to %d", (int)desc->threads,
                                TPR_CONTEXT_LOOPS);
+    if (desc->lanes < 0 || desc->lanes > TPR_CONTEXT_LANES)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "lanes is %d, not 0 to %d", (int)desc->lanes,
+                               TPR_CONTEXT_LANES);
     limits = desc->limits;
     tpr_context_limits(&limits);
     memset(&memory, 0, sizeof memory);
@@ -8007,6 +8148,12 @@ enum {
     TPR_PIPE_INLINE = 8 << 10,         // host buffers up to here travel within the message, if no channel says else,
     TPR_PIPE_INLINE_ALL = 32 << 10,    // up to so many in all
     TPR_PIPE_CHUNK = (256 << 10) - 64,   // of bulk, so that with its header it is no more than 256 KiB
+    TPR_PIPE_LARGE = 256 << 10,        // bulk from here on goes over lanes
+    TPR_PIPE_RATED = 1 << 20,          // a batch from here on tells how fast its channel is:
+    TPR_PIPE_RATED_TRIES = 3,          // so many of each channel, and then
+    TPR_PIPE_RATED_AGAIN = 64,         // one of so many, by another than the fastest
+    TPR_PIPE_LANE_MS = 2000,           // that one may take to come; after a failure another is tried after
+    TPR_PIPE_LANE_RETRY_US = 1000000,  // this time, which doubles up to six times
     TPR_PIPE_STACK = 1024,             // frames up to here are built and parsed on the stack
     TPR_PIPE_ROUND = 1 << 20,          // bytes handled in one go before others have a turn
     TPR_PIPE_SHORT = 256,              // metadata up to here, without tensors, takes the short path
@@ -8040,7 +8187,8 @@ typedef struct tpr_pipe_bulk {         // a channel's bulk on its way out
     struct tpr_pipe_bulk *next;
     uint64_t transfer, offset;
     const uint8_t *data;
-    size_t   size;                     // left
+    size_t   size;                     // that is in no chunk yet
+    uint32_t chunks, lanes;            // chunks on their way; lanes that it may go over; 0: the pipe's own connection
     uint16_t channel;
     tprpc_work *taken;
 } tpr_pipe_bulk;
@@ -8052,6 +8200,9 @@ typedef struct tpr_pipe_transfer {     // a channel's transfer of one message
     struct tpr_pipe_write *write;      // one of the two
     struct tpr_pipe_in *in;
     uint16_t channel;
+    bool large, torn;                  // of a receive: its bulk may come over lanes; one of them was lost
+    int64_t  begun_us;                 // of a send that is rated, when it began; else 0
+    uint64_t bytes;                    // likewise
 } tpr_pipe_transfer;
 
 typedef struct tpr_pipe_keep {         // a tensor on a device, on its way out
@@ -8143,15 +8294,35 @@ typedef struct tpr_pipe_channel {      // the end of a channel on a pipe
     void    *end;
     uint16_t index;
     bool     proved, verdict;          // the twin proved that it reads us; it says that we proved that we read it
+    uint32_t tries, rate;              // large batches sent, where it is rated; bytes a microsecond of the fast ones
     char     why[110];                 // it has no end, or is not proved
 } tpr_pipe_channel;
 
-typedef struct tpr_pipe_conn {         // one connection of a pipe
+typedef struct tpr_pipe_conn {         // one connection of a pipe, with the frames on their way out and in
     tprpc_conn_owner owner;            // first
     tprpc_pipe *pipe;
     const tpr_context_backend *entry;
     void *conn;                        // NULL: none
+    // out
+    tpr_pipe_bulk *bulk;               // what the chunk is of
+    const uint8_t *data;
+    uint8_t  chunk_header[TPR_WIRE_HEADER + TPR_WIRE_DATA_HEADER];
+    uint32_t chunk_size, chunk_sent;   // of the chunk on its way, header included
+    // in
+    uint8_t  header[TPR_WIRE_HEADER + TPR_WIRE_DATA_HEADER];
+    uint32_t header_have, body_have;
+    tpr_wire_frame frame;
+    void    *dest;                     // where a chunk of bulk goes; NULL: nowhere
+    uint64_t data_transfer, data_offset;
 } tpr_pipe_conn;
+
+typedef struct tpr_pipe_lane {         // a connection beside the pipe's own, for large bulk; lives as long as the pipe
+    tpr_pipe_conn conn;                // first
+    uint32_t   number;                 // from 1 on
+    bool       open;                   // both ends know of it
+    tprpc_work timer;                  // until it is
+    uint8_t    answer[TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES];
+} tpr_pipe_lane;
 
 struct tprpc_pipe {
     tpr_loop_object object;
@@ -8162,7 +8333,7 @@ struct tprpc_pipe {
     tpr_pipe_user  *user;
     uint32_t        refs, busy;        // what hangs from it; callbacks running
     tpr_pipe_state  state;
-    bool            connector, ordered, insecure, closed, handed, pumping, resume_set, old_lost, orphaned;
+    bool            connector, ordered, insecure, closed, handed, pumping, resume_set, old_lost, orphaned, parting;
     uint32_t        agreed_step;       // the last of the peer's steps of the proof
     tprpc_status    status;
     tpr_pipe_conn   now, next;         // what carries it; what it moves to
@@ -8179,17 +8350,13 @@ struct tprpc_pipe {
     tpr_pipe_frames urgent, messages;  // control; what waits for credit or room
     tpr_pipe_bulk  *bulk, **bulk_tail;
     tpr_pipe_frame *current;           // partly sent
-    uint8_t         chunk_header[TPR_WIRE_HEADER + TPR_WIRE_DATA_HEADER];
-    uint32_t        chunk_size, chunk_sent;   // of the chunk on its way, header included
     uint64_t        sent, granted;     // bytes of message frames sent; that the peer has consumed
+    uint32_t        rated;             // batches that tell how fast a channel is; the last one's
+    int64_t         rated_us;          // end
     uint64_t        queued_bytes, next_transfer;
     // in
-    uint8_t         header[TPR_WIRE_HEADER + TPR_WIRE_DATA_HEADER];
-    uint32_t        header_have, body_have, body_block;
-    tpr_wire_frame  frame;
     uint8_t        *body;              // of a frame that did not come in one piece
-    void           *dest;              // where a chunk of bulk goes; NULL: nowhere
-    uint64_t        data_transfer, data_offset;
+    uint32_t        body_block;
     intptr_t        handles[TPR_OS_HANDLES];
     uint32_t        handle_count;
     uint64_t        consumed, told;    // bytes of message frames read by the user; as the peer knows
@@ -8198,10 +8365,19 @@ struct tprpc_pipe {
     tpr_base_list  *waiting;           // the first of `reads` that has no message yet, or &reads
     tpr_pipe_channel *channels[TPR_WIRE_CHANNELS];
     uint32_t        channel_count;
-    tprpc_error     error;             // why it ended
+    // lanes
+    tpr_pipe_lane  *lanes[TPR_CONTEXT_LANES];   // NULL: never there
+    uint32_t        lanes_open, lanes_wanted, lanes_failed;   // failed: in a row
+    uint16_t        peer_minor;
+    uint8_t         peer_token[16];
+    int64_t         lanes_retry_us;    // none is tried before
+    struct tprpc_listener *home;       // that lanes come in by, and this pipe's place there
+    tpr_base_list   home_node;
+    tprpc_error     error;             // why it ended, or parts
     uint32_t        moved_have;        // of the peer's word on the connection that it moves to,
     uint8_t         moved[TPR_WIRE_HEADER + 36];   // which may come in pieces
-    char            move_why[110], address[TPR_WIRE_ADDRESS];   // why it was not moved; where it connects to
+    char            move_why[110], lane_why[110];   // why it was not moved, why a lane is missing
+    char            address[TPR_WIRE_ADDRESS + 18]; // where it connects to, or where it moved to
     uint64_t bytes_sent, bytes_received, tensor_bytes_sent, tensor_bytes_received, messages_sent, messages_received;
     uint64_t        fast_messages, fallbacks;   // fallbacks: of sends, to the next channel
     uint64_t        idle_turns;        // the loop's, when messages were taken in last
@@ -8226,6 +8402,8 @@ struct tprpc_listener {
     uint32_t       count;
     tpr_pipe_listen addresses[TPR_PIPE_ADDRESSES];
     tpr_base_list  greeting_list, pipes, ready, accepts;   // not yet known; not yet open; open; asked for
+    tpr_base_list  members;            // pipes that came in by it, and
+    tpr_base_map   by_token;           // likewise, by the first 8 bytes of that
     tpr_pipe_user *(*user_for)(void *arg, tprpc_pipe *pipe);   // an agent's: takes pipes as they come
     void          *user_arg;
 };
@@ -8255,6 +8433,10 @@ static void tpr_pipe_timed_out(tprpc_work *work);
 static void tpr_pipe_take_conn(tprpc_pipe *pipe, const tpr_context_backend *entry, void *conn);
 static void tpr_pipe_set_timer(tprpc_pipe *pipe, int64_t ms);
 static void tpr_pipe_process_ended(tpr_process_watch *watch);
+static void tpr_pipe_lanes_want(tprpc_pipe *pipe, uint32_t count);
+static void tpr_pipe_lanes_end(tprpc_pipe *pipe, tprpc_status cause);
+static void tpr_pipe_part(tprpc_pipe *pipe, tprpc_status status, int32_t os_code, const char *text);
+static void tpr_pipe_rate(tpr_pipe_transfer *transfer);
 
 static inline const tprpc_transport_table *tpr_pipe_table(const tpr_pipe_conn *conn) {
     return conn->entry->backend->transport;
@@ -8281,6 +8463,7 @@ TPR_COLD static void tpr_pipe_free(tprpc_pipe *pipe) {
         if (channel->end) channel->entry->backend->channel->detach(channel->end);
         tpr_context_free(ctx, channel, sizeof *channel);
     }
+    for (uint32_t i = 0; i < TPR_CONTEXT_LANES; i++) tpr_context_free(ctx, pipe->lanes[i], sizeof *pipe->lanes[i]);
     tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
     tpr_context_free(ctx, pipe->hello, sizeof *pipe->hello);
     tpr_base_list_remove(&pipe->listener_node);
@@ -8471,45 +8654,66 @@ static inline bool tpr_pipe_has_credit(const tprpc_pipe *pipe, uint32_t cost) {
     return out <= TPR_PIPE_WINDOW / 2 || out + cost <= TPR_PIPE_WINDOW;
 }
 
-static inline size_t tpr_pipe_conn_send(tprpc_pipe *pipe, const tprpc_span *spans, size_t count,
+static inline size_t tpr_pipe_conn_send(tpr_pipe_conn *conn, const tprpc_span *spans, size_t count,
                                         const intptr_t *handles, size_t handle_count, bool more) {
-    size_t n = tpr_pipe_table(&pipe->now)->send(pipe->now.conn, spans, count, handles, handle_count, more);
-    pipe->bytes_sent += n;
+    size_t n = tpr_pipe_table(conn)->send(conn->conn, spans, count, handles, handle_count, more);
+    conn->pipe->bytes_sent += n;
     return n;
 }
 
-// The next piece of bulk, in a chunk of its own. Returns whether the connection took all of it.
-static bool tpr_pipe_send_chunk(tprpc_pipe *pipe) {
+// Cuts the next chunk for a connection: of the first bulk that may go over it, which is the pipe's own while its lanes
+// are not there. lane: its number, 0: the pipe's own. False: there is none.
+static bool tpr_pipe_cut_chunk(tpr_pipe_conn *conn, uint32_t lane) {
+    tprpc_pipe *pipe = conn->pipe;
     tpr_pipe_bulk *bulk = pipe->bulk;
-    const uint32_t header = TPR_WIRE_HEADER + TPR_WIRE_DATA_HEADER;
-    if (!pipe->chunk_size) {
-        uint32_t size = bulk->size < TPR_PIPE_CHUNK ? (uint32_t)bulk->size : (uint32_t)TPR_PIPE_CHUNK;
-        tpr_wire_put_frame(pipe->chunk_header, TPR_WIRE_DATA_HEADER + size, TPR_WIRE_DATA, 0, bulk->channel);
-        tpr_base_store_le64(pipe->chunk_header + TPR_WIRE_HEADER, bulk->transfer);
-        tpr_base_store_le64(pipe->chunk_header + TPR_WIRE_HEADER + 8, bulk->offset);
-        pipe->chunk_size = header + size;
-        pipe->chunk_sent = 0;
-    }
-    tprpc_span spans[2];
-    uint32_t head = pipe->chunk_sent < header ? header - pipe->chunk_sent : 0;
-    uint32_t skip = pipe->chunk_sent < header ? 0 : pipe->chunk_sent - header;
-    spans[0].data = pipe->chunk_header + header - head;
-    spans[0].size = head;
-    spans[1].data = (void *)(uintptr_t)(bulk->data + skip);
-    spans[1].size = pipe->chunk_size - header - skip;
-    pipe->chunk_sent += (uint32_t)tpr_pipe_conn_send(pipe, spans, 2, NULL, 0, bulk->size > pipe->chunk_size - header);
-    if (pipe->chunk_sent < pipe->chunk_size) return false;
-    uint32_t moved = pipe->chunk_size - header;
-    pipe->chunk_size = 0;
-    bulk->data += moved;
-    bulk->offset += moved;
-    bulk->size -= moved;
-    if (bulk->size) return true;
+    while (bulk && (!bulk->size || (lane ? bulk->lanes < lane : bulk->lanes && pipe->lanes_open))) bulk = bulk->next;
+    if (!bulk) return false;
+    const size_t most = tpr_loop_chunk(pipe->loop, TPR_PIPE_CHUNK);
+    const uint32_t size = (uint32_t)(bulk->size < most ? bulk->size : most);
+    tpr_wire_put_frame(conn->chunk_header, TPR_WIRE_DATA_HEADER + size, TPR_WIRE_DATA, 0, bulk->channel);
+    tpr_base_store_le64(conn->chunk_header + TPR_WIRE_HEADER, bulk->transfer);
+    tpr_base_store_le64(conn->chunk_header + TPR_WIRE_HEADER + 8, bulk->offset);
+    conn->bulk = bulk;
+    conn->data = bulk->data;
+    conn->chunk_size = TPR_WIRE_HEADER + TPR_WIRE_DATA_HEADER + size;
+    conn->chunk_sent = 0;
+    bulk->data += size;
+    bulk->offset += size;
+    bulk->size -= size;
+    bulk->chunks++;
+    return true;
+}
+
+// A connection's chunk was sent, or is given up. Bulk that was taken whole goes back to its channel.
+static void tpr_pipe_chunk_over(tpr_pipe_conn *conn) {
+    tprpc_pipe *pipe = conn->pipe;
+    tpr_pipe_bulk *bulk = conn->bulk, **at = &pipe->bulk;
     tprpc_work *taken = bulk->taken;
-    pipe->bulk = bulk->next;
-    if (!pipe->bulk) pipe->bulk_tail = &pipe->bulk;
+    conn->chunk_size = 0;
+    conn->bulk = NULL;
+    if (--bulk->chunks || bulk->size) return;
+    while (*at != bulk) at = &(*at)->next;
+    *at = bulk->next;
+    if (!*at) pipe->bulk_tail = at;
     tpr_base_pool_free(&pipe->loop->pool, bulk, sizeof *bulk);
     taken->run(taken);
+}
+
+// The next piece of the chunk that was cut. Returns whether the connection took all of it.
+static bool tpr_pipe_send_chunk(tpr_pipe_conn *conn) {
+    const uint32_t header = TPR_WIRE_HEADER + TPR_WIRE_DATA_HEADER;
+    tprpc_span spans[2];
+    uint32_t head = conn->chunk_sent < header ? header - conn->chunk_sent : 0;
+    uint32_t skip = conn->chunk_sent < header ? 0 : conn->chunk_sent - header;
+    spans[0].data = conn->chunk_header + header - head;
+    spans[0].size = head;
+    spans[1].data = (void *)(uintptr_t)(conn->data + skip);
+    spans[1].size = conn->chunk_size - header - skip;
+    // Whether the next chunk of it goes over this connection, too: what is sent with `more` must be followed by more.
+    const bool more = conn->bulk->size > 0 && conn->bulk->lanes == (conn == &conn->pipe->now ? 0u : 1u);
+    conn->chunk_sent += (uint32_t)tpr_pipe_conn_send(conn, spans, 2, NULL, 0, more);
+    if (conn->chunk_sent < conn->chunk_size) return false;
+    tpr_pipe_chunk_over(conn);
     return true;
 }
 
@@ -8517,7 +8721,7 @@ static bool tpr_pipe_send_frame(tprpc_pipe *pipe, tpr_pipe_frame *frame) {
     tprpc_span span;
     span.data = tpr_pipe_frame_bytes(frame) + frame->sent;
     span.size = frame->size - frame->sent;
-    size_t n = tpr_pipe_conn_send(pipe, &span, 1, frame->handles, frame->sent ? 0 : frame->handle_count, false);
+    size_t n = tpr_pipe_conn_send(&pipe->now, &span, 1, frame->handles, frame->sent ? 0 : frame->handle_count, false);
     frame->sent += (uint32_t)n;
     if (frame->sent < frame->size) return false;
     if (frame->cost) pipe->messages_sent++;
@@ -8534,14 +8738,14 @@ static void tpr_pipe_resume_later(tprpc_pipe *pipe) {
 
 // Sends what the connection takes: what was begun, control, messages that have credit, bulk.
 static void tpr_pipe_pump_out(tprpc_pipe *pipe) {
-    uint64_t stop = pipe->bytes_sent + TPR_PIPE_ROUND;
+    uint64_t stop = pipe->bytes_sent + tpr_loop_chunk(pipe->loop, TPR_PIPE_ROUND);
     pipe->refs++;
     while (pipe->state != TPR_PIPE_ENDED && pipe->now.conn) {
         if (pipe->bytes_sent >= stop) {
             tpr_pipe_resume_later(pipe);
             break;
         }
-        if (!pipe->current && !pipe->chunk_size) {
+        if (!pipe->current && !pipe->now.chunk_size) {
             if (pipe->urgent.head) {
                 pipe->current = tpr_pipe_frames_take(&pipe->urgent);
             } else if (pipe->messages.head && tpr_pipe_has_credit(pipe, pipe->messages.head->cost)) {
@@ -8556,7 +8760,25 @@ static void tpr_pipe_pump_out(tprpc_pipe *pipe) {
             pipe->current = frame;
             break;
         }
-        if (!pipe->bulk || !tpr_pipe_send_chunk(pipe)) break;
+        if (!pipe->now.chunk_size && !tpr_pipe_cut_chunk(&pipe->now, 0)) break;
+        if (!tpr_pipe_send_chunk(&pipe->now)) break;
+    }
+    tpr_pipe_unref(pipe);
+}
+
+// The same for a lane, which carries chunks alone.
+static void tpr_pipe_lane_pump_out(tpr_pipe_lane *lane) {
+    tpr_pipe_conn *conn = &lane->conn;
+    tprpc_pipe *pipe = conn->pipe;
+    uint64_t stop = pipe->bytes_sent + tpr_loop_chunk(pipe->loop, TPR_PIPE_ROUND);
+    pipe->refs++;
+    while (pipe->state != TPR_PIPE_ENDED && lane->open) {
+        if (pipe->bytes_sent >= stop) {
+            tpr_pipe_resume_later(pipe);
+            break;
+        }
+        if (!conn->chunk_size && !tpr_pipe_cut_chunk(conn, lane->number)) break;
+        if (!tpr_pipe_send_chunk(conn)) break;
     }
     tpr_pipe_unref(pipe);
 }
@@ -8566,14 +8788,14 @@ static bool tpr_pipe_control(tprpc_pipe *pipe, uint8_t kind, uint16_t channel, c
                              const intptr_t *handles, size_t handle_count) {
     uint8_t small_frame[256];
     if (pipe->state == TPR_PIPE_ENDED || !pipe->now.conn) return false;
-    bool idle = !pipe->current && !pipe->chunk_size && !pipe->urgent.head && !handle_count;
+    bool idle = !pipe->current && !pipe->now.chunk_size && !pipe->urgent.head && !handle_count;
     if (idle && size + TPR_WIRE_HEADER <= sizeof small_frame) {
         tprpc_span span;
         tpr_wire_put_frame(small_frame, (uint32_t)size, kind, 0, channel);
         tpr_base_copy(small_frame + TPR_WIRE_HEADER, body, size);
         span.data = small_frame;
         span.size = size + TPR_WIRE_HEADER;
-        size_t n = tpr_pipe_conn_send(pipe, &span, 1, NULL, 0, false);
+        size_t n = tpr_pipe_conn_send(&pipe->now, &span, 1, NULL, 0, false);
         if (n == span.size) return true;
         tpr_pipe_frame *rest = tpr_pipe_frame_new(pipe, span.size - n);
         if (rest) memcpy(tpr_pipe_frame_bytes(rest), small_frame + n, span.size - n);
@@ -8625,17 +8847,21 @@ static tprpc_status tpr_pipe_link_bulk(tprpc_link *link, uint64_t transfer, uint
     bulk->offset = offset;
     bulk->data = (const uint8_t *)data;
     bulk->size = size;
+    bulk->chunks = 0;
+    bulk->lanes = size < TPR_PIPE_LARGE ? 0 : channel->entry->backend->channel->lanes;
+    if (bulk->lanes > pipe->ctx->lanes) bulk->lanes = pipe->ctx->lanes;
     bulk->channel = channel->index;
     bulk->taken = taken;
     *pipe->bulk_tail = bulk;
     pipe->bulk_tail = &bulk->next;
+    if (bulk->lanes) tpr_pipe_lanes_want(pipe, bulk->lanes);
     tpr_pipe_resume_later(pipe);       // not now: `taken` may not run inside this call
     return TPRPC_OK;
 }
 
-static bool tpr_pipe_link_handles(tprpc_link *link) {
+static uint32_t tpr_pipe_link_transport(tprpc_link *link) {
     tprpc_pipe *pipe = ((tpr_pipe_channel *)(void *)link)->pipe;
-    return pipe->now.entry && (tpr_pipe_table(&pipe->now)->flags & TPRPC_TRANSPORT_HANDLES) != 0;
+    return pipe->now.entry ? tpr_pipe_table(&pipe->now)->flags : 0;
 }
 
 static int32_t tpr_pipe_link_process(tprpc_link *link) {
@@ -8660,16 +8886,28 @@ static void tpr_pipe_in_done(tpr_pipe_in *in, tprpc_status status, const tprpc_e
     in->done(in);
 }
 
+// The rest of a chunk has nowhere to go when its transfer has ended.
+static void tpr_pipe_forget_dest(tpr_pipe_conn *conn, const tpr_pipe_transfer *transfer) {
+    if (conn->dest && conn->frame.channel == transfer->channel && conn->data_transfer == transfer->base.base.id)
+        conn->dest = NULL;
+}
+
 static void tpr_pipe_transfer_ended(tpr_channel_transfer *base, tprpc_status status, const tprpc_error *error) {
     tpr_pipe_transfer *transfer = (tpr_pipe_transfer *)(void *)base;
     tprpc_pipe *pipe = transfer->pipe;
+    tprpc_error torn;
     tpr_base_list_remove(&transfer->node);
-    if (transfer->in && pipe->dest && pipe->frame.channel == transfer->channel &&
-        pipe->data_transfer == transfer->base.base.id) pipe->dest = NULL;   // the rest of the chunk has nowhere to go
+    if (transfer->in) tpr_pipe_forget_dest(&pipe->now, transfer);
+    for (uint32_t i = 0; transfer->large && i < TPR_CONTEXT_LANES; i++)
+        if (pipe->lanes[i]) tpr_pipe_forget_dest(&pipe->lanes[i]->conn, transfer);
     if (status != TPRPC_OK && pipe->state == TPR_PIPE_ENDED) {   // what ended the pipe is the cause
         status = pipe->status;
         error = &pipe->error;
+    } else if (transfer->torn) {
+        status = tprpc_error_set(&torn, TPRPC_ERROR_PEER, 0, "a connection of the pipe was lost: %s", pipe->lane_why);
+        error = &torn;
     }
+    if (transfer->begun_us && status == TPRPC_OK) tpr_pipe_rate(transfer);
     if (transfer->write) tpr_pipe_write_done(transfer->write, status, error);
     else tpr_pipe_in_done(transfer->in, status, error);
     tpr_pipe_unref(pipe);
@@ -8724,6 +8962,37 @@ static tpr_pipe_channel *tpr_pipe_pick(tprpc_pipe *pipe, tprpc_device from, tprp
         if (!best || channel->entry->priority > best->entry->priority) best = channel;
     }
     return best;
+}
+
+// The channel for a batch of `size` bytes: the best, or of those that are rated (and which the user has not put into an
+// order) the one that was fastest, after each has been tried. trial: it is going to be sent.
+static tpr_pipe_channel *tpr_pipe_choose(tprpc_pipe *pipe, tprpc_device from, tprpc_device to,
+                                         const tprpc_buffer *buffers, size_t count, size_t size, bool trial) {
+    tpr_pipe_channel *best = tpr_pipe_pick(pipe, from, to, buffers, count, NULL), *fast = best, *least = best;
+    if (!best || pipe->ctx->ordered_channels || !(best->entry->backend->channel->flags & TPRPC_CHANNEL_RATED))
+        return best;
+    for (tpr_pipe_channel *other = best; (other = tpr_pipe_pick(pipe, from, to, buffers, count, other)) != NULL;) {
+        if (!(other->entry->backend->channel->flags & TPRPC_CHANNEL_RATED)) continue;
+        if (other->rate > fast->rate && fast->rate) fast = other;
+        if (other->tries < least->tries) least = other;
+    }
+    if (!trial || size < TPR_PIPE_RATED) return fast;
+    const bool again = ++pipe->rated % TPR_PIPE_RATED_AGAIN == 0;
+    if (least->tries < TPR_PIPE_RATED_TRIES || again) fast = least;
+    fast->tries++;
+    return fast;
+}
+
+// A rated batch was sent: those of a pipe are moved one after the other.
+static void tpr_pipe_rate(tpr_pipe_transfer *transfer) {
+    tprpc_pipe *pipe = transfer->pipe;
+    tpr_pipe_channel *channel = pipe->channels[transfer->channel];
+    const int64_t now = tpr_loop_clock(pipe->loop);
+    const int64_t from = transfer->begun_us > pipe->rated_us ? transfer->begun_us : pipe->rated_us;
+    const uint64_t rate = transfer->bytes / (uint64_t)(now > from ? now - from : 1);
+    const uint32_t faded = channel->rate - channel->rate / 8;
+    pipe->rated_us = now;
+    channel->rate = rate > faded ? (uint32_t)(rate < UINT32_MAX ? rate : UINT32_MAX) : faded;
 }
 
 // ---- writing a message
@@ -8851,7 +9120,7 @@ static bool tpr_pipe_plan_items(tprpc_pipe *pipe, tpr_pipe_plan *plan, tprpc_err
             total += buffer.size;
             continue;
         }
-        tpr_pipe_channel *channel = tpr_pipe_pick(pipe, buffer.device, to, &buffer, 1, NULL);
+        tpr_pipe_channel *channel = tpr_pipe_choose(pipe, buffer.device, to, &buffer, 1, buffer.size, true);
         uint32_t k = 0;
         while (channel && k < plan->transfer_count && plan->transfers[k].channel != channel->index) k++;
         if (!channel || k == TPR_WIRE_CHANNELS) {
@@ -8873,9 +9142,11 @@ static tprpc_status tpr_pipe_plan_send(tprpc_pipe *pipe, tpr_pipe_plan *plan, ui
     tpr_pipe_transfer *transfer = &write->transfers[k];
     tprpc_device from = TPR_ZERO, to = TPR_ZERO;
     size_t count = 0;
+    uint64_t bytes = 0;
     for (size_t i = 0; i < plan->count; i++) {
         if (plan->where[i] != k) continue;
         buffers[count++] = tpr_pipe_item(plan->message, i);
+        bytes += buffers[count - 1].size;
         from = buffers[0].device;
         to = tpr_pipe_item_target(plan->message, i);
     }
@@ -8887,6 +9158,9 @@ static tprpc_status tpr_pipe_plan_send(tprpc_pipe *pipe, tpr_pipe_plan *plan, ui
             return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a transfer's descriptor");
         memset(transfer, 0, sizeof *transfer);
         transfer->write = write;
+        transfer->bytes = bytes;
+        if (bytes >= TPR_PIPE_RATED && (table->flags & TPRPC_CHANNEL_RATED))
+            transfer->begun_us = tpr_loop_clock(pipe->loop);
         write->pending++;
         tpr_pipe_transfer_begin(pipe, transfer, pipe->next_transfer++, channel->index);
         plan->transfers[k].id = transfer->base.base.id;
@@ -8967,7 +9241,7 @@ static void tpr_pipe_build_message(const tpr_pipe_plan *plan, const void *prefix
 
 // Whether nothing waits to leave that a message would have to go behind.
 static inline bool tpr_pipe_way_is_free(const tprpc_pipe *pipe) {
-    return !pipe->current && !pipe->chunk_size && !pipe->urgent.head && !pipe->messages.head;
+    return !pipe->current && !pipe->now.chunk_size && !pipe->urgent.head && !pipe->messages.head;
 }
 
 // Keeps a message's frame that did not leave whole: as the one that is being sent, or behind others.
@@ -8992,7 +9266,7 @@ static bool tpr_pipe_emit(tprpc_pipe *pipe, const uint8_t *bytes, tpr_pipe_frame
         tprpc_span span;
         span.data = frame ? tpr_pipe_frame_bytes(frame) : (uint8_t *)(uintptr_t)bytes;
         span.size = size;
-        sent = tpr_pipe_conn_send(pipe, &span, 1, NULL, 0, false);
+        sent = tpr_pipe_conn_send(&pipe->now, &span, 1, NULL, 0, false);
         pipe->sent += size;
         if (TPR_LIKELY(sent == size)) {
             pipe->messages_sent++;
@@ -9080,7 +9354,7 @@ static tprpc_status tpr_pipe_send_short(tprpc_pipe *pipe, const void *prefix, si
         spans[1].data = (void *)(uintptr_t)message->metadata;
         spans[1].size = message->metadata_size;
         pipe->sent += size;
-        sent = tpr_pipe_conn_send(pipe, spans, message->metadata_size ? 2 : 1, NULL, 0, false);
+        sent = tpr_pipe_conn_send(&pipe->now, spans, message->metadata_size ? 2 : 1, NULL, 0, false);
         if (TPR_LIKELY(sent == size)) {
             pipe->messages_sent++;
             return TPRPC_OK;
@@ -9496,6 +9770,7 @@ static void tpr_pipe_in_read(tpr_pipe_in *in, const tprpc_message *allocation, b
             if (in->slots[i].transfer == k) buffers[n++] = tpr_pipe_item(&in->message, i);
         memset(transfer, 0, sizeof *transfer);
         transfer->in = in;
+        for (size_t i = 0; i < n; i++) transfer->large |= buffers[i].size >= TPR_PIPE_LARGE;
         in->pending++;
         tpr_pipe_transfer_begin(pipe, transfer, in->wire[k].id, in->wire[k].channel);
         tprpc_status got =
@@ -9559,9 +9834,9 @@ static void tpr_pipe_on_channel(tprpc_pipe *pipe, uint16_t index, const uint8_t 
 }
 
 static void tpr_pipe_on_frame(tprpc_pipe *pipe, const uint8_t *body) {
-    const tpr_wire_frame frame = pipe->frame;
+    const tpr_wire_frame frame = pipe->now.frame;
     tprpc_status status = TPRPC_ERROR_PEER;
-    char text[200], peer[80];
+    char text[200], peer[80], why[320];
     switch (frame.kind) {
     case TPR_WIRE_MESSAGE: tpr_pipe_on_message(pipe, body, frame.size); return;
     case TPR_WIRE_CHANNEL: tpr_pipe_on_channel(pipe, frame.channel, body, frame.size); return;
@@ -9575,129 +9850,140 @@ static void tpr_pipe_on_frame(tprpc_pipe *pipe, const uint8_t *body) {
     case TPR_WIRE_BYE:
         tpr_pipe_peer(pipe, peer, sizeof peer);
         if (!tpr_wire_read_bye(body, frame.size, &status, text, sizeof text)) break;
-        if (status == TPRPC_ERROR_CLOSED || status == TPRPC_OK)
-            tpr_pipe_end(pipe, TPRPC_ERROR_PEER, 0, "%s closed the pipe", peer);
-        else
-            tpr_pipe_end(pipe, status == TPRPC_ERROR_DENIED ? status : TPRPC_ERROR_PEER, 0, "%s ended the pipe: %s",
-                         peer, text);
+        if (status == TPRPC_ERROR_CLOSED || status == TPRPC_OK) {
+            snprintf(why, sizeof why, "%s closed the pipe", peer);
+            tpr_pipe_part(pipe, TPRPC_ERROR_PEER, 0, why);
+        } else {
+            snprintf(why, sizeof why, "%s ended the pipe: %s", peer, text);
+            tpr_pipe_part(pipe, status == TPRPC_ERROR_DENIED ? status : TPRPC_ERROR_PEER, 0, why);
+        }
+        return;
+    case TPR_WIRE_WANT:
+        if (frame.size < 4 || !pipe->connector || pipe->state != TPR_PIPE_OPEN) break;
+        tpr_pipe_lanes_want(pipe, tpr_base_load_le32(body));
         return;
     default: break;
     }
     tpr_pipe_end(pipe, TPRPC_ERROR_PROTOCOL, 0, "the peer sent a broken frame of kind %u", (unsigned)frame.kind);
 }
 
-static void tpr_pipe_frame_over(tprpc_pipe *pipe) {
-    tpr_base_pool_free(&pipe->loop->pool, pipe->body, pipe->body_block);
-    pipe->body = NULL;
-    pipe->dest = NULL;
-    pipe->header_have = pipe->body_have = 0;
+static inline void tpr_pipe_frame_over(tpr_pipe_conn *conn) {
+    conn->dest = NULL;
+    conn->header_have = conn->body_have = 0;
 }
 
-// Takes bytes of the connection into memory. Returns how many.
-static size_t tpr_pipe_recv(tprpc_pipe *pipe, void *to, size_t size) {
+// Takes bytes of a connection into memory. Returns how many.
+static size_t tpr_pipe_recv(tpr_pipe_conn *conn, void *to, size_t size) {
     tprpc_span span;
     span.data = to;
     span.size = size;
-    size_t n = tpr_pipe_table(&pipe->now)->recv(pipe->now.conn, &span, 1);
-    pipe->bytes_received += n;
+    size_t n = tpr_pipe_table(conn)->recv(conn->conn, &span, 1);
+    conn->pipe->bytes_received += n;
     return n;
 }
 
 // Lets bytes go, in as many pieces as they lie there: for what is left there may be no further event.
-static size_t tpr_pipe_skip(tprpc_pipe *pipe, size_t size) {
-    const tprpc_transport_table *table = tpr_pipe_table(&pipe->now);
+static size_t tpr_pipe_skip(tpr_pipe_conn *conn, size_t size) {
+    const tprpc_transport_table *table = tpr_pipe_table(conn);
     size_t skipped = 0, n = 1;
     while (skipped < size && n) {
-        tprpc_span span = table->peek(pipe->now.conn);
+        tprpc_span span = table->peek(conn->conn);
         n = span.size < size - skipped ? span.size : size - skipped;
-        if (n) table->consume(pipe->now.conn, n);
+        if (n) table->consume(conn->conn, n);
         skipped += n;
     }
-    pipe->bytes_received += skipped;
+    conn->pipe->bytes_received += skipped;
     return skipped;
 }
 
 // The header of a frame is there: what comes next?
-static bool tpr_pipe_begin_frame(tprpc_pipe *pipe) {
+static bool tpr_pipe_begin_frame(tpr_pipe_conn *conn) {
+    tprpc_pipe *pipe = conn->pipe;
     uint64_t limit = (uint64_t)pipe->ctx->limits.metadata_bytes + TPR_PIPE_INLINE_ALL + TPR_WIRE_MESSAGE_HEADER +
                      (uint64_t)pipe->ctx->limits.tensors * 96 + TPR_WIRE_CHANNELS * (TPR_WIRE_DESCRIPTOR + 64);
-    if (!tpr_wire_get_frame(pipe->header, limit, &pipe->frame) ||
-        (pipe->state == TPR_PIPE_GREETING && pipe->frame.kind != TPR_WIRE_HELLO && pipe->frame.kind != TPR_WIRE_BYE) ||
-        (pipe->frame.kind == TPR_WIRE_DATA && (pipe->frame.channel >= pipe->channel_count ||
-                                              !pipe->channels[pipe->frame.channel]->end))) {
+    bool good = tpr_wire_get_frame(conn->header, limit, &conn->frame);
+    const bool data = good && conn->frame.kind == TPR_WIRE_DATA;
+    if (pipe->state == TPR_PIPE_GREETING)
+        good = good && (conn->frame.kind == TPR_WIRE_HELLO || conn->frame.kind == TPR_WIRE_BYE);
+    if (data)
+        good = conn->frame.channel < pipe->channel_count && pipe->channels[conn->frame.channel]->end;
+    if (!good || (conn != &pipe->now && !data)) {
         tpr_pipe_end(pipe, TPRPC_ERROR_PROTOCOL, 0,
                      pipe->state == TPR_PIPE_GREETING ? "the peer does not speak tprpc%s"
                                                       : "the peer sent no frame of ours%s",
                      "");
         return false;
     }
-    if (pipe->frame.kind == TPR_WIRE_DATA) return true;
+    if (data) return true;
     // One size for all small ones, which the handshake has used: so a frame cut in two allocates nothing later.
-    pipe->body_block = pipe->frame.size < TPR_PIPE_STACK ? (uint32_t)TPR_PIPE_STACK : pipe->frame.size;
+    pipe->body_block = conn->frame.size < TPR_PIPE_STACK ? (uint32_t)TPR_PIPE_STACK : conn->frame.size;
     pipe->body = (uint8_t *)tpr_base_pool_alloc(&pipe->loop->pool, pipe->body_block);
     if (!pipe->body)
-        tpr_pipe_end(pipe, TPRPC_ERROR_MEMORY, 0, "no memory for a frame of %u bytes", (unsigned)pipe->frame.size);
+        tpr_pipe_end(pipe, TPRPC_ERROR_MEMORY, 0, "no memory for a frame of %u bytes", (unsigned)conn->frame.size);
     return pipe->body != NULL;
 }
 
 // A chunk of bulk goes straight to where its channel says, and the header behind it to where headers go: in a stream
 // nothing passes through the connection's own buffer. Returns whether the chunk is over.
-static bool tpr_pipe_take_data(tprpc_pipe *pipe) {
-    uint32_t size = pipe->frame.size - TPR_WIRE_DATA_HEADER, left = size - pipe->body_have;
-    tpr_pipe_channel *channel = pipe->channels[pipe->frame.channel];
-    bool there = pipe->dest != NULL;
+static bool tpr_pipe_take_data(tpr_pipe_conn *conn) {
+    tprpc_pipe *pipe = conn->pipe;
+    uint32_t size = conn->frame.size - TPR_WIRE_DATA_HEADER, left = size - conn->body_have;
+    const size_t most = tpr_loop_chunk(pipe->loop, left);
+    tpr_pipe_channel *channel = pipe->channels[conn->frame.channel];
+    bool there = conn->dest != NULL;
     tprpc_span spans[2];
     size_t n, ahead = 0;
     if (there) {
-        spans[0].data = (uint8_t *)pipe->dest + pipe->body_have;
-        spans[0].size = left;
-        spans[1].data = pipe->header;  // its own fields are in pipe->frame and pipe->data_... by now
+        spans[0].data = (uint8_t *)conn->dest + conn->body_have;
+        spans[0].size = most;
+        spans[1].data = conn->header;  // its own fields are in conn->frame and conn->data_... by now
         spans[1].size = TPR_WIRE_HEADER;
-        n = tpr_pipe_table(&pipe->now)->recv(pipe->now.conn, spans, 2);
+        n = tpr_pipe_table(conn)->recv(conn->conn, spans, most == left ? 2 : 1);
         pipe->bytes_received += n;
         if (n > left) ahead = n - left;
     } else {
-        n = tpr_pipe_skip(pipe, left);
+        n = tpr_pipe_skip(conn, left);
     }
-    pipe->body_have += (uint32_t)(n - ahead);
-    if (pipe->body_have < size) return false;
-    uint64_t transfer = pipe->data_transfer, offset = pipe->data_offset;
-    tpr_pipe_frame_over(pipe);
-    pipe->header_have = (uint32_t)ahead;
+    conn->body_have += (uint32_t)(n - ahead);
+    if (conn->body_have < size) return n == most;   // there may be more of it
+    uint64_t transfer = conn->data_transfer, offset = conn->data_offset;
+    tpr_pipe_frame_over(conn);
+    conn->header_have = (uint32_t)ahead;
     if (there) channel->entry->backend->channel->bulk_done(channel->end, transfer, offset, size);
-    return pipe->header_have < TPR_WIRE_HEADER || (pipe->state != TPR_PIPE_ENDED && tpr_pipe_begin_frame(pipe));
+    return conn->header_have < TPR_WIRE_HEADER || (pipe->state != TPR_PIPE_ENDED && tpr_pipe_begin_frame(conn));
 }
 
 // One step of a frame that does not lie in the connection's buffer in one piece. False: more bytes must come first.
-static bool tpr_pipe_take_piece(tprpc_pipe *pipe) {
+static bool tpr_pipe_take_piece(tpr_pipe_conn *conn) {
+    tprpc_pipe *pipe = conn->pipe;
     uint32_t want = TPR_WIRE_HEADER;
-    if (pipe->header_have >= want && pipe->frame.kind == TPR_WIRE_DATA) want += TPR_WIRE_DATA_HEADER;
-    if (pipe->header_have < want) {
-        size_t n = tpr_pipe_recv(pipe, pipe->header + pipe->header_have, want - pipe->header_have);
-        pipe->header_have += (uint32_t)n;
-        if (pipe->header_have < want) return false;
-        if (want == TPR_WIRE_HEADER) return tpr_pipe_begin_frame(pipe);
-        tpr_pipe_channel *channel = pipe->channels[pipe->frame.channel];
-        pipe->data_transfer = tpr_base_load_le64(pipe->header + TPR_WIRE_HEADER);
-        pipe->data_offset = tpr_base_load_le64(pipe->header + TPR_WIRE_HEADER + 8);
-        pipe->dest = channel->entry->backend->channel->bulk(channel->end, pipe->data_transfer, pipe->data_offset,
-                                                            pipe->frame.size - TPR_WIRE_DATA_HEADER);
+    if (conn->header_have >= want && conn->frame.kind == TPR_WIRE_DATA) want += TPR_WIRE_DATA_HEADER;
+    if (conn->header_have < want) {
+        size_t n = tpr_pipe_recv(conn, conn->header + conn->header_have, want - conn->header_have);
+        conn->header_have += (uint32_t)n;
+        if (conn->header_have < want) return false;
+        if (want == TPR_WIRE_HEADER) return tpr_pipe_begin_frame(conn);
+        tpr_pipe_channel *channel = pipe->channels[conn->frame.channel];
+        conn->data_transfer = tpr_base_load_le64(conn->header + TPR_WIRE_HEADER);
+        conn->data_offset = tpr_base_load_le64(conn->header + TPR_WIRE_HEADER + 8);
+        conn->dest = channel->entry->backend->channel->bulk(channel->end, conn->data_transfer, conn->data_offset,
+                                                            conn->frame.size - TPR_WIRE_DATA_HEADER);
     }
-    if (pipe->frame.kind == TPR_WIRE_DATA) return tpr_pipe_take_data(pipe);
-    while (pipe->handle_count < pipe->frame.handles) {
-        size_t n = tpr_pipe_table(&pipe->now)->take_handles(pipe->now.conn, pipe->handles + pipe->handle_count,
-                                                            pipe->frame.handles - pipe->handle_count);
+    if (conn->frame.kind == TPR_WIRE_DATA) return tpr_pipe_take_data(conn);
+    while (pipe->handle_count < conn->frame.handles) {
+        size_t n = tpr_pipe_table(conn)->take_handles(conn->conn, pipe->handles + pipe->handle_count,
+                                                      conn->frame.handles - pipe->handle_count);
         if (!n) return false;
         pipe->handle_count += (uint32_t)n;
     }
-    if (pipe->body_have < pipe->frame.size)
-        pipe->body_have +=
-            (uint32_t)tpr_pipe_recv(pipe, pipe->body + pipe->body_have, pipe->frame.size - pipe->body_have);
-    if (pipe->body_have < pipe->frame.size) return false;
+    if (conn->body_have < conn->frame.size)
+        conn->body_have +=
+            (uint32_t)tpr_pipe_recv(conn, pipe->body + conn->body_have, conn->frame.size - conn->body_have);
+    if (conn->body_have < conn->frame.size) return false;
     uint8_t *body = pipe->body;
     uint32_t block = pipe->body_block;
     pipe->body = NULL;
-    tpr_pipe_frame_over(pipe);
+    tpr_pipe_frame_over(conn);
     tpr_pipe_on_frame(pipe, body);
     tpr_base_pool_free(&pipe->loop->pool, body, block);
     return true;
@@ -9732,13 +10018,14 @@ static bool tpr_pipe_take_whole(tprpc_pipe *pipe, tprpc_span span) {
     uint8_t stack[TPR_PIPE_STACK];
     const tprpc_transport_table *table = tpr_pipe_table(&pipe->now);
     if (span.size < TPR_WIRE_HEADER) return false;
-    memcpy(pipe->header, span.data, TPR_WIRE_HEADER);
-    if (!tpr_wire_get_frame(pipe->header, TPR_PIPE_STACK, &pipe->frame) || pipe->frame.kind == TPR_WIRE_DATA ||
-        pipe->frame.handles || pipe->frame.size > sizeof stack || span.size - TPR_WIRE_HEADER < pipe->frame.size ||
+    tpr_wire_frame *frame = &pipe->now.frame;
+    memcpy(pipe->now.header, span.data, TPR_WIRE_HEADER);
+    if (!tpr_wire_get_frame(pipe->now.header, TPR_PIPE_STACK, frame) || frame->kind == TPR_WIRE_DATA ||
+        frame->handles || frame->size > sizeof stack || span.size - TPR_WIRE_HEADER < frame->size ||
         pipe->state < TPR_PIPE_OPEN) return false;
-    memcpy(stack, (const uint8_t *)span.data + TPR_WIRE_HEADER, pipe->frame.size);
-    table->consume(pipe->now.conn, TPR_WIRE_HEADER + pipe->frame.size);
-    pipe->bytes_received += TPR_WIRE_HEADER + pipe->frame.size;
+    memcpy(stack, (const uint8_t *)span.data + TPR_WIRE_HEADER, frame->size);
+    table->consume(pipe->now.conn, TPR_WIRE_HEADER + frame->size);
+    pipe->bytes_received += TPR_WIRE_HEADER + frame->size;
     tpr_pipe_on_frame(pipe, stack);
     return true;
 }
@@ -9746,7 +10033,8 @@ static bool tpr_pipe_take_whole(tprpc_pipe *pipe, tprpc_span span) {
 // Takes in what has come, up to a round. Where the loop was idle since the last time, one message: its callback comes
 // before a look at what follows it, a line of the peer's that costs a trip between the caches (70 ns there and back).
 static void tpr_pipe_pump_in(tprpc_pipe *pipe) {
-    uint64_t stop = pipe->bytes_received + TPR_PIPE_ROUND / 2, last = pipe->messages_received;
+    uint64_t stop = pipe->bytes_received + tpr_loop_chunk(pipe->loop, TPR_PIPE_ROUND / 2);
+    uint64_t last = pipe->messages_received;
     if (pipe->pumping) return;
     last += pipe->idle_turns == pipe->loop->idle_turns ? (uint64_t)TPR_PIPE_BATCH : 1;
     pipe->idle_turns = pipe->loop->idle_turns;
@@ -9758,14 +10046,31 @@ static void tpr_pipe_pump_in(tprpc_pipe *pipe) {
             if (!(table->flags & TPRPC_TRANSPORT_REPEATS)) tpr_pipe_resume_later(pipe);
             break;
         }
-        if (pipe->header_have == 0) {
+        if (pipe->now.header_have == 0) {
             tprpc_span span = table->peek(pipe->now.conn);
             if (!span.size) break;     // asking by recv for a frame's first bytes could cost a system call
             if (tpr_pipe_take_short(pipe, span) || tpr_pipe_take_whole(pipe, span)) continue;
         }
-        if (pipe->state == TPR_PIPE_ENDED || !tpr_pipe_take_piece(pipe)) break;
+        if (pipe->state == TPR_PIPE_ENDED || !tpr_pipe_take_piece(&pipe->now)) break;
     }
     pipe->pumping = false;
+    tpr_pipe_unref(pipe);
+}
+
+// The same for a lane.
+static void tpr_pipe_lane_pump_in(tpr_pipe_lane *lane) {
+    tpr_pipe_conn *conn = &lane->conn;
+    tprpc_pipe *pipe = conn->pipe;
+    uint64_t stop = pipe->bytes_received + tpr_loop_chunk(pipe->loop, TPR_PIPE_ROUND / 2);
+    pipe->refs++;
+    while (pipe->state != TPR_PIPE_ENDED && lane->open) {
+        if (pipe->bytes_received >= stop) {
+            if (!(tpr_pipe_table(conn)->flags & TPRPC_TRANSPORT_REPEATS)) tpr_pipe_resume_later(pipe);
+            break;
+        }
+        if (conn->header_have == 0 && !tpr_pipe_table(conn)->peek(conn->conn).size) break;
+        if (!tpr_pipe_take_piece(conn)) break;
+    }
     tpr_pipe_unref(pipe);
 }
 
@@ -9774,6 +10079,11 @@ static void tpr_pipe_resume(tprpc_work *work) {
     pipe->resume_set = false;
     tpr_pipe_pump_in(pipe);
     tpr_pipe_pump_out(pipe);
+    for (uint32_t i = 0; i < TPR_CONTEXT_LANES && pipe->lanes_open; i++) {
+        if (!pipe->lanes[i] || !pipe->lanes[i]->open) continue;
+        tpr_pipe_lane_pump_in(pipe->lanes[i]);
+        tpr_pipe_lane_pump_out(pipe->lanes[i]);
+    }
     tpr_pipe_unref(pipe);
 }
 
@@ -9934,7 +10244,7 @@ TPR_COLD static void tpr_pipe_disconnect(tpr_pipe_conn *conn, tprpc_status cause
 TPR_COLD static void tpr_pipe_say_bye(tprpc_pipe *pipe, tprpc_status status) {
     uint8_t body[256];
     tpr_wire_writer w = tpr_wire_writer_of(body, sizeof body);
-    if (!pipe->now.conn || pipe->state == TPR_PIPE_CONNECTING || pipe->current || pipe->chunk_size) return;
+    if (!pipe->now.conn || pipe->state == TPR_PIPE_CONNECTING || pipe->current || pipe->now.chunk_size) return;
     tpr_wire_write_bye(&w, status, pipe->closed ? "" : pipe->error.text);
     if (!w.failed) tpr_pipe_control(pipe, TPR_WIRE_BYE, 0, body, (size_t)(w.at - body), NULL, 0);
 }
@@ -9954,7 +10264,7 @@ TPR_COLD static void tpr_pipe_drop_out(tprpc_pipe *pipe) {
         tpr_base_pool_free(&pipe->loop->pool, bulk, sizeof *bulk);
         taken->run(taken);
     }
-    pipe->chunk_size = 0;
+    pipe->now.chunk_size = 0;
 }
 
 // Asks every transfer to end; each does so now or later.
@@ -9995,6 +10305,7 @@ TPR_COLD static void tpr_pipe_end(tprpc_pipe *pipe, tprpc_status status, int32_t
     if (!pipe->closed) TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_DEBUG, "pipe", "", "ended: %s", pipe->error.text);
     tpr_pipe_disconnect(&pipe->next, status);
     tpr_pipe_disconnect(&pipe->now, status);
+    tpr_pipe_lanes_end(pipe, status);
     tpr_pipe_abort_all(pipe);
     tpr_pipe_drop_out(pipe);
     for (tpr_base_list *node = pipe->writes.next, *next; node != &pipe->writes; node = next) {
@@ -10006,7 +10317,9 @@ TPR_COLD static void tpr_pipe_end(tprpc_pipe *pipe, tprpc_status status, int32_t
     }
     tpr_pipe_fail_reads(pipe);
     pipe->waiting = &pipe->reads;
-    tpr_pipe_frame_over(pipe);
+    tpr_base_pool_free(&pipe->loop->pool, pipe->body, pipe->body_block);
+    pipe->body = NULL;
+    tpr_pipe_frame_over(&pipe->now);
     for (uint32_t i = 0; i < pipe->handle_count; i++) tpr_os_close((int)pipe->handles[i]);
     pipe->handle_count = 0;
     if (pipe->user) pipe->user->ended(pipe->user);
@@ -10052,6 +10365,7 @@ static tprpc_pipe *tpr_pipe_new(tprpc_context *ctx, tpr_loop *loop, bool connect
     pipe->bulk_tail = &pipe->bulk;
     pipe->next_transfer = 1;
     tpr_base_list_init(&pipe->listener_node);
+    tpr_base_list_init(&pipe->home_node);
     tpr_base_list_init(&pipe->arrived);
     tpr_base_list_init(&pipe->reads);
     pipe->waiting = &pipe->reads;
@@ -10139,7 +10453,7 @@ static void tpr_pipe_add_channel(tprpc_pipe *pipe, const tpr_context_backend *en
     }
     channel->link.control = tpr_pipe_link_control;
     channel->link.bulk = tpr_pipe_link_bulk;
-    channel->link.handles = tpr_pipe_link_handles;
+    channel->link.transport = tpr_pipe_link_transport;
     channel->link.process = tpr_pipe_link_process;
     channel->pipe = pipe;
     channel->entry = entry;
@@ -10358,6 +10672,8 @@ TPR_COLD static void tpr_pipe_on_hello(tprpc_pipe *pipe, const uint8_t *body, si
         if (pipe->hello->message_bytes < pipe->message_bytes) pipe->message_bytes = pipe->hello->message_bytes;
         if (pipe->hello->metadata_bytes < pipe->metadata_bytes) pipe->metadata_bytes = pipe->hello->metadata_bytes;
         if (pipe->hello->tensors < pipe->tensors) pipe->tensors = pipe->hello->tensors;
+        pipe->peer_minor = pipe->hello->minor;
+        memcpy(pipe->peer_token, pipe->hello->token, sizeof pipe->peer_token);
         tpr_pipe_compare(pipe);
         if (!(tpr_pipe_table(&pipe->now)->flags & TPRPC_TRANSPORT_SAME_HOST))   // which watches it itself
             tpr_pipe_watch_process(pipe, pipe->hello->space, pipe->hello->process);
@@ -10374,7 +10690,7 @@ static void tpr_pipe_next_event(tprpc_pipe *pipe, uint32_t events, const tprpc_e
     tprpc_span span;
     if (events & TPRPC_EVENT_OPEN) {
         tpr_wire_writer w = tpr_wire_writer_of(frame + TPR_WIRE_HEADER, sizeof frame - TPR_WIRE_HEADER);
-        memcpy(move.token, pipe->hello->token, 16);
+        memcpy(move.token, pipe->peer_token, 16);
         memcpy(move.nonce, pipe->nonce, 16);
         tpr_wire_write_move(&w, &move);
         tpr_wire_put_frame(frame, 36, TPR_WIRE_MOVE, 0, 0);
@@ -10396,6 +10712,8 @@ static void tpr_pipe_next_event(tprpc_pipe *pipe, uint32_t events, const tprpc_e
                 tpr_pipe_move_failed(pipe, "the new connection's peer did not prove itself");
                 return;
             }
+            snprintf(pipe->address, sizeof pipe->address, "%s://%s", pipe->next.entry->backend->name,
+                     tpr_pipe_offer(pipe, pipe->next.entry)->address);
             tpr_pipe_take_conn(pipe, pipe->next.entry, pipe->next.conn);
             pipe->next.conn = NULL;
             tpr_pipe_set_timer(pipe, TPR_PIPE_HANDSHAKE_MS);
@@ -10404,6 +10722,208 @@ static void tpr_pipe_next_event(tprpc_pipe *pipe, uint32_t events, const tprpc_e
         }
     }
     if (events & TPRPC_EVENT_LOST) tpr_pipe_move_failed(pipe, error ? error->text : "the new connection was lost");
+}
+
+// ---- lanes: connections beside the pipe's own
+//
+// Large bulk goes over lanes where the transport is worth having them, so that small messages do not wait for what one
+// connection holds. Who connected the pipe connects them, when a tensor first wants one or the other end says WANT;
+// what is under way meanwhile goes over the pipe's own connection. A lane that is lost fails what may have been on it,
+// and the next large tensor has it made anew.
+
+// Whether anything is being received that a lane may carry.
+static bool tpr_pipe_receives_large(const tprpc_pipe *pipe) {
+    for (const tpr_base_list *i = pipe->transfers.next; i != &pipe->transfers; i = i->next)
+        if (TPR_CONTAINER(i, tpr_pipe_transfer, node)->large) return true;
+    return false;
+}
+
+// Closes a lane, whatever became of it; its chunk is over.
+static void tpr_pipe_lane_close(tpr_pipe_lane *lane, tprpc_status cause) {
+    tprpc_pipe *pipe = lane->conn.pipe;
+    if (lane->open) pipe->lanes_open--;
+    lane->open = false;
+    tpr_timer_cancel(&pipe->loop->wheel, &lane->timer);
+    tpr_pipe_disconnect(&lane->conn, cause);
+    tpr_pipe_frame_over(&lane->conn);
+    if (lane->conn.chunk_size && pipe->state != TPR_PIPE_ENDED) tpr_pipe_chunk_over(&lane->conn);
+    lane->conn.chunk_size = 0;         // of a pipe that has ended all bulk is given back
+}
+
+static void tpr_pipe_lanes_end(tprpc_pipe *pipe, tprpc_status cause) {
+    for (uint32_t i = 0; i < TPR_CONTEXT_LANES; i++) if (pipe->lanes[i]) tpr_pipe_lane_close(pipe->lanes[i], cause);
+    tpr_base_list_remove(&pipe->home_node);
+    if (pipe->home) tpr_base_map_remove(&pipe->home->by_token, tpr_base_load_le64(pipe->token));
+    pipe->home = NULL;
+}
+
+// The pipe's end, after what its lanes still bring: they end when the peer has closed them.
+TPR_COLD static void tpr_pipe_part(tprpc_pipe *pipe, tprpc_status status, int32_t os_code, const char *text) {
+    if (!pipe->parting && pipe->lanes_open && tpr_pipe_receives_large(pipe)) {
+        pipe->parting = true;
+        tprpc_error_set(&pipe->error, status, os_code, "%s", text);
+        tpr_pipe_set_timer(pipe, TPR_PIPE_HANDSHAKE_MS);
+    } else if (!pipe->parting) {
+        tpr_pipe_end(pipe, status, os_code, "%s", text);
+    }
+}
+
+// What its lanes brought has come, or nothing more comes.
+TPR_COLD static void tpr_pipe_parted(tprpc_pipe *pipe) {
+    const tprpc_error why = pipe->error;
+    tpr_pipe_end(pipe, why.status, why.os_code, "%s", why.text);
+}
+
+// A lane did not come to be.
+TPR_COLD static void tpr_pipe_lane_failed(tpr_pipe_lane *lane, const char *why) {
+    tprpc_pipe *pipe = lane->conn.pipe;
+    const uint32_t doubled = pipe->lanes_failed < 6 ? pipe->lanes_failed : 6;
+    snprintf(pipe->lane_why, sizeof pipe->lane_why, "lane %u: %.99s", (unsigned)lane->number, why);
+    TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_INFO, "pipe", "", "no %s", pipe->lane_why);
+    pipe->lanes_failed++;
+    pipe->lanes_retry_us = tpr_loop_clock(pipe->loop) + (TPR_PIPE_LANE_RETRY_US << doubled);
+    tpr_pipe_lane_close(lane, TPRPC_ERROR_CANCELLED);
+}
+
+// A lane ended. What was being received over it will not be whole.
+TPR_COLD static void tpr_pipe_lane_lost(tpr_pipe_lane *lane, const tprpc_error *error) {
+    tprpc_pipe *pipe = lane->conn.pipe;
+    const bool was_open = lane->open;
+    char why[110];
+    snprintf(why, sizeof why, "%.109s", error ? error->text : "it was lost");
+    while (lane->open && tpr_pipe_table(&lane->conn)->peek(lane->conn.conn).size) {
+        uint64_t before = pipe->bytes_received;   // what came before is still read
+        tpr_pipe_lane_pump_in(lane);
+        if (pipe->bytes_received == before) break;
+    }
+    if (pipe->state == TPR_PIPE_ENDED) return;
+    if (!was_open) {
+        tpr_pipe_lane_failed(lane, why);
+        return;
+    }
+    tpr_pipe_lane_close(lane, TPRPC_OK);
+    if (pipe->parting) {
+        if (!pipe->lanes_open) tpr_pipe_parted(pipe);
+        return;
+    }
+    snprintf(pipe->lane_why, sizeof pipe->lane_why, "lane %u: %.99s", (unsigned)lane->number, why);
+    for (tpr_base_list *node = pipe->transfers.next, *next; node != &pipe->transfers; node = next) {
+        tpr_pipe_transfer *transfer = TPR_CONTAINER(node, tpr_pipe_transfer, node);
+        next = node->next;
+        if (!transfer->large || transfer->torn) continue;
+        transfer->torn = true;         // it ends with lane_why
+        tpr_pipe_abort(transfer, false);
+        next = pipe->transfers.next;   // it may have ended others
+    }
+    tpr_pipe_resume_later(pipe);       // bulk that waited for it
+}
+
+static void tpr_pipe_lane_opened(tpr_pipe_lane *lane) {
+    tprpc_pipe *pipe = lane->conn.pipe;
+    tpr_timer_cancel(&pipe->loop->wheel, &lane->timer);
+    lane->open = true;
+    pipe->lanes_open++;
+    pipe->lanes_failed = 0;
+    tpr_pipe_resume_later(pipe);
+}
+
+// A LANE or its answer, whole. Returns its size.
+static size_t tpr_pipe_put_lane(uint8_t *out, uint8_t kind, const tpr_wire_move *move, uint32_t number) {
+    tpr_wire_writer w = tpr_wire_writer_of(out + TPR_WIRE_HEADER, TPR_WIRE_LANE_BYTES);
+    tpr_wire_put_frame(out, TPR_WIRE_LANE_BYTES, kind, 0, 0);
+    tpr_wire_write_move(&w, move);
+    tpr_wire_write_u32(&w, number);
+    return TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES;
+}
+
+// The connector's lane: established, then the answer with the right nonce.
+static void tpr_pipe_lane_event(tpr_pipe_lane *lane, uint32_t events, const tprpc_error *error) {
+    tpr_pipe_conn *conn = &lane->conn;
+    tprpc_pipe *pipe = conn->pipe;
+    tpr_wire_move move;
+    if (events & TPRPC_EVENT_OPEN) {
+        uint8_t frame[TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES];
+        tprpc_span span;
+        memcpy(move.token, pipe->peer_token, 16);
+        memcpy(move.nonce, pipe->nonce, 16);
+        span.data = frame;
+        span.size = tpr_pipe_put_lane(frame, TPR_WIRE_LANE, &move, lane->number);
+        if (tpr_pipe_table(conn)->send(conn->conn, &span, 1, NULL, 0, false) != sizeof frame) {
+            tpr_pipe_lane_failed(lane, "it took no bytes");
+            return;
+        }
+    }
+    if ((events & TPRPC_EVENT_RECV) && !lane->open) {
+        conn->body_have += (uint32_t)tpr_pipe_recv(conn, lane->answer + conn->body_have,
+                                                   sizeof lane->answer - conn->body_have);
+        if (conn->body_have == sizeof lane->answer) {
+            conn->body_have = 0;
+            if (!tpr_wire_get_frame(lane->answer, 0, &conn->frame) || conn->frame.kind != TPR_WIRE_LANED ||
+                tpr_wire_read_lane(lane->answer + TPR_WIRE_HEADER, TPR_WIRE_LANE_BYTES, &move) != lane->number ||
+                memcmp(move.nonce, pipe->nonce, 16) != 0) {
+                tpr_pipe_lane_failed(lane, "its peer did not prove itself");
+                return;
+            }
+            tpr_pipe_lane_opened(lane);
+        }
+    }
+    if (events & TPRPC_EVENT_RECV) tpr_pipe_lane_pump_in(lane);
+    if (pipe->state != TPR_PIPE_ENDED && (events & TPRPC_EVENT_SEND)) tpr_pipe_lane_pump_out(lane);
+    if (pipe->state != TPR_PIPE_ENDED && (events & TPRPC_EVENT_LOST)) tpr_pipe_lane_lost(lane, error);
+}
+
+static void tpr_pipe_lane_timed_out(tprpc_work *work) {
+    tpr_pipe_lane_failed(TPR_CONTAINER(work, tpr_pipe_lane, timer), "it did not come in time");
+}
+
+// The lane of that number, made when it is first asked for; NULL: no memory.
+static tpr_pipe_lane *tpr_pipe_lane_of(tprpc_pipe *pipe, uint32_t number) {
+    tpr_pipe_lane **at = &pipe->lanes[number - 1], *lane = *at;
+    if (lane) return lane;
+    lane = *at = (tpr_pipe_lane *)tpr_context_alloc(pipe->ctx, sizeof *lane);
+    if (!lane) return NULL;
+    lane->conn.owner.event = tpr_pipe_conn_event;
+    lane->conn.pipe = pipe;
+    lane->number = number;
+    lane->timer.run = tpr_pipe_lane_timed_out;
+    lane->timer.loop = pipe->loop->index;
+    return lane;
+}
+
+static void tpr_pipe_lane_connect(tprpc_pipe *pipe, uint32_t number) {
+    const tprpc_transport_table *table = tpr_pipe_table(&pipe->now);
+    char name[16], peer[TPR_WIRE_ADDRESS];
+    const char *address = tpr_transport_split(pipe->address, name);
+    tprpc_error error = TPR_ZERO;
+    tpr_pipe_lane *lane = tpr_pipe_lane_of(pipe, number);
+    if (!lane || lane->conn.conn) return;
+    if (table->flags & TPRPC_TRANSPORT_HOST_PORT) {   // by number: a name would have to be looked up, which may block
+        table->peer(pipe->now.conn, peer, sizeof peer);
+        address = peer;
+    }
+    lane->conn.entry = pipe->now.entry;
+    tpr_loop_timer(pipe->loop, &lane->timer, tpr_loop_clock(pipe->loop) + TPR_PIPE_LANE_MS * 1000);
+    if (table->connect(pipe->now.entry->instances[pipe->loop->index], address, number, &lane->conn.owner,
+                       &lane->conn.conn, &error) == TPRPC_OK) return;
+    lane->conn.conn = NULL;
+    tpr_pipe_lane_failed(lane, error.text);
+}
+
+// A channel here, or the other end, would like to have so many lanes.
+static void tpr_pipe_lanes_want(tprpc_pipe *pipe, uint32_t count) {
+    uint8_t body[4];
+    if (count > TPR_CONTEXT_LANES) count = TPR_CONTEXT_LANES;
+    if (pipe->state != TPR_PIPE_OPEN || pipe->lanes_open >= count || pipe->peer_minor < 2 ||
+        !(tpr_pipe_table(&pipe->now)->flags & TPRPC_TRANSPORT_LANES) ||
+        (pipe->lanes_retry_us && tpr_loop_clock(pipe->loop) < pipe->lanes_retry_us)) return;
+    pipe->lanes_retry_us = pipe->loop->now_us + TPR_PIPE_LANE_RETRY_US;   // an answer is awaited so long
+    if (!pipe->connector) {
+        tpr_base_store_le32(body, count);
+        tpr_pipe_control(pipe, TPR_WIRE_WANT, 0, body, sizeof body, NULL, 0);
+        return;
+    }
+    for (uint32_t number = 1; number <= count && pipe->state == TPR_PIPE_OPEN; number++)
+        tpr_pipe_lane_connect(pipe, number);
 }
 
 static void tpr_pipe_conn_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
@@ -10416,6 +10936,8 @@ static void tpr_pipe_conn_event(tprpc_conn_owner *owner, uint32_t events, const 
     pipe->refs++;
     if (conn == &pipe->next) {
         tpr_pipe_next_event(pipe, events, error);
+    } else if (conn != &pipe->now) {
+        tpr_pipe_lane_event((tpr_pipe_lane *)(void *)conn, events, error);
     } else {
         if ((events & TPRPC_EVENT_OPEN) && pipe->state == TPR_PIPE_CONNECTING) {
             pipe->state = TPR_PIPE_GREETING;
@@ -10431,8 +10953,8 @@ static void tpr_pipe_conn_event(tprpc_conn_owner *owner, uint32_t events, const 
                 tpr_pipe_pump_in(pipe);
                 if (pipe->bytes_received == before) break;
             }
-            tpr_pipe_end(pipe, error ? error->status : TPRPC_ERROR_PEER, error ? error->os_code : 0, "%s",
-                         error ? error->text : "the connection was lost");
+            tpr_pipe_part(pipe, error ? error->status : TPRPC_ERROR_PEER, error ? error->os_code : 0,
+                          error ? error->text : "the connection was lost");
         }
     }
     tpr_pipe_unref(pipe);
@@ -10460,6 +10982,7 @@ TPR_COLD static void tpr_pipe_timed_out(tprpc_work *work) {
     tpr_pipe_peer(pipe, peer, sizeof peer);
     if (pipe->orphaned && pipe->bytes_received != pipe->heard) tpr_pipe_set_timer(pipe, TPR_PIPE_MOURN_MS);
     else if (pipe->orphaned) tpr_pipe_end(pipe, TPRPC_ERROR_PEER, 0, "%s: its process died", peer);
+    else if (pipe->parting) tpr_pipe_parted(pipe);
     else if (pipe->state == TPR_PIPE_MOVING) tpr_pipe_move_failed(pipe, "the better transport did not answer in time");
     else
         tpr_pipe_end(pipe, TPRPC_ERROR_TIMEOUT, 0,
@@ -10484,6 +11007,7 @@ TPR_COLD static void tpr_pipe_greeting_end(tpr_pipe_greeting *greeting, tprpc_st
 static void tpr_pipe_listener_unref(tprpc_listener *listener) {
     if (--listener->refs) return;
     tpr_base_list_remove(&listener->object.node);
+    tpr_base_map_clear(&listener->by_token);
     tpr_context_free(listener->ctx, listener, sizeof *listener);
 }
 
@@ -10516,6 +11040,10 @@ static void tpr_pipe_listener_match(tprpc_listener *listener) {
 TPR_COLD static void tpr_pipe_listener_open(tprpc_pipe *pipe) {
     tprpc_listener *listener = pipe->listener;
     tpr_base_list_remove(&pipe->listener_node);
+    if (tpr_base_map_put(&listener->by_token, tpr_base_load_le64(pipe->token), pipe)) {
+        pipe->home = listener;
+        tpr_base_list_add(&listener->members, &pipe->home_node);
+    }                                  // else it goes without lanes
     if (listener->user_for) {
         pipe->listener = NULL;
         pipe->user = listener->user_for(listener->user_arg, pipe);
@@ -10589,6 +11117,39 @@ TPR_COLD static void tpr_pipe_greeting_move(tpr_pipe_greeting *greeting, size_t 
     tpr_pipe_greeting_end(greeting, TPRPC_ERROR_LIMIT);
 }
 
+// The first frame said that this connection is a lane of a pipe that came in before.
+TPR_COLD static void tpr_pipe_greeting_lane(tpr_pipe_greeting *greeting, size_t size) {
+    tprpc_listener *listener = greeting->listener;
+    const tprpc_transport_table *table = greeting->entry->backend->transport;
+    uint8_t frame[TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES];
+    tpr_wire_move move;
+    tpr_pipe_lane *lane = NULL;
+    tprpc_span span;
+    uint32_t number = tpr_wire_read_lane(greeting->bytes + TPR_WIRE_HEADER, size, &move);
+    tprpc_pipe *pipe = (tprpc_pipe *)tpr_base_map_get(&listener->by_token, tpr_base_load_le64(move.token));
+    if (number == 0 || number > TPR_CONTEXT_LANES || !pipe || memcmp(pipe->token, move.token, 16) != 0 ||
+        pipe->now.entry != greeting->entry || !(table->flags & TPRPC_TRANSPORT_LANES) ||
+        table->check_peer(greeting->conn, NULL) == TPRPC_ERROR_DENIED ||
+        (lane = tpr_pipe_lane_of(pipe, number)) == NULL) {
+        tpr_pipe_greeting_end(greeting, TPRPC_ERROR_DENIED);
+        return;
+    }
+    pipe->refs++;
+    if (lane->conn.conn) tpr_pipe_lane_lost(lane, NULL);   // the other end has noticed sooner
+    span.data = frame;
+    span.size = tpr_pipe_put_lane(frame, TPR_WIRE_LANED, &move, number);
+    if (pipe->state == TPR_PIPE_OPEN && !lane->conn.conn &&
+        table->send(greeting->conn, &span, 1, NULL, 0, false) == sizeof frame) {
+        lane->conn.entry = greeting->entry;
+        lane->conn.conn = greeting->conn;
+        table->own(greeting->conn, &lane->conn.owner);
+        greeting->conn = NULL;
+        tpr_pipe_lane_opened(lane);
+    }
+    tpr_pipe_greeting_end(greeting, TPRPC_ERROR_LIMIT);
+    tpr_pipe_unref(pipe);
+}
+
 TPR_COLD static void tpr_pipe_greeting_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
     tpr_pipe_greeting *greeting = (tpr_pipe_greeting *)(void *)owner;
     const tprpc_transport_table *table = greeting->entry->backend->transport;
@@ -10599,7 +11160,7 @@ TPR_COLD static void tpr_pipe_greeting_event(tprpc_conn_owner *owner, uint32_t e
         tprpc_span span;
         if (greeting->have >= TPR_WIRE_HEADER) {
             bool good = tpr_wire_get_frame(greeting->bytes, 0, &frame) &&
-                        (frame.kind == TPR_WIRE_HELLO || frame.kind == TPR_WIRE_MOVE);
+                        (frame.kind == TPR_WIRE_HELLO || frame.kind == TPR_WIRE_MOVE || frame.kind == TPR_WIRE_LANE);
             if (!good) {
                 TPR_LOG(&greeting->listener->ctx->env.logger, TPRPC_LOG_INFO, "pipe", "",
                         "a peer does not speak tprpc");
@@ -10610,7 +11171,8 @@ TPR_COLD static void tpr_pipe_greeting_event(tprpc_conn_owner *owner, uint32_t e
         }
         if (greeting->have == want) {
             if (frame.kind == TPR_WIRE_HELLO) tpr_pipe_greeting_hello(greeting, frame.size);
-            else tpr_pipe_greeting_move(greeting, frame.size);
+            else if (frame.kind == TPR_WIRE_MOVE) tpr_pipe_greeting_move(greeting, frame.size);
+            else tpr_pipe_greeting_lane(greeting, frame.size);
             return;
         }
         span.data = greeting->bytes + greeting->have;
@@ -10672,6 +11234,11 @@ TPR_COLD static void tpr_pipe_listener_drop(tprpc_listener *listener) {
     listener->closed = true;
     for (uint32_t i = 0; i < listener->count; i++)
         listener->addresses[i].entry->backend->transport->unlisten(listener->addresses[i].handle);
+    while (!tpr_base_list_empty(&listener->members)) {   // who goes on without lanes to come
+        tprpc_pipe *pipe = TPR_CONTAINER(listener->members.next, tprpc_pipe, home_node);
+        tpr_base_list_remove(&pipe->home_node);
+        pipe->home = NULL;
+    }
     while (!tpr_base_list_empty(&listener->greeting_list))
         tpr_pipe_greeting_end(TPR_CONTAINER(listener->greeting_list.next, tpr_pipe_greeting, node), TPRPC_ERROR_CLOSED);
     while (!tpr_base_list_empty(&listener->ready)) {
@@ -10799,6 +11366,8 @@ static tprpc_status tpr_pipe_listen_for(tprpc_context *ctx, const tprpc_listener
         tpr_base_list_init(&listener->pipes);
         tpr_base_list_init(&listener->ready);
         tpr_base_list_init(&listener->accepts);
+        tpr_base_list_init(&listener->members);
+        listener->by_token.memory = &ctx->env.memory;
         tpr_base_list_add(&loop->objects, &listener->object.node);
     }
     for (size_t i = 0; i < desc->address_count && status == TPRPC_OK; i++) {
@@ -10867,6 +11436,7 @@ static void tpr_pipe_why(const tprpc_pipe *pipe, uint32_t i, tprpc_path *path) {
     else if (!channel || !channel->end) why = "it could not be set up at both ends";
     else if (!channel->proved || !channel->verdict)
         why = "its proof failed: the memory of the other end cannot be reached";
+    else if (channel->rate) why = "another channel was faster with large tensors";
     else why = "another channel comes first";
     snprintf(path->why, sizeof path->why, "%.109s", path->chosen ? "" : why);
 }
@@ -10874,7 +11444,7 @@ static void tpr_pipe_why(const tprpc_pipe *pipe, uint32_t i, tprpc_path *path) {
 static void tpr_pipe_info_of(tprpc_pipe *pipe, tprpc_pipe_info *info) {
     static const tprpc_device host = {TPRPC_CPU, 0};
     const tpr_pipe_channel *channel =
-        pipe->state == TPR_PIPE_OPEN ? tpr_pipe_pick(pipe, host, host, NULL, 0, NULL) : NULL;
+        pipe->state == TPR_PIPE_OPEN ? tpr_pipe_choose(pipe, host, host, NULL, 0, 0, false) : NULL;
     memset(info, 0, sizeof *info);
     if (pipe->state == TPR_PIPE_OPEN)
         snprintf(info->transport, sizeof info->transport, "%s", pipe->now.entry->backend->name);
