@@ -1480,8 +1480,15 @@ static void c_killed(void *arg) {
     }
 }
 
-/* Those that must be told by the transport which process the peer is: over one that cannot they say so. */
-static bool needs_process(const tprpc_backend *backend) { return backend == &tpr_cma_backend; }
+/* What a channel says over a transport that it cannot use; NULL: it can. */
+static const char *refusal(const tprpc_backend *backend, const tprpc_backend *transport) {
+    const uint32_t flags = transport->transport->flags;
+    const bool shares = (flags & TPRPC_TRANSPORT_LOCAL_COPY) != 0, lanes = (flags & TPRPC_TRANSPORT_LANES) != 0;
+    if (backend == &tpr_cma_backend && !transport->transport->process) return "whose process";
+    if (backend == &tpr_bulk_backend && !shares) return "shares no memory";
+    if (backend == &tpr_mpt_backend && (shares || !lanes)) return "several connections";
+    return NULL;
+}
 
 static void c_says_why_not(void *arg) {
     const channel_case *c = (const channel_case *)arg;
@@ -1496,7 +1503,7 @@ static void c_says_why_not(void *arg) {
         if (strcmp(info.paths[i].name, "probe") != 0) continue;
         shown++;
         CHECK(!info.paths[i].chosen);
-        CHECK_CONTAINS(info.paths[i].why, "whose process");
+        CHECK_CONTAINS(info.paths[i].why, refusal(c->channel, c->transport));
     }
     CHECK_EQ_INT(shown, 1);
     world_close(&w);
@@ -2203,7 +2210,7 @@ static void add_channel(const tprpc_backend *backend, const tprpc_backend *trans
         c->kinds[0] = (k & 2) != 0;
         c->kinds[1] = (k & 1) != 0;
         snprintf(name, sizeof name, "%s_over_%s_%s", backend->name, transport->name, kinds[k]);
-        if (needs_process(backend) && !transport->transport->process) {
+        if (refusal(backend, transport)) {
             add("channel", name, "says_why_not", c_says_why_not, c);
             continue;
         }

@@ -3,7 +3,9 @@
 #define TPRPC_TESTS_SOCKETS_H
 
 #include <arpa/inet.h>
+#include <linux/sockios.h>
 #include <netinet/in.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 /* A socket bound to that port, 0 for one that nobody uses; sets which it is. */
@@ -52,6 +54,12 @@ static inline int socket_connect(uint16_t port) {
     to.sin_port = htons(port);
     REQUIRE(fd >= 0 && connect(fd, (struct sockaddr *)(void *)&to, sizeof to) == 0);
     return fd;
+}
+
+/* Whether the other end's kernel has all that was sent. */
+static inline bool socket_arrived(int fd) {
+    int left = 0;
+    return ioctl(fd, SIOCOUTQ, &left) != 0 || left == 0;
 }
 
 /* To the port that ends an address. */

@@ -52,6 +52,7 @@ TOY_USED static tprpc_context *context(const char *transports, const char *chann
     desc.transports = transports;
     desc.channels = channels;
     desc.threads = threads;
+    desc.lanes = 3;                    /* for mpt, which is not used without */
     if (tprpc_context_create(&desc, &ctx, &error) != TPRPC_OK) fprintf(stderr, "context: %s\n", error.text);
     REQUIRE(ctx != NULL);
     return ctx;
