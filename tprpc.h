@@ -1581,6 +1581,60 @@ TPR_UNUSED static int tpr_os_read_file(const char *path, char *out, size_t size)
 }
 #endif
 
+#ifndef TPRPC_NO_FILES
+// A number in a file of a control group, after `name` where there is one; UINT64_MAX: none.
+TPR_COLD TPR_UNUSED static uint64_t tpr_os_group_number(const char *folder, const char *path, size_t length,
+                                                        const char *file, const char *name) {
+    char at[512], text[4096];
+    snprintf(at, sizeof at, "%s%.*s/%s", folder, (int)length, path, file);
+    if (tpr_os_read_file(at, text, sizeof text) <= 0) return UINT64_MAX;
+    const char *from = name ? strstr(text, name) : text;
+    if (!from) return UINT64_MAX;
+    from += name ? strlen(name) : 0;
+    return *from >= '0' && *from <= '9' ? strtoull(from, NULL, 10) : UINT64_MAX;
+}
+
+// What one control group leaves: its limit less what is used and is not a cache of files that can go.
+TPR_COLD TPR_UNUSED static uint64_t tpr_os_group_left(const char *path, size_t length, bool second) {
+    const char *folder = second ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+    uint64_t limit =
+        tpr_os_group_number(folder, path, length, second ? "memory.max" : "memory.limit_in_bytes", NULL);
+    if (limit >= UINT64_C(1) << 60) return UINT64_MAX;
+    uint64_t used =
+        tpr_os_group_number(folder, path, length, second ? "memory.current" : "memory.usage_in_bytes", NULL);
+    uint64_t cache = tpr_os_group_number(folder, path, length, "memory.stat",
+                                         second ? "\ninactive_file " : "\ntotal_inactive_file ");
+    if (used == UINT64_MAX) return UINT64_MAX;
+    used -= cache < used ? cache : 0;
+    return used < limit ? limit - used : 0;
+}
+#endif
+
+// How many bytes of memory the control groups that this process is in leave it: to touch more would be a SIGKILL.
+// UINT64_MAX: there is no limit, or it cannot be told.
+TPR_COLD TPR_UNUSED static uint64_t tpr_os_memory_left(void) {
+    uint64_t left = UINT64_MAX;
+#ifndef TPRPC_NO_FILES
+    char text[2048];
+    if (tpr_os_read_file("/proc/self/cgroup", text, sizeof text) <= 0) return left;
+    for (char *line = text, *end; line && *line; line = end) {
+        if ((end = strchr(line, '\n')) != NULL) *end++ = 0;
+        const bool second = strncmp(line, "0::/", 4) == 0;
+        const char *path = second ? line + 3 : strstr(line, ":memory:/");
+        if (!path) continue;
+        path += second ? 0 : 8;
+        for (size_t length = strlen(path);;) {   // the group, and those above it
+            while (length > 0 && path[length - 1] == '/') length--;
+            uint64_t here = tpr_os_group_left(path, length, second);
+            if (here < left) left = here;
+            if (!length) break;
+            while (length > 0 && path[length - 1] != '/') length--;
+        }
+    }
+#endif
+    return left;
+}
+
 // What tells this boot of this machine from every other: 36 bytes of text at most.
 TPR_UNUSED static void tpr_os_boot_id(char *out, size_t size) {
     struct utsname name;
@@ -1667,6 +1721,13 @@ TPR_UNUSED static void *tpr_os_map(int fd, size_t size) {
     if (TPR_OS_HOOKED("mmap", TPR_OS_NO_SIZE)) return NULL;
     void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     return p == MAP_FAILED ? NULL : p;
+}
+
+// Gives the whole pages within a piece of shared memory back to the system: they read as zeros until they are written.
+TPR_COLD TPR_UNUSED static void tpr_os_give_back(void *p, size_t size) {
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), skip = (page - (uintptr_t)p % page) % page;
+    if (size < skip + page || TPR_OS_HOOKED("madvise", TPR_OS_NO_SIZE)) return;
+    (void)madvise((uint8_t *)p + skip, (size - skip) / page * page, MADV_REMOVE);
 }
 
 TPR_UNUSED static void tpr_os_unmap(void *p, size_t size) {
@@ -2359,6 +2420,18 @@ TPR_COLD static void *tpr_base_alloc(tpr_base_memory *memory, size_t size, size_
     }
     TPR_ATOMIC_SUB(&memory->used, (uint64_t)size);
     return NULL;
+}
+
+// Counts memory that comes from elsewhere. False: it would be more than the limit.
+TPR_COLD TPR_UNUSED static bool tpr_base_charge(tpr_base_memory *memory, size_t size) {
+    uint64_t before = TPR_ATOMIC_ADD(&memory->used, (uint64_t)size);
+    if (before + size <= memory->limit && before + size >= before) return true;
+    TPR_ATOMIC_SUB(&memory->used, (uint64_t)size);
+    return false;
+}
+
+TPR_COLD TPR_UNUSED static void tpr_base_discharge(tpr_base_memory *memory, size_t size) {
+    TPR_ATOMIC_SUB(&memory->used, (uint64_t)size);
 }
 
 TPR_COLD static void tpr_base_free(tpr_base_memory *memory, void *ptr, size_t size, uint32_t tag) {
@@ -5541,6 +5614,9 @@ enum {
     TPR_SHM_EVENTS = 32,
     TPR_SHM_HELLO = 16, TPR_SHM_MAGIC = 0x53525054, TPR_SHM_VERSION = 1,   // "TPRS"
     TPR_SHM_HANDSHAKE_US = 10000000, TPR_SHM_RETRY_US = 5000, TPR_SHM_PAUSE_US = 100000,
+    TPR_SHM_TRIM_US = 1000000,         // between looks at rings that were written, and how long one must be idle
+    TPR_SHM_LEFT_US = 10000,           // how long what a control group leaves is believed,
+    TPR_SHM_LEFT_LEAST = 1 << 20,      // of which so much is not used up
     TPR_SHM_NAME = 101,                // the longest name of a socket, with its final 0
     TPR_SHM_TAG = 0x206d6873           // "shm "
 };
@@ -5599,7 +5675,9 @@ typedef struct tpr_shm_conn {
     const char     *why;
     uint64_t        rx_stop;           // when it is over: what lies before may still be read
     tpr_shm_shared *shared;
-    size_t          shared_size;
+    size_t          shared_size, charged;   // charged: by the connector, against the context's memory
+    tpr_base_list   written;           // of those whose ring is to be given back,
+    uint64_t        written_pos;       // which stood here a while ago
     int             fd, memfd;         // memfd: until it is passed
     int32_t         pid;
     tpr_process_watch process;
@@ -5628,7 +5706,11 @@ typedef struct tpr_shm_instance {
     bool     armed, busy;              // busy: in progress, so that nothing is freed
     int64_t  looked_us;                // when the sockets were looked at
     int      poller;
-    tpr_base_list ripe, dead, handshakes;
+    tpr_base_list ripe, dead, handshakes, written;
+    tprpc_work    trim;                // gives back the rings of those that are idle
+    bool          trimming;            // it is set
+    uint64_t      left;                // memory that the control groups leave, as of
+    int64_t       left_us;             // then
     tpr_shm_conn *hot[TPR_SHM_HOT];
     tpr_loop      *loop;
     tprpc_context *ctx;
@@ -5773,6 +5855,15 @@ static inline void tpr_shm_advance(tpr_shm_conn *conn, uint32_t size) {
 
 // ---- the ring that is written
 
+TPR_COLD static void tpr_shm_trim_later(tpr_shm_conn *conn) {
+    tpr_shm_instance *instance = conn->instance;
+    conn->written_pos = conn->tx_pos;
+    tpr_base_list_add(&instance->written, &conn->written);
+    if (instance->trimming) return;
+    instance->trimming = true;
+    tpr_loop_timer(instance->loop, &instance->trim, tpr_loop_clock(instance->loop) + TPR_SHM_TRIM_US);
+}
+
 // Learns what the peer has consumed. False: it lies.
 static bool tpr_shm_refresh(tpr_shm_conn *conn) {
     uint64_t consumed = TPR_ATOMIC_LOAD_FULL(&conn->theirs->consumed);
@@ -5781,12 +5872,39 @@ static bool tpr_shm_refresh(tpr_shm_conn *conn) {
         return false;
     }
     conn->tx_seen = consumed;
+    if (TPR_UNLIKELY(tpr_base_list_empty(&conn->written))) tpr_shm_trim_later(conn);
     return true;
 }
 
 // Bytes that may be written, a line for the commit word after them left out.
 static inline uint64_t tpr_shm_room(const tpr_shm_conn *conn) {
     return conn->mask + 1 - TPR_SHM_LINE - (conn->tx_pos - conn->tx_seen);
+}
+
+// Gives the pages of the ring that is written back where nothing lies in them. The reader looks at the word of the
+// record to come, which is 0 and stays.
+TPR_COLD static void tpr_shm_trim_one(tpr_shm_conn *conn) {
+    const uint64_t ring = conn->mask + 1, from = conn->tx_pos + TPR_SHM_LINE, at = from & conn->mask;
+    if (!tpr_shm_refresh(conn) || from >= conn->tx_seen + ring) return;
+    const size_t size = (size_t)(conn->tx_seen + ring - from), first = size < ring - at ? size : (size_t)(ring - at);
+    tpr_os_give_back(conn->tx + at, first);
+    tpr_os_give_back(conn->tx, size - first);
+}
+
+// The rings that have been written and are idle.
+TPR_COLD static void tpr_shm_trim(tprpc_work *work) {
+    tpr_shm_instance *instance = TPR_CONTAINER(work, tpr_shm_instance, trim);
+    for (tpr_base_list *node = instance->written.next, *next; node != &instance->written; node = next) {
+        tpr_shm_conn *conn = TPR_CONTAINER(node, tpr_shm_conn, written);
+        const bool idle = conn->tx_pos == conn->written_pos;
+        next = node->next;
+        conn->written_pos = conn->tx_pos;
+        if (conn->status == TPRPC_OK && !idle) continue;
+        if (conn->status == TPRPC_OK) tpr_shm_trim_one(conn);
+        tpr_base_list_remove(node);
+    }
+    instance->trimming = !tpr_base_list_empty(&instance->written);
+    if (instance->trimming) tpr_loop_timer(instance->loop, work, tpr_loop_clock(instance->loop) + TPR_SHM_TRIM_US);
 }
 
 // How much of `left` bytes the next record can hold; 0: the ring is full. May move tx_pos to the ring's start.
@@ -5971,6 +6089,7 @@ static tpr_shm_conn *tpr_shm_conn_new(tpr_shm_instance *instance, tpr_shm_state 
     conn->watch.kind = TPR_SHM_IS_CONN;
     tpr_base_list_init(&conn->ripe);
     tpr_base_list_init(&conn->node);
+    tpr_base_list_init(&conn->written);
     conn->process.ended = tpr_shm_process_ended;
     conn->deadline_us = tpr_loop_clock(instance->loop) + TPR_SHM_HANDSHAKE_US;
     return conn;
@@ -5986,6 +6105,8 @@ TPR_COLD static void tpr_shm_conn_free(tpr_shm_conn *conn) {
     tpr_process_unwatch(&conn->process);
     if (conn->shared) TPR_ATOMIC_STORE(&conn->mine->gone, 1u);
     tpr_os_unmap(conn->shared, conn->shared_size);
+    tpr_base_discharge(&instance->ctx->env.memory, conn->charged);
+    tpr_base_list_remove(&conn->written);
     if (conn->fd >= 0) {
         tpr_os_poller_remove(instance->poller, conn->fd);
         tpr_os_shutdown(conn->fd);
@@ -6401,6 +6522,7 @@ static intptr_t tpr_shm_handle(void *self) { return ((tpr_shm_instance *)self)->
 
 static void tpr_shm_close(void *self) {
     tpr_shm_instance *instance = (tpr_shm_instance *)self;
+    tpr_timer_cancel(&instance->loop->wheel, &instance->trim);
     tpr_os_close(instance->poller);
     tpr_shm_free(instance, instance, sizeof *instance);
 }
@@ -6434,6 +6556,9 @@ static tprpc_status tpr_shm_open(const tprpc_host *host, void *user, void **out,
     tpr_base_list_init(&instance->ripe);
     tpr_base_list_init(&instance->dead);
     tpr_base_list_init(&instance->handshakes);
+    tpr_base_list_init(&instance->written);
+    instance->trim.run = tpr_shm_trim;
+    instance->trim.loop = host->loop;
     tpr_shm_make_domain(instance);
     instance->poller = tpr_os_poller();
     if (instance->poller < 0) {
@@ -6517,8 +6642,29 @@ static bool tpr_shm_public_address(void *self, const char *address) {
     return false;
 }
 
+// Whether there is memory for another connection's rings, which the connector answers for.
+TPR_COLD static tprpc_status tpr_shm_charge(tpr_shm_conn *conn, size_t size, tprpc_error *error) {
+    tpr_shm_instance *instance = conn->instance;
+    const int64_t now = tpr_loop_clock(instance->loop);
+    if (!instance->left_us || (uint64_t)(now - instance->left_us) >= TPR_SHM_LEFT_US) {
+        instance->left = tpr_os_memory_left();
+        instance->left_us = now;
+    }
+    if (instance->left < size + TPR_SHM_LEFT_LEAST)
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0,
+                               "shm: the control group leaves %llu bytes of memory, a connection may take %zu",
+                               (unsigned long long)instance->left, size);
+    if (!tpr_base_charge(&instance->ctx->env.memory, size))
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "shm: %zu bytes for a connection are over limits.memory_bytes",
+                               size);
+    conn->charged = size;
+    if (instance->left != UINT64_MAX) instance->left -= size;
+    return TPRPC_OK;
+}
+
 static tprpc_status tpr_shm_connect(void *self, const char *address, uint32_t lane, tprpc_conn_owner *owner, void **out,
                                     tprpc_error *error) {
+    const size_t size = sizeof(tpr_shm_shared) + 2 * (size_t)TPR_SHM_RING;
     tpr_shm_instance *instance = (tpr_shm_instance *)self;
     tpr_shm_conn *conn = tpr_shm_conn_new(instance, TPR_SHM_CONNECTING, owner, -1);
     char peer[64];
@@ -6530,9 +6676,14 @@ static tprpc_status tpr_shm_connect(void *self, const char *address, uint32_t la
                                             "shm: a name of more than %d bytes: %.40s...", TPR_SHM_NAME - 1, address)
                           : tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "shm: an address without a name");
     }
+    tprpc_status charged = tpr_shm_charge(conn, size, error);
+    if (charged != TPRPC_OK) {
+        tpr_shm_conn_free(conn);
+        return charged;
+    }
     memcpy(conn->name, address, strlen(address) + 1);
     conn->fd = tpr_os_socket(AF_UNIX);
-    if (conn->fd >= 0) conn->memfd = tpr_os_memfd("tprpc-shm", sizeof(tpr_shm_shared) + 2 * (size_t)TPR_SHM_RING);
+    if (conn->fd >= 0) conn->memfd = tpr_os_memfd("tprpc-shm", size);
     if (conn->memfd < 0 || !tpr_shm_map(conn, conn->memfd, TPR_SHM_RING, true)) {
         int code = errno;
         tpr_shm_peer_text(conn, peer, sizeof peer);

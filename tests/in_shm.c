@@ -1120,3 +1120,128 @@ TEST(an_idle_connection_is_cheap) {
     p.out = first;
     pair_fini(&p);
 }
+
+/* ---- the memory of rings */
+
+static int64_t ahead_us;
+static int64_t clock_ahead(void *user) {
+    (void)user;
+    return tpr_os_now_us() + ahead_us;
+}
+
+/* Bytes of the ring that `e` writes that take memory. */
+static size_t ring_in_memory(const end *e) {
+    unsigned char pages[TPR_SHM_RING / 4096];
+    size_t count = 0;
+    REQUIRE(mincore(e->conn->tx, TPR_SHM_RING, pages) == 0);
+    for (size_t i = 0; i < sizeof pages; i++) count += pages[i] & 1;
+    return count * 4096;
+}
+
+static void clock_goes_on(pair *p, int64_t us) {
+    ahead_us += us;
+    pair_turns(p, 2);
+}
+
+TEST(idle_rings_go_back) {
+    pair p;
+    pair_init(&p);
+    p.a.ctx->env.clock_us = p.b.ctx->env.clock_us = clock_ahead;
+    uint64_t at = 0;
+    for (int round = 0; round < 3; round++) {
+        while (at < (uint64_t)(round + 1) * 3 * TPR_SHM_RING + 12345) {
+            at += send_stream(p.out, 0, at, 50000, false);
+            pair_turns(&p, 1);
+        }
+        pair_turns(&p, 50);
+        CHECK_EQ_INT(p.in->got, at);
+        CHECK(ring_in_memory(p.out) >= TPR_SHM_RING - 4096);
+        clock_goes_on(&p, TPR_SHM_TRIM_US + 2000);   /* it was written not long ago */
+        send_stream(p.out, 0, at, 100, false);
+        at += 100;
+        pair_turns(&p, 2);
+        clock_goes_on(&p, TPR_SHM_TRIM_US + 2000);
+        CHECK(ring_in_memory(p.out) >= TPR_SHM_RING - 4096);
+        clock_goes_on(&p, TPR_SHM_TRIM_US + 2000);
+        CHECK(ring_in_memory(p.out) <= TPR_SHM_RING / 4 + 3 * 4096);   /* a reader tells of each quarter */
+        CHECK(!p.b.instance->trimming);              /* nothing ticks */
+    }
+    p.in->hold = true;                               /* what is not read yet stays, and stays whole */
+    size_t sent = send_stream(p.out, 0, at, 100000, false);
+    CHECK_EQ_INT(sent, 100000);
+    for (int i = 0; i < 4; i++) clock_goes_on(&p, TPR_SHM_TRIM_US + 2000);
+    p.in->hold = false;
+    pair_turns(&p, 50);
+    CHECK_EQ_INT(p.in->got, at + sent);
+    pair_fini(&p);
+}
+
+TEST(memory_of_rings_is_counted) {
+    pair p;
+    tprpc_error error;
+    pair_init(&p);
+    const uint64_t used = p.b.ctx->env.memory.used, size = sizeof(tpr_shm_shared) + 2 * TPR_SHM_RING;
+    CHECK(used >= size);
+    CHECK(p.a.ctx->env.memory.used < size);          /* who connects answers for both */
+    p.b.ctx->env.memory.limit = used + size / 2;
+    CHECK(!side_connect(&p.b, p.a.address, &error));
+    CHECK_EQ_INT(error.status, TPRPC_ERROR_LIMIT);
+    CHECK_CONTAINS(error.text, "limits.memory_bytes");
+    CHECK_EQ_INT(p.b.ctx->env.memory.used, used);
+    pair_fini(&p);
+}
+
+static bool write_text(const char *folder, const char *file, const char *text) {
+    char path[300];
+    snprintf(path, sizeof path, "%s/%s", folder, file);
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    const bool good = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+    if (fd >= 0) close(fd);
+    return good;
+}
+
+enum { NOT_LET_IN = 99 };
+
+static void in_small_group(void *group) {
+    tprpc_error error;
+    pair p;
+    if (!write_text((const char *)group, "cgroup.procs", "0")) _exit(NOT_LET_IN);
+    pair_init(&p);                                   /* there is room for this one */
+    const uint64_t left = tpr_os_memory_left();
+    CHECK(left <= 40 << 20 && left > 8 << 20);
+    const size_t most = (size_t)left - (1 << 20);    /* and now there is none */
+    void *memory = mmap(NULL, most, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    REQUIRE(memory != MAP_FAILED);
+    p.b.instance->left_us = 0;
+    CHECK(!side_connect(&p.b, p.a.address, &error));
+    CHECK_EQ_INT(error.status, TPRPC_ERROR_LIMIT);
+    CHECK_CONTAINS(error.text, "control group");
+    munmap(memory, most);
+    p.b.instance->left_us = 0;
+    pair_connect(&p);
+    pair_fini(&p);
+}
+
+/* A control group of this test's own, which has too little memory left. */
+TEST(a_small_control_group_refuses) {
+    char group[200], text[4096];
+    bool second = false;
+    if (geteuid() != 0) SKIP("not root");
+    REQUIRE(tpr_os_read_file("/proc/self/cgroup", text, sizeof text) > 0);
+    char *line = strstr(text, ":memory:/");
+    if (line) line += 8;
+    else if ((line = strstr(text, "0::/")) != NULL) { line += 3; second = true; }
+    if (!line) SKIP("no control groups for memory");
+    line[strcspn(line, "\n")] = 0;
+    snprintf(group, sizeof group, "/sys/fs/cgroup%s%.120s/tprpc-test-%d", second ? "" : "/memory",
+             line[1] ? line : "", (int)getpid());
+    if (mkdir(group, 0700) != 0) {
+        snprintf(group, sizeof group, "/sys/fs/cgroup%s/tprpc-test-%d", second ? "" : "/memory", (int)getpid());
+        if (mkdir(group, 0700) != 0) SKIP("no control group can be made");
+    }
+    const bool limited = write_text(group, second ? "memory.max" : "memory.limit_in_bytes", "41943040");
+    const int status = limited ? test_wait_child(test_fork_run(in_small_group, group), 30) : NOT_LET_IN;
+    rmdir(group);
+    if (status == NOT_LET_IN) SKIP("the control group made takes no limit or no process");
+    CHECK_EQ_INT(status, 0);
+}
