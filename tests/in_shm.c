@@ -1218,6 +1218,7 @@ static void in_small_group(void *group) {
     CHECK_CONTAINS(error.text, "control group");
     munmap(memory, most);
     p.b.instance->left_us = 0;
+    end_free(p.out);
     pair_connect(&p);
     pair_fini(&p);
 }
