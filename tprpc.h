@@ -418,7 +418,8 @@ typedef struct tprpc_log {
 typedef struct tprpc_limits {        // 0: the default, which the manual's table gives
     uint64_t message_bytes;          // payloads and tensors of one message, in all (default: 16 GiB)
     uint64_t metadata_bytes;         // metadata of one message, in all (default: 1 MiB)
-    uint64_t memory_bytes;           // the library's own allocations, in all (default: 4 GiB)
+    uint64_t memory_bytes;           // the library's own allocations, in all, and the memory of each shm connection that
+                                     // it began, 516 KiB (default: 4 GiB)
     uint64_t inflight_bytes;         // copied outgoing bytes of one pipe, queued (default: 256 MiB)
     uint32_t tensors;                // tensors and payloads of one message (default: 4,096)
     uint32_t pipes;                  // pipes of a context (default: 16,384)
@@ -866,7 +867,7 @@ typedef struct tprpc_stats {
     uint64_t fast_messages;          // calls and replies that took the short path
     uint64_t bytes_sent, bytes_received;  // of all its pipes, on the wire
     uint64_t tensor_bytes_sent, tensor_bytes_received;   // of all its pipes
-    uint64_t memory_bytes;           // of the context, allocated now
+    uint64_t memory_bytes;           // of the context, allocated now, as limits.memory_bytes counts it
     uint32_t workers, pipes;         // known; open, both directions
 } tprpc_stats;
 // Fills `out` (`size`: sizeof *out of the caller). Any thread.
@@ -6655,8 +6656,8 @@ TPR_COLD static tprpc_status tpr_shm_charge(tpr_shm_conn *conn, size_t size, tpr
                                "shm: the control group leaves %llu bytes of memory, a connection may take %zu",
                                (unsigned long long)instance->left, size);
     if (!tpr_base_charge(&instance->ctx->env.memory, size))
-        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "shm: %zu bytes for a connection are over limits.memory_bytes",
-                               size);
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0,
+                               "shm: %zu bytes for a connection are over limits.memory_bytes", size);
     conn->charged = size;
     if (instance->left != UINT64_MAX) instance->left -= size;
     return TPRPC_OK;
