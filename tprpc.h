@@ -418,8 +418,8 @@ typedef struct tprpc_log {
 typedef struct tprpc_limits {        // 0: the default, which the manual's table gives
     uint64_t message_bytes;          // payloads and tensors of one message, in all (default: 16 GiB)
     uint64_t metadata_bytes;         // metadata of one message, in all (default: 1 MiB)
-    uint64_t memory_bytes;           // the library's own allocations, in all, and the memory of each shm connection that
-                                     // it began, 516 KiB (default: 4 GiB)
+    uint64_t memory_bytes;           // the library's own allocations, in all, and the memory of each shm connection
+                                     // that it began, 516 KiB (default: 4 GiB)
     uint64_t inflight_bytes;         // copied outgoing bytes of one pipe, queued (default: 256 MiB)
     uint32_t tensors;                // tensors and payloads of one message (default: 4,096)
     uint32_t pipes;                  // pipes of a context (default: 16,384)
