@@ -2025,6 +2025,49 @@ TPR_UNUSED static void tpr_os_let_read(void) {
     if (!TPR_OS_HOOKED("prctl", TPR_OS_NO_SIZE)) prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);
 }
 
+// ---- large copies
+
+// Not under gcc's sanitizers, which do not see these stores. Clang's do.
+#if defined(__SSE2__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#include <emmintrin.h>
+enum { TPR_OS_LINE = 64, TPR_OS_LANE = 4096, TPR_OS_LANES = 4 };
+
+static inline void tpr_os_copy_line(uint8_t *to, const uint8_t *from) {
+    __m128i *out = (__m128i *)(void *)to;
+    const __m128i *in = (const __m128i *)(const void *)from;
+    const __m128i a = _mm_loadu_si128(in), b = _mm_loadu_si128(in + 1), c = _mm_loadu_si128(in + 2),
+                  d = _mm_loadu_si128(in + 3);
+    tpr_atomic_prefetch(from + 4 * TPR_OS_LINE);
+    _mm_stream_si128(out, a);
+    _mm_stream_si128(out + 1, b);
+    _mm_stream_si128(out + 2, c);
+    _mm_stream_si128(out + 3, d);
+}
+
+// Copies a piece of what is larger than the caches: by stores that do not fetch what they overwrite, to four pages by
+// turns, so that the memory's banks work side by side. 64 MiB at 9.8 GB/s, by memcpy at 5.5; but what is read at once
+// and would still be in the cache is the slower for it, up to 16 MiB (2-core x86-64 VM, Xeon with 2 MiB a core).
+TPR_UNUSED static void tpr_os_copy_large(void *to, const void *from, size_t size) {
+    uint8_t *out = (uint8_t *)to;
+    const uint8_t *in = (const uint8_t *)from;
+    size_t head = (TPR_OS_LINE - (uintptr_t)out % TPR_OS_LINE) % TPR_OS_LINE;
+    if (head > size) head = size;
+    memcpy(out, in, head);
+    for (out += head, in += head, size -= head; size >= (size_t)TPR_OS_LANE * TPR_OS_LANES;) {
+        for (size_t at = 0; at < TPR_OS_LANE; at += TPR_OS_LINE)
+            for (size_t lane = 0; lane < TPR_OS_LANES; lane++)
+                tpr_os_copy_line(out + lane * TPR_OS_LANE + at, in + lane * TPR_OS_LANE + at);
+        out += (size_t)TPR_OS_LANE * TPR_OS_LANES;
+        in += (size_t)TPR_OS_LANE * TPR_OS_LANES;
+        size -= (size_t)TPR_OS_LANE * TPR_OS_LANES;
+    }
+    memcpy(out, in, size);
+    _mm_sfence();                      // such stores are not in order: before anyone is told that the bytes are there
+}
+#else
+TPR_UNUSED static void tpr_os_copy_large(void *to, const void *from, size_t size) { memcpy(to, from, size); }
+#endif
+
 // ---- TCP: who owns the other end, and how a connection ends
 
 #include <linux/sockios.h>
@@ -7286,7 +7329,7 @@ static const tprpc_backend tpr_basic_backend = {
 // counted in the batch, which does not end before.
 
 #ifndef TPRPC_NO_XTH
-enum { TPR_XTH_KEY = 16 };
+enum { TPR_XTH_KEY = 16, TPR_XTH_LARGE = 16 << 20 };   // LARGE: bytes of a transfer, from which it bypasses the cache
 
 typedef struct tpr_xth_end {
     tpr_batch_end  batch;             // first
@@ -7373,8 +7416,10 @@ static tpr_batch_outcome tpr_xth_fetch(tpr_batch *receive, const tpr_batch_piece
         tpr_os_lock_give(&peer->batch.lock);
         for (size_t i = 0; i < count; i++) {
             const tpr_batch_piece *p = &pieces[i];
-            memcpy((uint8_t *)receive->buffers[p->buffer].data + p->offset,
-                   (const uint8_t *)send->buffers[p->buffer].data + p->offset, p->size);
+            uint8_t *to = (uint8_t *)receive->buffers[p->buffer].data + p->offset;
+            const uint8_t *from = (const uint8_t *)send->buffers[p->buffer].data + p->offset;
+            if (receive->total >= TPR_XTH_LARGE) tpr_os_copy_large(to, from, p->size);
+            else memcpy(to, from, p->size);
         }
         tpr_os_lock_take(&peer->batch.lock);
         if (--send->readers == 0 && send->withdrawn) tprpc_defer(peer->batch.queue->host->context, &send->back);
