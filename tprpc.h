@@ -623,8 +623,8 @@ TPRPC_API tprpc_status tprpc_pipe_read_descriptor(tprpc_pipe *pipe, tprpc_descri
 
 // Reads the oldest message that was described and not read yet.
 //   allocation   `tensors` and `payloads` of the same counts and sizes, `data` set to where the bytes go (device,
-//                stream and index as the memory is). NULL: the library allocates; then `done` shows the memory, valid
-//                until it returns. With NULL and no message described, it reads the next one whole.
+//                stream and index as the memory is). NULL: the library allocates, or takes what is given; then `done`
+//                shows the memory, valid until it returns. With NULL and no message described, it reads the next one whole.
 // Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and as of a write, what the pipe
 // failed with. Any thread.
 TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *allocation, tprpc_read done, void *user);
@@ -819,7 +819,9 @@ static inline tprpc_status tprpc_agent_create(const tprpc_agent_desc *desc, tprp
 }
 // Ends every request (a kept one reads as cancelled), waits for handlers running or submitted, ends every operation and
 // release on this thread; nothing runs after it, and no thread may use a future or request of it: join your own jobs
-// first. INVALID, and nothing done, inside a callback. NULL is fine.
+// first. INVALID, and nothing done, inside a callback. TIMEOUT when 30 s later a receiver of this process still has
+// what was given to it (TPRPC_MESSAGE_GIVE): let it be done, and destroy again; nothing else may be done with the
+// agent. NULL is fine.
 TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent);
 
 // Adds a method; desc is copied. Before or after start, any thread. INVALID: a name that is none, that is registered,
@@ -13064,6 +13066,7 @@ TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const
 
 enum { TPR_AGENT_NAME = 129, TPR_AGENT_TEXT = 256, TPR_AGENT_TAG = 0x746e6761 };   // "agnt"
 enum { TPR_AGENT_SLICE_US = 200 };     // of a wait that more than one loop must be driven for
+enum { TPR_AGENT_PATIENCE_US = 30000000 };   // of destroy, with receivers that keep what was given to them
 enum { TPR_AGENT_CHUNK = 16, TPR_AGENT_CHUNKS = 24 };   // workers in the first chunk of the table; each next has twice
 enum { TPR_AGENT_LOOP_SHIFT = 56, TPR_AGENT_INDEX_SHIFT = 32, TPR_AGENT_INDEX_MASK = 0xffffff };
 
@@ -15163,12 +15166,16 @@ static void tpr_agent_end_loop(tprpc_agent *agent, tpr_loop *loop) {
     }
 }
 
-// Waits for what runs, on this thread where the context is polled.
-static void tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
+// Waits for what runs, on this thread where the context is polled. False: nothing of a user's runs any more, and a
+// receiver still has what was given to it.
+static bool tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
+    const int64_t patience = tpr_loop_clock(loop) + TPR_AGENT_PATIENCE_US;
     while (!tpr_loop_wait(loop, tpr_agent_loop_idle, on, tpr_loop_clock(loop) + 10000) ||
            TPR_ATOMIC_LOAD(&agent->jobs)) {
         tpr_loop_give_way(loop);   // to the loop's thread, whose callback is waited for
+        if (!TPR_ATOMIC_LOAD(&agent->jobs) && tpr_base_list_empty(&on->running) && tpr_loop_clock(loop) > patience)
+            return false;
         if (!TPR_ATOMIC_LOAD(&agent->jobs)) continue;
         tpr_loop_leave(loop);
         tpr_os_futex_wait(&agent->jobs, TPR_ATOMIC_LOAD(&agent->jobs), 1000);
@@ -15180,6 +15187,7 @@ static void tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
         call->refs = 1;
         tpr_agent_call_unref(agent, call);
     }
+    return true;
 }
 
 // Looks both names up for a call. Refusals go to `error`, and to the caller's.
@@ -15367,22 +15375,25 @@ TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent) {
     tpr_agent_close(agent);
     tpr_loop_leave(home);
     if (agent->listener) tprpc_listener_close(agent->listener);
+    agent->listener = NULL;            // it may be destroyed again
     for (uint32_t i = 0; i < ctx->loop_count; i++) {
         tpr_loop_enter(&ctx->loops[i]);
         tpr_agent_end_loop(agent, &ctx->loops[i]);
         tpr_loop_leave(&ctx->loops[i]);
     }
-    for (uint32_t i = 0; i < ctx->loop_count; i++) {
+    bool idle = true;
+    for (uint32_t i = 0; i < ctx->loop_count && idle; i++) {
         tpr_loop *loop = &ctx->loops[i];
         tpr_loop_enter(loop);
         if (i == 0) while (!tpr_loop_wait(loop, tpr_agent_step_over, agent, tpr_loop_clock(loop) + 1000000)) { }
-        tpr_agent_wait_idle(agent, loop);
+        idle = tpr_agent_wait_idle(agent, loop);
         tpr_loop_leave(loop);
     }
-    tpr_agent_stop_threads(agent);     // not before: what ran there may have waited for a callback that ran here
+    if (idle) tpr_agent_stop_threads(agent);   // not before: what ran there may have waited for a callback of here
     tpr_loop_enter(home);
     if (ctx->env.polled) home->callback_thread = callback_thread;
     tpr_loop_leave(home);
+    if (!idle) return TPRPC_ERROR_TIMEOUT;
     if (agent->own_store) tprpc_store_close(agent->store);
     tpr_agent_dispose(agent);
     return TPRPC_OK;
