@@ -624,7 +624,8 @@ TPRPC_API tprpc_status tprpc_pipe_read_descriptor(tprpc_pipe *pipe, tprpc_descri
 // Reads the oldest message that was described and not read yet.
 //   allocation   `tensors` and `payloads` of the same counts and sizes, `data` set to where the bytes go (device,
 //                stream and index as the memory is). NULL: the library allocates, or takes what is given; then `done`
-//                shows the memory, valid until it returns. With NULL and no message described, it reads the next one whole.
+//                shows the memory, valid until it returns. With NULL and no message described, it reads the next one
+//                whole.
 // Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and as of a write, what the pipe
 // failed with. Any thread.
 TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *allocation, tprpc_read done, void *user);

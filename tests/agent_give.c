@@ -60,7 +60,7 @@ static const tprpc_method_desc methods[] = {
     {"fetch", on_fetch, NULL, NULL, NULL, 0}, {"echo", on_echo, NULL, NULL, NULL, 0}, {NULL, NULL, NULL, NULL, NULL, 0},
 };
 
-enum { XTH = 0x18 };                   /* of `kinds`: shm_xth and threads */
+enum { XTH = 0x1c };                   /* of `kinds`: tcp_xth, shm_xth and threads */
 
 static void idle(int64_t us) {
     const int64_t end = test_now_us() + us;
