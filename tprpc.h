@@ -13181,6 +13181,7 @@ typedef struct tpr_agent_send {        // an outgoing message that lends memory,
     void          *release_user;
     struct tprpc_agent *agent;
     uint64_t       call;               // a one-way call, whose outcome this is; 0: none
+    uint32_t       gift;               // 1: its memory is given
 } tpr_agent_send;
 
 typedef struct tpr_agent_loop {        // what an agent has on one loop
@@ -13189,7 +13190,8 @@ typedef struct tpr_agent_loop {        // what an agent has on one loop
     tpr_agent_request *held, **held_tail;   // started, in order, before the agent itself had: by next_job
     bool drained;                      // someone waits until no call is active
     uint64_t active, started, failed, timed_out, cancelled, late;   // calls
-    uint64_t unanswered, received, received_failed, async_now, sends;   // requests; callbacks under way
+    uint64_t unanswered, received, received_failed, async_now, sends;   // requests; callbacks under way, of which
+    uint64_t gifts;                    // wait for who was given the memory
     uint64_t bytes_sent, bytes_received, tensor_sent, tensor_received, tensor_adopted, fast;   // of pipes that are gone
 } tpr_agent_loop;
 
@@ -13362,6 +13364,7 @@ static void tpr_agent_send_done(tpr_loop_task *task) {
 
 static void tpr_agent_send_ended(tpr_pipe_write *write) {
     tpr_agent_send *send = (tpr_agent_send *)(void *)write;
+    tpr_agent_on(send->agent, send->loop)->gifts -= send->gift;
     if (send->call) {
         tpr_agent_call *call =
             (tpr_agent_call *)(void *)tpr_agent_find(&tpr_agent_on(send->agent, send->loop)->calls, send->call);
@@ -13408,9 +13411,12 @@ static tprpc_status tpr_agent_send_on(tprpc_agent *agent, tprpc_pipe *pipe, cons
     }
     tpr_agent_send *send = tpr_agent_send_new(agent, pipe->loop, message, call);
     if (!send) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to send a message");
+    send->gift = message->release && (message->flags & TPRPC_MESSAGE_GIVE) ? 1 : 0;
+    tpr_agent_on(agent, pipe->loop)->gifts += send->gift;
     tpr_pipe_write_begin(pipe, &send->write, tpr_agent_send_ended);
     status = tpr_pipe_send(pipe, &send->write, bytes, sizeof bytes, message, message->release != NULL, error);
     if (status == TPRPC_OK) return TPRPC_OK;
+    tpr_agent_on(agent, send->loop)->gifts -= send->gift;
     tpr_pipe_write_undo(&send->write);
     tpr_agent_send_done(&send->task);  // the pipe may be gone by now
     return status;
@@ -15119,9 +15125,8 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
     return tpr_agent_start_threads(agent, error);
 }
 
-static bool tpr_agent_loop_idle(void *arg) {
-    tpr_agent_loop *on = (tpr_agent_loop *)arg;
-    if (on->sends) return false;
+// Whether nothing of the agent's is at work on a loop, but for sends.
+static bool tpr_agent_loop_rests(tpr_agent_loop *on) {
     for (uint32_t i = 0; i < on->requests.chunk_count * TPR_BASE_SLAB_CHUNK; i++) {
         tpr_agent_request *request = (tpr_agent_request *)(void *)tpr_base_slab_at(&on->requests, i);
         if (request->slot.used && (request->reading || request->running)) return false;
@@ -15131,6 +15136,11 @@ static bool tpr_agent_loop_idle(void *arg) {
         if (call->slot.used && call->reading) return false;
     }
     return tpr_base_list_empty(&on->servers);
+}
+
+static bool tpr_agent_loop_idle(void *arg) {
+    tpr_agent_loop *on = (tpr_agent_loop *)arg;
+    return !on->sends && tpr_agent_loop_rests(on);
 }
 
 // Ends what the agent waits for of its store, and lets nothing begin any more. Under the first loop's lock.
@@ -15167,17 +15177,18 @@ static void tpr_agent_end_loop(tprpc_agent *agent, tpr_loop *loop) {
     }
 }
 
-// Waits for what runs, on this thread where the context is polled. False: nothing of a user's runs any more, and a
-// receiver still has what was given to it.
+// Waits for what runs, on this thread where the context is polled. False: all that is left is what receivers keep of
+// what was given to them.
 static bool tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
     const int64_t patience = tpr_loop_clock(loop) + TPR_AGENT_PATIENCE_US;
     while (!tpr_loop_wait(loop, tpr_agent_loop_idle, on, tpr_loop_clock(loop) + 10000) ||
            TPR_ATOMIC_LOAD(&agent->jobs)) {
         tpr_loop_give_way(loop);   // to the loop's thread, whose callback is waited for
-        if (!TPR_ATOMIC_LOAD(&agent->jobs) && tpr_base_list_empty(&on->running) && tpr_loop_clock(loop) > patience)
+        const bool jobs = TPR_ATOMIC_LOAD(&agent->jobs) != 0;
+        if (!jobs && on->gifts && on->gifts == on->sends && tpr_agent_loop_rests(on) && tpr_loop_clock(loop) > patience)
             return false;
-        if (!TPR_ATOMIC_LOAD(&agent->jobs)) continue;
+        if (!jobs) continue;
         tpr_loop_leave(loop);
         tpr_os_futex_wait(&agent->jobs, TPR_ATOMIC_LOAD(&agent->jobs), 1000);
         tpr_loop_enter(loop);
