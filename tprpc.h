@@ -107,12 +107,17 @@
 // BYTES, AND WHOSE THEY ARE
 //
 // A message has metadata (a call's body: small, always there when the handler runs), tensors (bulk, on any device),
-// and on pipes also payloads. It goes out in one of two ways:
+// and on pipes also payloads. It goes out in one of three ways:
 //
 //   copied      `release` is NULL. All is copied before the function returns: the array may be on the stack.
 //   borrowed    `release` is set. Structs, arrays and strings are copied, the bytes are not; they must stay as they are
 //               until release(release_user) runs, exactly once, whatever becomes of the message. If the function
 //               returns an error, release has run already.
+//   given       `release` is set, and TPRPC_MESSAGE_GIVE in `flags`. As borrowed; and where the receiver is in this
+//               process and has no memory of his own for it, he may get this memory itself instead of a copy (channel
+//               xth), and write to it, until he is done with the message: only then release runs. A request that he
+//               keeps, keeps the memory; while he does, the sender's agent and context cannot be destroyed (TIMEOUT).
+//               tensor_bytes_adopted, of a pipe's info and of an agent's stats, counts what came so.
 //
 // The outcome of a call and its release are two events, in any order: after a timeout a peer may still be reading.
 //
@@ -473,8 +478,9 @@ static inline tprpc_status tprpc_context_create(const tprpc_context_desc *desc, 
 // its callbacks run on this thread before this returns, and none runs after. Agents must have been destroyed before.
 // NULL is fine. No other thread may be using the context. INVALID, and nothing done, inside a callback, while an
 // agent of it lives, and in a forked child. TIMEOUT when a user's store or backend has not ended what it was given 30 s
-// after it was asked to: the threads have stopped and nothing is freed, for the late end would come to freed memory.
-// Then let it end, and destroy again; nothing else may be done with the context.
+// after it was asked to, or a receiver of this process still has a message that was given to it (TPRPC_MESSAGE_GIVE):
+// the threads have stopped and nothing is freed, for the late end would come to freed memory. Then let it end, and
+// destroy again; nothing else may be done with the context.
 TPRPC_API tprpc_status tprpc_context_destroy(tprpc_context *ctx);
 
 // Moves bytes and runs callbacks.
@@ -551,14 +557,21 @@ typedef struct tprpc_message {
     size_t              payload_count;
     void              (*release)(void *user);   // see below
     void               *release_user;
+    uint32_t            flags;       // TPRPC_MESSAGE_*; of an incoming one 0
 } tprpc_message;
+enum { TPRPC_MESSAGE_GIVE = 1 };     // with `release`: a receiver of this process may have the memory itself
 // Outgoing: structs, arrays and strings are copied before the function returns. Bytes too (device memory by a copy in
 // stream order), unless `release` is set: then they are borrowed until it runs, exactly once. When the function
 // returns an error it runs before that, on the calling thread; otherwise on the callback thread (polled) or a loop's
 // (threaded), whatever the outcome. A call's outcome and its release are two events: after a time-out a peer may
 // still be reading. A pipe read's `allocation`: its arrays are copied, its memory is borrowed until `done` runs.
-// Incoming: bytes the library allocated are 64-byte aligned and writable; they live until the request is answered,
-// the future released, or the callback that showed them returns.
+// TPRPC_MESSAGE_GIVE allows more: host tensors and payloads that are 64-byte aligned may be shown in place to a
+// receiver of this process, who reads and writes them as his own; `release` runs when he is done with the message,
+// however long that takes, also where this end's pipe is closed before. Nobody else may look at them until then; what
+// they hold after it is open. It is no promise: what is not aligned, goes to another process or is placed by the
+// receiver is copied. Without `release` there is nothing to give, and it is ignored. Unknown flags are INVALID.
+// Incoming: bytes the library allocated, or was given, are 64-byte aligned and writable; they live until the request
+// is answered, the future released, or the callback that showed them returns.
 
 // Bytes of one element, 0 for an unknown dtype. Any thread.
 TPRPC_API size_t tprpc_dtype_size(int32_t dtype);
@@ -629,8 +642,9 @@ TPRPC_API tprpc_status tprpc_pipe_read_descriptor(tprpc_pipe *pipe, tprpc_descri
 
 // Reads the oldest message that was described and not read yet.
 //   allocation   `tensors` and `payloads` of the same counts and sizes, `data` set to where the bytes go (device,
-//                stream and index as the memory is). NULL: the library allocates; then `done` shows the memory, valid
-//                until it returns. With NULL and no message described, it reads the next one whole.
+//                stream and index as the memory is). NULL: the library allocates, or takes what is given; then `done`
+//                shows the memory, valid until it returns. With NULL and no message described, it reads the next one
+//                whole.
 // Errors: INVALID (nothing described, counts or sizes that differ, a NULL), MEMORY, and as of a write, what the pipe
 // failed with. Any thread.
 TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *allocation, tprpc_read done, void *user);
@@ -659,6 +673,7 @@ typedef struct tprpc_pipe_info {
     uint32_t reserved;
     tprpc_path paths[16];
     tprpc_error error;               // why the pipe failed; status OK: it has not
+    uint64_t tensor_bytes_adopted;   // of those received: the sender's own memory, given and not copied
 } tprpc_pipe_info;
 
 // Fills `out` (`size`: sizeof *out of the caller). Any thread. INVALID for a size that is none.
@@ -824,7 +839,9 @@ static inline tprpc_status tprpc_agent_create(const tprpc_agent_desc *desc, tprp
 }
 // Ends every request (a kept one reads as cancelled), waits for handlers running or submitted, ends every operation and
 // release on this thread; nothing runs after it, and no thread may use a future or request of it: join your own jobs
-// first. INVALID, and nothing done, inside a callback. NULL is fine.
+// first. INVALID, and nothing done, inside a callback. TIMEOUT when 30 s later a receiver of this process still has
+// what was given to it (TPRPC_MESSAGE_GIVE): let it be done, and destroy again; nothing else may be done with the
+// agent. NULL is fine.
 TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent);
 
 // Adds a method; desc is copied. Before or after start, any thread. INVALID: a name that is none, that is registered,
@@ -869,6 +886,7 @@ typedef struct tprpc_stats {
     uint64_t tensor_bytes_sent, tensor_bytes_received;   // of all its pipes
     uint64_t memory_bytes;           // of the context, allocated now, as limits.memory_bytes counts it
     uint32_t workers, pipes;         // known; open, both directions
+    uint64_t tensor_bytes_adopted;   // of tensor_bytes_received: the senders' own memory, given and not copied
 } tprpc_stats;
 // Fills `out` (`size`: sizeof *out of the caller). Any thread.
 TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *out, size_t size);
@@ -1090,7 +1108,9 @@ typedef struct tprpc_link tprpc_link;        // what a channel's end talks to it
 typedef struct tprpc_transfer {      // one batch on its way; the library's, valid until tprpc_transfer_done
     uint64_t id;                     // the same at both ends of a pipe and direction
     void    *channel_data;           // the channel's own (default: NULL)
+    uint32_t flags;                  // TPRPC_TRANSFER_*
 } tprpc_transfer;
+enum { TPRPC_TRANSFER_GIVEN = 1 };   // of a send: its buffers may be adopted
 
 typedef struct tprpc_allocation {    // memory by identity: the same base and id mean the same memory
     const void *base; size_t size; uint64_t id; tprpc_device device;
@@ -1152,6 +1172,14 @@ typedef struct tprpc_channel_table {
     // registers memory does so for the buffers that send and recv are given.
     tprpc_status (*register_memory)(void *instance, const tprpc_allocation *allocation, tprpc_error *error);
     void         (*deregister_memory)(void *instance, const tprpc_allocation *allocation);
+
+    // Buffers that were given may be shown to a receiver of this process in place. adopt comes before the recv of the
+    // transfer of that id, with its buffers as recv will get them, but for those for which there is no memory yet: of
+    // these, whose data is NULL and whose size is not 0, it sets `data` to the sender's, where that is 64-byte aligned.
+    // Returns NULL when it set none, else a hold, and recv then moves the others alone. The sender's transfer is not
+    // done before let_go is called with that hold, once, maybe long after recv and detach. Both may be NULL, together.
+    void        *(*adopt)(void *end, uint64_t transfer, tprpc_buffer *buffers, size_t count);
+    void         (*let_go)(void *instance, void *hold);
 
     // Connections beside the pipe's own over which its large bulk may go (more than the context has count as that). 0:
     // none, and its bulk comes in the order sent; else in any order.
@@ -2115,6 +2143,49 @@ TPR_UNUSED static int64_t tpr_os_read_process(int32_t pid, const tprpc_span *to,
 TPR_UNUSED static void tpr_os_let_read(void) {
     if (!TPR_OS_HOOKED("prctl", TPR_OS_NO_SIZE)) prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);
 }
+
+// ---- large copies
+
+// Not under gcc's sanitizers, which do not see these stores. Clang's do.
+#if defined(__SSE2__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#include <emmintrin.h>
+enum { TPR_OS_LINE = 64, TPR_OS_LANE = 4096, TPR_OS_LANES = 4 };
+
+static inline void tpr_os_copy_line(uint8_t *to, const uint8_t *from) {
+    __m128i *out = (__m128i *)(void *)to;
+    const __m128i *in = (const __m128i *)(const void *)from;
+    const __m128i a = _mm_loadu_si128(in), b = _mm_loadu_si128(in + 1), c = _mm_loadu_si128(in + 2),
+                  d = _mm_loadu_si128(in + 3);
+    tpr_atomic_prefetch(from + 4 * TPR_OS_LINE);
+    _mm_stream_si128(out, a);
+    _mm_stream_si128(out + 1, b);
+    _mm_stream_si128(out + 2, c);
+    _mm_stream_si128(out + 3, d);
+}
+
+// Copies a piece of what is larger than the caches: by stores that do not fetch what they overwrite, to four pages by
+// turns, so that the memory's banks work side by side. 64 MiB at 9.8 GB/s, by memcpy at 5.5; but what is read at once
+// and would still be in the cache is the slower for it, up to 16 MiB (2-core x86-64 VM, Xeon with 2 MiB a core).
+TPR_UNUSED static void tpr_os_copy_large(void *to, const void *from, size_t size) {
+    uint8_t *out = (uint8_t *)to;
+    const uint8_t *in = (const uint8_t *)from;
+    size_t head = (TPR_OS_LINE - (uintptr_t)out % TPR_OS_LINE) % TPR_OS_LINE;
+    if (head > size) head = size;
+    memcpy(out, in, head);
+    for (out += head, in += head, size -= head; size >= (size_t)TPR_OS_LANE * TPR_OS_LANES;) {
+        for (size_t at = 0; at < TPR_OS_LANE; at += TPR_OS_LINE)
+            for (size_t lane = 0; lane < TPR_OS_LANES; lane++)
+                tpr_os_copy_line(out + lane * TPR_OS_LANE + at, in + lane * TPR_OS_LANE + at);
+        out += (size_t)TPR_OS_LANE * TPR_OS_LANES;
+        in += (size_t)TPR_OS_LANE * TPR_OS_LANES;
+        size -= (size_t)TPR_OS_LANE * TPR_OS_LANES;
+    }
+    memcpy(out, in, size);
+    _mm_sfence();                      // such stores are not in order: before anyone is told that the bytes are there
+}
+#else
+TPR_UNUSED static void tpr_os_copy_large(void *to, const void *from, size_t size) { memcpy(to, from, size); }
+#endif
 
 // ---- TCP: who owns the other end, and how a connection ends
 
@@ -7477,7 +7548,7 @@ static const tprpc_channel_table tpr_basic_table = {
     (uint32_t)sizeof(tprpc_channel_table), 0, 0, 1, 0, 0,
     tpr_basic_open, tpr_batch_close, tpr_basic_domain, tpr_basic_reaches, NULL, NULL, NULL, tpr_batch_moves,
     tpr_basic_attach, tpr_basic_detach, NULL, NULL, NULL, tpr_batch_send, tpr_batch_recv, tpr_batch_abort,
-    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, 1,
+    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, NULL, NULL, 1,
 };
 
 static const tprpc_backend tpr_basic_backend = {
@@ -7486,15 +7557,20 @@ static const tprpc_backend tpr_basic_backend = {
 };
 
 // >>xth ---------------------------------------------------------------------------------------------------------------
-// Host memory between threads of one process: the receiver copies straight from the sender's buffers.
+// Host memory between threads of one process: the receiver copies straight from the sender's buffers, or keeps those
+// that were given to it.
 //
 // Uses: os, base, loop, context, channel, batch.
 // Invariant: no pointer of a peer's is ever believed: a receiver finds the sender's end by its key in the registry of
-// this process, and the buffers by the transfer's id in that end, under the end's lock. While it copies a chunk it is
-// counted in the batch, which does not end before.
+// this process, and the buffers by the transfer's id in that end, under the end's lock. While it copies a chunk, and as
+// long as it keeps what was given, it is counted in the batch, which does not end before.
 
 #ifndef TPRPC_NO_XTH
-enum { TPR_XTH_KEY = 16 };
+enum {
+    TPR_XTH_KEY = 16,
+    TPR_XTH_LARGE = 16 << 20,         // bytes of a transfer from which its copy bypasses the cache
+    TPR_XTH_ALIGNMENT = 64            // that incoming bytes have
+};
 
 typedef struct tpr_xth_end {
     tpr_batch_end  batch;             // first
@@ -7554,19 +7630,62 @@ static void tpr_xth_let_go(tpr_xth_end *end) {
     tpr_os_lock_give(&tpr_xth_registry.lock);
 }
 
-static bool tpr_xth_same_sizes(const tpr_batch *a, const tpr_batch *b) {
-    bool same = a->count == b->count;
-    for (size_t i = 0; same && i < a->count; i++) same = a->buffers[i].size == b->buffers[i].size;
+static bool tpr_xth_same_sizes(const tpr_batch *send, const tprpc_buffer *buffers, size_t count) {
+    bool same = send->count == count;
+    for (size_t i = 0; same && i < count; i++) same = send->buffers[i].size == buffers[i].size;
     return same;
 }
 
+// A reader has left; under the end's lock.
+static void tpr_xth_leave(tpr_batch *send) {
+    if (--send->readers == 0 && send->withdrawn) tprpc_defer(send->end->queue->host->context, &send->back);
+}
+
+// The hold is the sender's batch, which does not end while it has a reader; and so its end is held as well.
+static void *tpr_xth_adopt(void *end, uint64_t transfer, tprpc_buffer *buffers, size_t count) {
+    tpr_xth_end *peer = tpr_xth_find(((tpr_xth_end *)end)->peer_key);
+    if (!peer) return NULL;
+    tpr_batch *send = (tpr_batch *)tpr_base_map_get(&peer->batch.sends, transfer);
+    const bool given = send && !send->withdrawn && (send->transfer->flags & TPRPC_TRANSFER_GIVEN) &&
+                       tpr_xth_same_sizes(send, buffers, count);
+    bool any = false;
+    for (size_t i = 0; given && i < count; i++) {
+        void *data = send->buffers[i].data;
+        if (buffers[i].data || !buffers[i].size || (uintptr_t)data % TPR_XTH_ALIGNMENT) continue;
+        buffers[i].data = data;
+        any = true;
+    }
+    if (any) {
+        send->readers++;
+        tpr_os_lock_give(&peer->batch.lock);
+    } else {
+        tpr_xth_let_go(peer);
+    }
+    return any ? send : NULL;
+}
+
+static void tpr_xth_yield(void *instance, void *hold) {
+    tpr_batch *send = (tpr_batch *)hold;
+    tpr_xth_end *peer = (tpr_xth_end *)send->end;
+    (void)instance;
+    tpr_os_lock_take(&peer->batch.lock);
+    tpr_xth_leave(send);
+    tpr_xth_let_go(peer);
+}
+
+// What was adopted is there already, and counts as nothing.
 static bool tpr_xth_meet(tpr_batch *receive, const uint8_t *descriptor, size_t size) {
     tpr_xth_end *peer = tpr_xth_find(((tpr_xth_end *)receive->end)->peer_key);
     (void)descriptor;
     (void)size;
     if (!peer) return false;
     tpr_batch *send = (tpr_batch *)tpr_base_map_get(&peer->batch.sends, receive->transfer->id);
-    const bool same = send && tpr_xth_same_sizes(send, receive);
+    const bool same = send && tpr_xth_same_sizes(send, receive->buffers, receive->count);
+    for (size_t i = 0; same && i < receive->count; i++) {
+        if (receive->buffers[i].data != send->buffers[i].data) continue;
+        receive->total -= receive->buffers[i].size;
+        receive->buffers[i].size = 0;
+    }
     tpr_xth_let_go(peer);
     return same;
 }
@@ -7581,11 +7700,13 @@ static tpr_batch_outcome tpr_xth_fetch(tpr_batch *receive, const tpr_batch_piece
         tpr_os_lock_give(&peer->batch.lock);
         for (size_t i = 0; i < count; i++) {
             const tpr_batch_piece *p = &pieces[i];
-            memcpy((uint8_t *)receive->buffers[p->buffer].data + p->offset,
-                   (const uint8_t *)send->buffers[p->buffer].data + p->offset, p->size);
+            uint8_t *to = (uint8_t *)receive->buffers[p->buffer].data + p->offset;
+            const uint8_t *from = (const uint8_t *)send->buffers[p->buffer].data + p->offset;
+            if (receive->total >= TPR_XTH_LARGE) tpr_os_copy_large(to, from, p->size);
+            else memcpy(to, from, p->size);
         }
         tpr_os_lock_take(&peer->batch.lock);
-        if (--send->readers == 0 && send->withdrawn) tprpc_defer(peer->batch.queue->host->context, &send->back);
+        tpr_xth_leave(send);
     }
     tpr_xth_let_go(peer);
     return found ? TPR_BATCH_FETCHED : TPR_BATCH_GONE;
@@ -7666,11 +7787,13 @@ static const tprpc_channel_table tpr_xth_table = {
     (uint32_t)sizeof(tprpc_channel_table), (uint32_t)TPRPC_CHANNEL_MUTUAL, 0, 1, 0, 0,
     tpr_xth_open, tpr_batch_close, tpr_xth_domain, tpr_xth_reaches, NULL, NULL, NULL, tpr_batch_moves,
     tpr_xth_attach, tpr_xth_detach, tpr_xth_challenge, tpr_xth_answer, tpr_xth_verify, tpr_batch_send, tpr_batch_recv,
-    tpr_batch_abort, tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, 0,
+    tpr_batch_abort, tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, tpr_xth_adopt, tpr_xth_yield,
+    0,
 };
 
 static const tprpc_backend tpr_xth_backend = {
-    (uint32_t)sizeof(tprpc_backend), TPRPC_VERSION, "xth", "Host memory between threads of one process, copied once.",
+    (uint32_t)sizeof(tprpc_backend), TPRPC_VERSION, "xth",
+    "Host memory between threads of one process, copied once, or not at all where it is given.",
     1300, NULL, &tpr_xth_table, NULL, NULL,
 };
 #endif // TPRPC_NO_XTH
@@ -7841,7 +7964,7 @@ static const tprpc_channel_table tpr_cma_table = {
     (uint32_t)sizeof(tprpc_channel_table), (uint32_t)TPRPC_CHANNEL_RATED, 0, 1, 0, TPR_CMA_WORD,
     tpr_cma_open, tpr_batch_close, tpr_cma_domain, tpr_cma_reaches, NULL, NULL, NULL, tpr_batch_moves,
     tpr_cma_attach, tpr_cma_detach, tpr_cma_challenge, tpr_cma_answer, tpr_cma_verify, tpr_batch_send, tpr_batch_recv,
-    tpr_batch_abort, tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, 0,
+    tpr_batch_abort, tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, NULL, NULL, 0,
 };
 
 static const tprpc_backend tpr_cma_backend = {
@@ -7876,7 +7999,7 @@ static const tprpc_channel_table tpr_bulk_table = {
     (uint32_t)sizeof(tprpc_channel_table), (uint32_t)TPRPC_CHANNEL_RATED, 0, 1, 0, 0,
     tpr_bulk_open, tpr_batch_close, tpr_basic_domain, tpr_basic_reaches, NULL, NULL, NULL, tpr_batch_moves,
     tpr_bulk_attach, tpr_basic_detach, NULL, NULL, NULL, tpr_batch_send, tpr_batch_recv, tpr_batch_abort,
-    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, 1,
+    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, NULL, NULL, 1,
 };
 
 static const tprpc_backend tpr_bulk_backend = {
@@ -7915,7 +8038,8 @@ static const tprpc_channel_table tpr_mpt_table = {
     (uint32_t)sizeof(tprpc_channel_table), 0, 0, 1, 0, 0,
     tpr_mpt_open, tpr_batch_close, tpr_basic_domain, tpr_basic_reaches, NULL, NULL, NULL, tpr_batch_moves,
     tpr_mpt_attach, tpr_basic_detach, NULL, NULL, NULL, tpr_batch_send, tpr_batch_recv, tpr_batch_abort,
-    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, TPR_CONTEXT_LANES,
+    tpr_batch_control, tpr_batch_bulk, tpr_batch_bulk_done, NULL, NULL, NULL, NULL,
+    TPR_CONTEXT_LANES,
 };
 
 static const tprpc_backend tpr_mpt_backend = {
@@ -8351,6 +8475,8 @@ typedef struct tpr_pipe_transfer {     // a channel's transfer of one message
     tprpc_pipe *pipe;
     struct tpr_pipe_write *write;      // one of the two
     struct tpr_pipe_in *in;
+    const tpr_context_backend *holder; // of an incoming message: the channel that shows the sender's memory in place
+    void    *hold;                     // until it is let go; NULL: it shows none
     uint16_t channel;
     bool large, torn;                  // of a receive: its bulk may come over lanes; one of them was lost
     int64_t  begun_us;                 // of a send that is rated, when it began; else 0
@@ -8384,7 +8510,7 @@ struct tpr_pipe_write {                // one write until nothing of its memory 
 };
 
 typedef struct tpr_pipe_slot {         // one payload or tensor of an incoming message
-    void    *bytes;                    // inline, in the message's block
+    void    *bytes;                    // inline, in the message's block; or the sender's, adopted
     void    *owned;                    // allocated by the library for what came by a channel
     size_t   owned_size;
     const tpr_context_backend *converter;   // that gave it, NULL: host memory
@@ -8531,6 +8657,7 @@ struct tprpc_pipe {
     char            move_why[110], lane_why[110];   // why it was not moved, why a lane is missing
     char            address[TPR_WIRE_ADDRESS + 18]; // where it connects to, or where it moved to
     uint64_t bytes_sent, bytes_received, tensor_bytes_sent, tensor_bytes_received, messages_sent, messages_received;
+    uint64_t        tensor_bytes_adopted;
     uint64_t        fast_messages, fallbacks;   // fallbacks: of sends, to the next channel
     uint64_t        idle_turns;        // the loop's, when messages were taken in last
 };
@@ -9024,6 +9151,24 @@ static int32_t tpr_pipe_link_process(tprpc_link *link) {
 
 // ---- transfers
 
+// Payload or tensor i of a message, payloads first.
+static inline tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
+    tprpc_buffer buffer;
+    memset(&buffer, 0, sizeof buffer);
+    if (i < m->payload_count) {
+        buffer.data = m->payloads[i].data;
+        buffer.size = m->payloads[i].size;
+        buffer.device.kind = TPRPC_CPU;
+    } else {
+        const tprpc_tensor *tensor = &m->tensors[i - m->payload_count];
+        buffer.data = tensor->data;
+        buffer.size = tensor->size;
+        buffer.device = tpr_pipe_device(tensor->device);
+        buffer.stream = tensor->stream;
+    }
+    return buffer;
+}
+
 static void tpr_pipe_in_done(tpr_pipe_in *in, tprpc_status status, const tprpc_error *error) {
     if (status != TPRPC_OK && in->status == TPRPC_OK) {
         in->status = status;
@@ -9031,10 +9176,11 @@ static void tpr_pipe_in_done(tpr_pipe_in *in, tprpc_status status, const tprpc_e
         else tprpc_error_set(&in->error, status, 0, "the read failed");
     }
     if (--in->pending) return;
-    for (size_t i = 0; i < in->message.payload_count && in->status == TPRPC_OK; i++)
-        in->pipe->tensor_bytes_received += in->payloads[i].size;
-    for (size_t i = 0; i < in->message.tensor_count && in->status == TPRPC_OK; i++)
-        in->pipe->tensor_bytes_received += in->tensors[i].size;
+    for (size_t i = 0; i < in->message.payload_count + in->message.tensor_count && in->status == TPRPC_OK; i++) {
+        const size_t size = tpr_pipe_item(&in->message, i).size;
+        in->pipe->tensor_bytes_received += size;
+        if (in->slots[i].transfer != TPR_WIRE_INLINE && in->slots[i].bytes) in->pipe->tensor_bytes_adopted += size;
+    }
     in->done(in);
 }
 
@@ -9068,6 +9214,7 @@ static void tpr_pipe_transfer_ended(tpr_channel_transfer *base, tprpc_status sta
 static void tpr_pipe_transfer_begin(tprpc_pipe *pipe, tpr_pipe_transfer *transfer, uint64_t id, uint16_t channel) {
     transfer->base.base.id = id;
     transfer->base.base.channel_data = NULL;
+    transfer->base.base.flags = 0;
     transfer->base.done = tpr_pipe_transfer_ended;
     transfer->base.loop = pipe->loop->index;
     transfer->pipe = pipe;
@@ -9159,23 +9306,6 @@ typedef struct tpr_pipe_plan {         // how the items of one message travel
     uint8_t  few[64];                  // `where` of a message with few items
 } tpr_pipe_plan;
 
-static inline tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
-    tprpc_buffer buffer;
-    memset(&buffer, 0, sizeof buffer);
-    if (i < m->payload_count) {
-        buffer.data = m->payloads[i].data;
-        buffer.size = m->payloads[i].size;
-        buffer.device.kind = TPRPC_CPU;
-    } else {
-        const tprpc_tensor *tensor = &m->tensors[i - m->payload_count];
-        buffer.data = tensor->data;
-        buffer.size = tensor->size;
-        buffer.device = tpr_pipe_device(tensor->device);
-        buffer.stream = tensor->stream;
-    }
-    return buffer;
-}
-
 static tprpc_device tpr_pipe_item_target(const tprpc_message *m, size_t i) {
     tprpc_device target = tpr_pipe_item(m, i).device;
     if (i >= m->payload_count && m->tensors[i - m->payload_count].target.kind != TPRPC_DEVICE_DEFAULT)
@@ -9249,6 +9379,9 @@ static tprpc_status tpr_pipe_check(const tprpc_message *m, uint64_t message_byte
         bytes = bytes + p->size < bytes ? UINT64_MAX : bytes + p->size;
         metadata += p->metadata_size;
     }
+    if (m->flags & ~(uint32_t)TPRPC_MESSAGE_GIVE)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "the message has unknown flags: 0x%x",
+                               (unsigned)m->flags);
     if (bytes > message_bytes)
         return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0,
                                "the message has %llu bytes, the limit of the two ends is %llu",
@@ -9315,6 +9448,8 @@ static tprpc_status tpr_pipe_plan_send(tprpc_pipe *pipe, tpr_pipe_plan *plan, ui
             transfer->begun_us = tpr_loop_clock(pipe->loop);
         write->pending++;
         tpr_pipe_transfer_begin(pipe, transfer, pipe->next_transfer++, channel->index);
+        if (plan->message->release && (plan->message->flags & TPRPC_MESSAGE_GIVE))
+            transfer->base.base.flags = TPRPC_TRANSFER_GIVEN;
         plan->transfers[k].id = transfer->base.base.id;
         plan->transfers[k].channel = channel->index;
         tprpc_status status =
@@ -9644,10 +9779,15 @@ static void tpr_pipe_unpark(tprpc_pipe *pipe) {
 
 // ---- incoming messages
 
-// Frees a message and what was allocated for it. Its transfers have ended.
+// Frees a message and what was allocated for it, and lets the senders have theirs. Its transfers have ended.
 static void tpr_pipe_in_free(tpr_pipe_in *in) {
     tpr_loop *loop = in->loop;
     tprpc_context *ctx = loop->context;
+    for (uint32_t k = 0; k < in->transfer_count; k++) {
+        const tpr_pipe_transfer *transfer = &in->transfers[k];
+        if (!transfer->hold) continue;
+        transfer->holder->backend->channel->let_go(transfer->holder->instances[loop->index], transfer->hold);
+    }
     size_t count = in->message.payload_count + in->message.tensor_count;
     for (size_t i = 0; i < count; i++) {
         tpr_pipe_slot *slot = &in->slots[i];
@@ -9728,6 +9868,7 @@ static inline tpr_pipe_in *tpr_pipe_in_short(tprpc_pipe *pipe, uint32_t metadata
     in->message.tensor_count = in->message.payload_count = 0;
     in->message.release = NULL;
     in->message.release_user = NULL;
+    in->message.flags = 0;
     in->slots = NULL;
     in->transfers = NULL;
     in->wire = NULL;
@@ -9826,27 +9967,63 @@ static tpr_pipe_in *tpr_pipe_decode(tprpc_pipe *pipe, const uint8_t *body, size_
     return NULL;
 }
 
-// Where item i goes: to what the user gave, to the message's own block, or to new memory on the device asked for.
+// Where item i is to go: to what the user gave, or (data NULL) to memory of the library's on the device asked for.
+static tprpc_buffer tpr_pipe_in_wanted(const tpr_pipe_in *in, size_t i, const tprpc_message *allocation) {
+    tprpc_buffer to;
+    memset(&to, 0, sizeof to);
+    if (allocation) to = tpr_pipe_item(allocation, i);
+    to.size = tpr_pipe_item(&in->message, i).size;
+    if (to.data) return to;
+    to.device.index = 0;
+    to.device.kind = TPRPC_CPU;
+    if (i < in->message.payload_count || in->slots[i].transfer == TPR_WIRE_INLINE) return to;
+    const tprpc_tensor *t = &in->tensors[i - in->message.payload_count];
+    to.device = t->target.kind == TPRPC_DEVICE_DEFAULT ? tpr_pipe_device(t->device) : t->target;
+    return to;
+}
+
+// Asks the channels of a message for the sender's own memory, for what would need new memory of the host's.
+static void tpr_pipe_in_adopt(tpr_pipe_in *in, const tprpc_message *allocation, tprpc_buffer *buffers) {
+    const size_t count = in->message.payload_count + in->message.tensor_count;
+    for (uint32_t k = 0; k < in->transfer_count; k++) {
+        const tpr_pipe_channel *channel = in->pipe->channels[in->wire[k].channel];
+        bool wanted = false, host = true;
+        size_t n = 0;
+        if (!channel->entry->backend->channel->adopt) continue;
+        for (size_t i = 0; i < count; i++) {
+            if (in->slots[i].transfer != k) continue;
+            buffers[n] = tpr_pipe_in_wanted(in, i, allocation);
+            wanted |= buffers[n].size && !buffers[n].data;
+            host &= buffers[n++].device.kind == TPRPC_CPU;
+        }
+        if (!wanted || !host) continue;
+        in->transfers[k].holder = channel->entry;
+        in->transfers[k].hold = channel->entry->backend->channel->adopt(channel->end, in->wire[k].id, buffers, n);
+        for (size_t i = n = 0; in->transfers[k].hold && i < count; i++) {
+            if (in->slots[i].transfer != k) continue;
+            if (!tpr_pipe_in_wanted(in, i, allocation).data) in->slots[i].bytes = buffers[n].data;
+            n++;
+        }
+    }
+}
+
+// Where item i goes: to what the user gave, to the message's own block or the sender's memory, or to new memory on the
+// device asked for.
 static tprpc_status tpr_pipe_in_place(tpr_pipe_in *in, size_t i, const tprpc_message *allocation, tprpc_error *error) {
     tprpc_context *ctx = in->loop->context;
     bool payload = i < in->message.payload_count;
     tprpc_tensor *t = payload ? NULL : &in->tensors[i - in->message.payload_count];
     tpr_pipe_slot *slot = &in->slots[i];
-    tprpc_buffer to;
-    memset(&to, 0, sizeof to);
-    if (allocation) to = tpr_pipe_item(allocation, i);
-    size_t size = payload ? in->payloads[i].size : t->size;
-    if (!to.data) {
-        to.device.kind = TPRPC_CPU;
-        if (t && slot->transfer != TPR_WIRE_INLINE)
-            to.device = t->target.kind == TPRPC_DEVICE_DEFAULT ? tpr_pipe_device(t->device) : t->target;
-    }
+    tprpc_buffer to = tpr_pipe_in_wanted(in, i, allocation);
+    const size_t size = to.size;
     if (slot->transfer == TPR_WIRE_INLINE) {
         if (to.data && size && to.device.kind != TPRPC_CPU)
             return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
                                    "item %zu came as host memory and was placed on a device", i);
         if (to.data) tpr_base_copy(to.data, slot->bytes, size);
         else to.data = slot->bytes;
+    } else if (!to.data && slot->bytes) {
+        to.data = slot->bytes;
     } else if (!to.data && to.device.kind == TPRPC_CPU) {
         to.data = slot->owned = tpr_base_pool_alloc(&in->loop->pool, size);
         slot->owned_size = size;
@@ -9897,16 +10074,17 @@ static void tpr_pipe_in_read(tpr_pipe_in *in, const tprpc_message *allocation, b
     }
     error.status = TPRPC_OK;
     pipe->refs++;
-    for (size_t i = 0; i < count && status == TPRPC_OK && !refuse; i++)
-        status = tpr_pipe_in_place(in, i, allocation, &error);
     if (in->transfer_count && pipe->state == TPR_PIPE_ENDED) {
-        if (status == TPRPC_OK) error = pipe->error;
-        if (status == TPRPC_OK) status = pipe->status;
+        error = pipe->error;
+        status = pipe->status;
     } else if (in->transfer_count) {
         buffers = (tprpc_buffer *)tpr_base_pool_alloc(&pipe->loop->pool, count * sizeof *buffers);
         if (!buffers) tpr_pipe_end(pipe, TPRPC_ERROR_MEMORY, 0, "no memory to receive a message");
         if (!buffers) status = tprpc_error_set(&error, TPRPC_ERROR_MEMORY, 0, "no memory to receive a message");
     }
+    if (buffers && !refuse) tpr_pipe_in_adopt(in, allocation, buffers);
+    for (size_t i = 0; i < count && status == TPRPC_OK && !refuse; i++)
+        status = tpr_pipe_in_place(in, i, allocation, &error);
     if (status != TPRPC_OK) {          // the first failure is the one that is told, not what its transfers say of it
         refuse = true;
         in->status = status;
@@ -9920,7 +10098,6 @@ static void tpr_pipe_in_read(tpr_pipe_in *in, const tprpc_message *allocation, b
         size_t n = 0;
         for (size_t i = 0; i < count; i++)
             if (in->slots[i].transfer == k) buffers[n++] = tpr_pipe_item(&in->message, i);
-        memset(transfer, 0, sizeof *transfer);
         transfer->in = in;
         for (size_t i = 0; i < n; i++) transfer->large |= buffers[i].size >= TPR_PIPE_LARGE;
         in->pending++;
@@ -11606,6 +11783,7 @@ static void tpr_pipe_info_of(tprpc_pipe *pipe, tprpc_pipe_info *info) {
     info->bytes_received = pipe->bytes_received;
     info->tensor_bytes_sent = pipe->tensor_bytes_sent;
     info->tensor_bytes_received = pipe->tensor_bytes_received;
+    info->tensor_bytes_adopted = pipe->tensor_bytes_adopted;
     info->messages_sent = pipe->messages_sent;
     info->messages_received = pipe->messages_received;
     info->fallbacks = pipe->fallbacks;
@@ -13613,6 +13791,7 @@ TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const
 
 enum { TPR_AGENT_NAME = 129, TPR_AGENT_TEXT = 256, TPR_AGENT_TAG = 0x746e6761 };   // "agnt"
 enum { TPR_AGENT_SLICE_US = 200 };     // of a wait that more than one loop must be driven for
+enum { TPR_AGENT_PATIENCE_US = 30000000 };   // of destroy, with receivers that keep what was given to them
 enum { TPR_AGENT_CHUNK = 16, TPR_AGENT_CHUNKS = 24 };   // workers in the first chunk of the table; each next has twice
 enum { TPR_AGENT_LOOP_SHIFT = 56, TPR_AGENT_INDEX_SHIFT = 32, TPR_AGENT_INDEX_MASK = 0xffffff };
 
@@ -13726,6 +13905,7 @@ typedef struct tpr_agent_send {        // an outgoing message that lends memory,
     void          *release_user;
     struct tprpc_agent *agent;
     uint64_t       call;               // a one-way call, whose outcome this is; 0: none
+    uint32_t       gift;               // 1: its memory is given
 } tpr_agent_send;
 
 typedef struct tpr_agent_loop {        // what an agent has on one loop
@@ -13734,8 +13914,9 @@ typedef struct tpr_agent_loop {        // what an agent has on one loop
     tpr_agent_request *held, **held_tail;   // started, in order, before the agent itself had: by next_job
     bool drained;                      // someone waits until no call is active
     uint64_t active, started, failed, timed_out, cancelled, late;   // calls
-    uint64_t unanswered, received, received_failed, async_now, sends;   // requests; callbacks under way
-    uint64_t bytes_sent, bytes_received, tensor_sent, tensor_received, fast;   // of pipes that are gone
+    uint64_t unanswered, received, received_failed, async_now, sends;   // requests; callbacks under way, of which
+    uint64_t gifts;                    // wait for who was given the memory
+    uint64_t bytes_sent, bytes_received, tensor_sent, tensor_received, tensor_adopted, fast;   // of pipes that are gone
 } tpr_agent_loop;
 
 #ifndef TPRPC_NO_THREADS
@@ -13907,6 +14088,7 @@ static void tpr_agent_send_done(tpr_loop_task *task) {
 
 static void tpr_agent_send_ended(tpr_pipe_write *write) {
     tpr_agent_send *send = (tpr_agent_send *)(void *)write;
+    tpr_agent_on(send->agent, send->loop)->gifts -= send->gift;
     if (send->call) {
         tpr_agent_call *call =
             (tpr_agent_call *)(void *)tpr_agent_find(&tpr_agent_on(send->agent, send->loop)->calls, send->call);
@@ -13953,9 +14135,12 @@ static tprpc_status tpr_agent_send_on(tprpc_agent *agent, tprpc_pipe *pipe, cons
     }
     tpr_agent_send *send = tpr_agent_send_new(agent, pipe->loop, message, call);
     if (!send) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to send a message");
+    send->gift = message->release && (message->flags & TPRPC_MESSAGE_GIVE) ? 1 : 0;
+    tpr_agent_on(agent, pipe->loop)->gifts += send->gift;
     tpr_pipe_write_begin(pipe, &send->write, tpr_agent_send_ended);
     status = tpr_pipe_send(pipe, &send->write, bytes, sizeof bytes, message, message->release != NULL, error);
     if (status == TPRPC_OK) return TPRPC_OK;
+    tpr_agent_on(agent, send->loop)->gifts -= send->gift;
     tpr_pipe_write_undo(&send->write);
     tpr_agent_send_done(&send->task);  // the pipe may be gone by now
     return status;
@@ -14388,6 +14573,7 @@ static void tpr_agent_count_pipe(tpr_agent_loop *on, const tprpc_pipe *pipe) {
     on->bytes_received += pipe->bytes_received;
     on->tensor_sent += pipe->tensor_bytes_sent;
     on->tensor_received += pipe->tensor_bytes_received;
+    on->tensor_adopted += pipe->tensor_bytes_adopted;
 }
 
 TPR_COLD static void tpr_agent_worker_ended(tpr_pipe_user *user) {
@@ -15663,9 +15849,8 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
     return tpr_agent_start_threads(agent, error);
 }
 
-static bool tpr_agent_loop_idle(void *arg) {
-    tpr_agent_loop *on = (tpr_agent_loop *)arg;
-    if (on->sends) return false;
+// Whether nothing of the agent's is at work on a loop, but for sends.
+static bool tpr_agent_loop_rests(tpr_agent_loop *on) {
     for (uint32_t i = 0; i < on->requests.chunk_count * TPR_BASE_SLAB_CHUNK; i++) {
         tpr_agent_request *request = (tpr_agent_request *)(void *)tpr_base_slab_at(&on->requests, i);
         if (request->slot.used && (request->reading || request->running)) return false;
@@ -15675,6 +15860,11 @@ static bool tpr_agent_loop_idle(void *arg) {
         if (call->slot.used && call->reading) return false;
     }
     return tpr_base_list_empty(&on->servers);
+}
+
+static bool tpr_agent_loop_idle(void *arg) {
+    tpr_agent_loop *on = (tpr_agent_loop *)arg;
+    return !on->sends && tpr_agent_loop_rests(on);
 }
 
 // Ends what the agent waits for of its store, and lets nothing begin any more. Under the first loop's lock.
@@ -15711,13 +15901,18 @@ static void tpr_agent_end_loop(tprpc_agent *agent, tpr_loop *loop) {
     }
 }
 
-// Waits for what runs, on this thread where the context is polled.
-static void tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
+// Waits for what runs, on this thread where the context is polled. False: all that is left is what receivers keep of
+// what was given to them.
+static bool tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
+    const int64_t patience = tpr_loop_clock(loop) + TPR_AGENT_PATIENCE_US;
     while (!tpr_loop_wait(loop, tpr_agent_loop_idle, on, tpr_loop_clock(loop) + 10000) ||
            TPR_ATOMIC_LOAD(&agent->jobs)) {
         tpr_loop_give_way(loop);   // to the loop's thread, whose callback is waited for
-        if (!TPR_ATOMIC_LOAD(&agent->jobs)) continue;
+        const bool jobs = TPR_ATOMIC_LOAD(&agent->jobs) != 0;
+        if (!jobs && on->gifts && on->gifts == on->sends && tpr_agent_loop_rests(on) && tpr_loop_clock(loop) > patience)
+            return false;
+        if (!jobs) continue;
         tpr_loop_leave(loop);
         tpr_os_futex_wait(&agent->jobs, TPR_ATOMIC_LOAD(&agent->jobs), 1000);
         tpr_loop_enter(loop);
@@ -15728,6 +15923,7 @@ static void tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
         call->refs = 1;
         tpr_agent_call_unref(agent, call);
     }
+    return true;
 }
 
 // Looks both names up for a call. Refusals go to `error`, and to the caller's.
@@ -15915,22 +16111,25 @@ TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent) {
     tpr_agent_close(agent);
     tpr_loop_leave(home);
     if (agent->listener) tprpc_listener_close(agent->listener);
+    agent->listener = NULL;            // it may be destroyed again
     for (uint32_t i = 0; i < ctx->loop_count; i++) {
         tpr_loop_enter(&ctx->loops[i]);
         tpr_agent_end_loop(agent, &ctx->loops[i]);
         tpr_loop_leave(&ctx->loops[i]);
     }
-    for (uint32_t i = 0; i < ctx->loop_count; i++) {
+    bool idle = true;
+    for (uint32_t i = 0; i < ctx->loop_count && idle; i++) {
         tpr_loop *loop = &ctx->loops[i];
         tpr_loop_enter(loop);
         if (i == 0) while (!tpr_loop_wait(loop, tpr_agent_step_over, agent, tpr_loop_clock(loop) + 1000000)) { }
-        tpr_agent_wait_idle(agent, loop);
+        idle = tpr_agent_wait_idle(agent, loop);
         tpr_loop_leave(loop);
     }
-    tpr_agent_stop_threads(agent);     // not before: what ran there may have waited for a callback that ran here
+    if (idle) tpr_agent_stop_threads(agent);   // not before: what ran there may have waited for a callback of here
     tpr_loop_enter(home);
     if (ctx->env.polled) home->callback_thread = callback_thread;
     tpr_loop_leave(home);
+    if (!idle) return TPRPC_ERROR_TIMEOUT;
     if (agent->own_store) tprpc_store_close(agent->store);
     tpr_agent_dispose(agent);
     return TPRPC_OK;
@@ -16135,6 +16334,7 @@ TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *ou
         out->bytes_received += sum.bytes_received;
         out->tensor_bytes_sent += sum.tensor_sent;
         out->tensor_bytes_received += sum.tensor_received;
+        out->tensor_bytes_adopted += sum.tensor_adopted;
     }
     out->memory_bytes = TPR_ATOMIC_LOAD(&agent->ctx->env.memory.used);
     out->workers = tpr_agent_workers(agent);
@@ -16413,11 +16613,14 @@ static void tpr_report_line(tpr_report *report, const char *format, ...) {
 
 static void tpr_report_info(tpr_report *report, const tprpc_pipe_info *info) {
     if (info->error.status != TPRPC_OK) tpr_report_line(report, "failed: %s; ", info->error.text);
-    tpr_report_line(report, "%s%s%s, %s; sent %llu, received %llu bytes; of tensors %llu and %llu\n",
+    tpr_report_line(report, "%s%s%s, %s; sent %llu, received %llu bytes; of tensors %llu and %llu",
                     info->transport[0] ? info->transport : "not agreed", info->channel[0] ? " and " : "", info->channel,
                     info->peer[0] ? info->peer : "no peer", (unsigned long long)info->bytes_sent,
                     (unsigned long long)info->bytes_received, (unsigned long long)info->tensor_bytes_sent,
                     (unsigned long long)info->tensor_bytes_received);
+    if (info->tensor_bytes_adopted)
+        tpr_report_line(report, ", of which %llu not copied", (unsigned long long)info->tensor_bytes_adopted);
+    tpr_report_line(report, "\n");
     for (uint32_t i = 0; i < info->path_count && i < TPR_COUNT(info->paths); i++) {
         if (info->paths[i].chosen) continue;
         tpr_report_line(report, "    not %s: %s\n", info->paths[i].name, info->paths[i].why);

@@ -1168,7 +1168,7 @@ static const tprpc_channel_table toyc_table = {
     TOY_CAST(uint32_t, sizeof(tprpc_channel_table)), TPRPC_CHANNEL_MUTUAL, 0, 1, 0, TOYC_HEAD + TOYC_INLINE,
     toyc_open, toyc_close, toyc_domain, toyc_reaches, toyc_progress, toyc_arm, toyc_handle, toyc_moves, toyc_attach,
     toyc_detach, toyc_challenge, toyc_answer, toyc_verify, toyc_send, toyc_recv, toyc_abort, toyc_control, toyc_bulk,
-    toyc_bulk_done, toyc_register, toyc_deregister, 0
+    toyc_bulk_done, toyc_register, toyc_deregister, NULL, NULL, 0
 };
 
 TOY_USED static const tprpc_backend toyc_backend = {TOY_CAST(uint32_t, sizeof(tprpc_backend)),
