@@ -2361,7 +2361,7 @@ static inline uint32_t tpr_base_pool_class(size_t size) {
     return (uint32_t)(64 - __builtin_clzll((unsigned long long)(size - 1))) - 6;
 }
 
-static inline void *tpr_base_pool_alloc(tpr_base_pool *pool, size_t size) {
+static void *tpr_base_pool_alloc(tpr_base_pool *pool, size_t size) {
     uint32_t c = tpr_base_pool_class(size);
     if (TPR_UNLIKELY(c == TPR_BASE_POOL_CLASSES))
         return tpr_base_alloc(pool->memory, size, 64, TPR_TAG('b', 'u', 'l', 'k'));
@@ -2373,7 +2373,7 @@ static inline void *tpr_base_pool_alloc(tpr_base_pool *pool, size_t size) {
     return block;
 }
 
-static inline void tpr_base_pool_free(tpr_base_pool *pool, void *ptr, size_t size) {
+static void tpr_base_pool_free(tpr_base_pool *pool, void *ptr, size_t size) {
     uint32_t c = tpr_base_pool_class(size);
     if (!ptr) return;
     if (TPR_UNLIKELY(c == TPR_BASE_POOL_CLASSES)) {
@@ -3883,7 +3883,7 @@ typedef struct tpr_loop_object {       // something of a user's that lives on a 
     void (*close)(struct tpr_loop_object *object);   // under the lock; it leaves the list once nothing of it is left
 } tpr_loop_object;
 
-static inline int64_t tpr_loop_clock(tpr_loop *loop) {
+static int64_t tpr_loop_clock(tpr_loop *loop) {
     tpr_loop_env *env = loop->env;
     loop->now_us = env->clock_us ? env->clock_us(env->user) : tpr_os_now_us();
     return loop->now_us;
@@ -4133,7 +4133,7 @@ static bool tpr_loop_run_callbacks(tpr_loop *loop, int64_t stop_us, bool (*ready
 
 // Arms every source. False: one of them is busy, or there is other work for a thread that runs callbacks (`mine`) or
 // not. tprpc_wake is for who polls, not for who waits (`waits`).
-static bool tpr_loop_quiet(tpr_loop *loop, bool mine, bool waits, int64_t *until_us) {
+TPR_COLD static bool tpr_loop_quiet(tpr_loop *loop, bool mine, bool waits, int64_t *until_us) {
     if (TPR_ATOMIC_LOAD(&loop->inbox) || loop->later.head || loop->places.head) return false;
     if (mine && tpr_loop_queue_ready(&loop->callbacks)) return false;
     if (!waits && TPR_ATOMIC_LOAD(&loop->woken)) return false;
@@ -6167,7 +6167,7 @@ static void tpr_shm_asked(tpr_shm_conn *conn) {
 
 // ---- listeners
 
-static void tpr_shm_unpause(tprpc_work *work) {
+TPR_COLD static void tpr_shm_unpause(tprpc_work *work) {
     tpr_shm_listener *listener = TPR_CONTAINER(work, tpr_shm_listener, timer);
     if (tpr_os_poller_set(listener->instance->poller, listener->fd, TPR_OS_READABLE, &listener->watch, false) != 0)
         tpr_loop_timer(listener->instance->loop, work, tpr_loop_clock(listener->instance->loop) + TPR_SHM_PAUSE_US);
@@ -6585,7 +6585,7 @@ static size_t tpr_shm_recv(void *handle, const tprpc_span *spans, size_t count) 
     return done;
 }
 
-static size_t tpr_shm_take_handles(void *handle, intptr_t *out, size_t capacity) {
+TPR_COLD static size_t tpr_shm_take_handles(void *handle, intptr_t *out, size_t capacity) {
     tpr_shm_conn *conn = (tpr_shm_conn *)handle;
     if (conn->handle_count < capacity && conn->state == TPR_SHM_OPEN) tpr_shm_drain(conn);
     size_t n = conn->handle_count < capacity ? conn->handle_count : capacity;
@@ -7553,7 +7553,7 @@ static tpr_batch_outcome tpr_cma_confirm(tpr_batch *receive) {
 static const tpr_batch_method tpr_cma_method = {"cma",           tpr_cma_fetch, tpr_cma_find,
                                                 tpr_cma_confirm, tpr_cma_offer, tpr_cma_withdraw};
 
-static tprpc_status tpr_cma_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_cma_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
     uint64_t here = 1, copy = 0;
     tprpc_span to, from;
     (void)user;
@@ -7578,7 +7578,7 @@ static bool tpr_cma_reaches(void *instance, const uint8_t *domain, size_t size) 
     return size == 8 && tpr_base_load_le64(domain) == ((tpr_batch_queue *)instance)->host->context->process_space;
 }
 
-static tprpc_status tpr_cma_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_cma_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
     const int32_t pid = tprpc_link_process(link);
     if (pid <= 0)
         return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "cma: the transport cannot say whose process it is");
@@ -7613,7 +7613,7 @@ static size_t tpr_cma_challenge(void *end, uint8_t *out, size_t capacity) {
 }
 
 // The nonce, or why it cannot be read.
-static size_t tpr_cma_answer(void *end, const uint8_t *challenge, size_t size, uint8_t *out, size_t capacity) {
+TPR_COLD static size_t tpr_cma_answer(void *end, const uint8_t *challenge, size_t size, uint8_t *out, size_t capacity) {
     (void)capacity;
     errno = EINVAL;
     if (size == 8 && tpr_cma_read((tpr_cma_end *)end, out, tpr_base_load_le64(challenge), TPR_CMA_NONCE))
@@ -7622,7 +7622,7 @@ static size_t tpr_cma_answer(void *end, const uint8_t *challenge, size_t size, u
     return 4;
 }
 
-static tprpc_status tpr_cma_verify(void *end, const uint8_t *answer, size_t size, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_cma_verify(void *end, const uint8_t *answer, size_t size, tprpc_error *error) {
     const int code = size == 4 ? (int)tpr_base_load_le32(answer) : 0;
     if (size == TPR_CMA_NONCE && memcmp(answer, ((tpr_cma_end *)end)->nonce, TPR_CMA_NONCE) == 0) return TPRPC_OK;
     return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, code, "the peer cannot read this process's memory: %s",
@@ -7982,6 +7982,7 @@ TPRPC_API tprpc_status tprpc_context_destroy(tprpc_context *ctx) {
     return TPRPC_OK;
 }
 
+TPR_COLD
 TPRPC_API size_t tprpc_context_get_backends(tprpc_context *ctx, tprpc_backend_info *out, size_t capacity, size_t size) {
     TPRPC_ASSERT(ctx && (out || !capacity));
     if (!tpr_context_usable(ctx) || (!out && capacity) || size != sizeof *out) return 0;
@@ -8738,7 +8739,7 @@ typedef struct tpr_pipe_plan {         // how the items of one message travel
     uint8_t  few[64];                  // `where` of a message with few items
 } tpr_pipe_plan;
 
-static inline tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
+static tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
     tprpc_buffer buffer;
     memset(&buffer, 0, sizeof buffer);
     if (i < m->payload_count) {
@@ -8769,7 +8770,7 @@ static inline bool tpr_pipe_takes_short(const tprpc_pipe *pipe, const tprpc_mess
 }
 
 // Whether the message can leave as one frame, with all its bytes.
-static inline bool tpr_pipe_is_inline(const tprpc_pipe *pipe, const tprpc_message *m) {
+static bool tpr_pipe_is_inline(const tprpc_pipe *pipe, const tprpc_message *m) {
     size_t total = 0;
     if (m->payload_count + m->tensor_count > 64) return false;
     for (size_t i = 0; i < m->payload_count + m->tensor_count; i++) {
@@ -13100,7 +13101,7 @@ static const char *tpr_agent_text(tprpc_agent *agent, const char *text) {
     return NULL;
 }
 
-static const char *tpr_agent_text_locked(tprpc_agent *agent, const char *text) {
+TPR_COLD static const char *tpr_agent_text_locked(tprpc_agent *agent, const char *text) {
     tpr_os_lock_take(&agent->lock);
     const char *kept = tpr_agent_text(agent, text);
     tpr_os_lock_give(&agent->lock);
@@ -14072,7 +14073,7 @@ static void tpr_agent_job(void *arg) {
     TPR_ATOMIC_SUB(&loop->deferring, 1u);
 }
 
-static void tpr_agent_submit_again(tprpc_work *work) {
+TPR_COLD static void tpr_agent_submit_again(tprpc_work *work) {
     tpr_agent_request *request = TPR_CONTAINER(work, tpr_agent_request, retry);
     tpr_loop_post_place(request->server->loop, &request->task);
 }
@@ -15564,6 +15565,7 @@ TPRPC_API const tprpc_message *tprpc_future_reply(tprpc_future future) {
     return message;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_future_error(tprpc_future future, tprpc_error *error) {
     tpr_loop *loop = tpr_agent_loop_of(future.owner, future.id);
     tprpc_status status = TPRPC_ERROR_INVALID;
@@ -15579,6 +15581,7 @@ TPRPC_API tprpc_status tprpc_future_error(tprpc_future future, tprpc_error *erro
     return status;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_future_cancel(tprpc_future future) {
     tpr_loop *loop = tpr_agent_loop_of(future.owner, future.id);
     tprpc_error error = TPR_ZERO;
