@@ -2361,7 +2361,7 @@ static inline uint32_t tpr_base_pool_class(size_t size) {
     return (uint32_t)(64 - __builtin_clzll((unsigned long long)(size - 1))) - 6;
 }
 
-static void *tpr_base_pool_alloc(tpr_base_pool *pool, size_t size) {
+static inline void *tpr_base_pool_take(tpr_base_pool *pool, size_t size) {
     uint32_t c = tpr_base_pool_class(size);
     if (TPR_UNLIKELY(c == TPR_BASE_POOL_CLASSES))
         return tpr_base_alloc(pool->memory, size, 64, TPR_TAG('b', 'u', 'l', 'k'));
@@ -2373,7 +2373,7 @@ static void *tpr_base_pool_alloc(tpr_base_pool *pool, size_t size) {
     return block;
 }
 
-static void tpr_base_pool_free(tpr_base_pool *pool, void *ptr, size_t size) {
+static inline void tpr_base_pool_give(tpr_base_pool *pool, void *ptr, size_t size) {
     uint32_t c = tpr_base_pool_class(size);
     if (!ptr) return;
     if (TPR_UNLIKELY(c == TPR_BASE_POOL_CLASSES)) {
@@ -2389,6 +2389,12 @@ static void tpr_base_pool_free(tpr_base_pool *pool, void *ptr, size_t size) {
     block->next = pool->free[c];
     pool->free[c] = block;
     pool->kept[c]++;
+}
+
+// The same without their code in the caller: for all but what every message needs.
+TPR_APART static void *tpr_base_pool_alloc(tpr_base_pool *pool, size_t size) { return tpr_base_pool_take(pool, size); }
+TPR_APART static void tpr_base_pool_free(tpr_base_pool *pool, void *ptr, size_t size) {
+    tpr_base_pool_give(pool, ptr, size);
 }
 
 static void tpr_base_pool_clear(tpr_base_pool *pool) {
@@ -3883,7 +3889,7 @@ typedef struct tpr_loop_object {       // something of a user's that lives on a 
     void (*close)(struct tpr_loop_object *object);   // under the lock; it leaves the list once nothing of it is left
 } tpr_loop_object;
 
-static int64_t tpr_loop_clock(tpr_loop *loop) {
+static inline int64_t tpr_loop_clock(tpr_loop *loop) {
     tpr_loop_env *env = loop->env;
     loop->now_us = env->clock_us ? env->clock_us(env->user) : tpr_os_now_us();
     return loop->now_us;
@@ -8770,7 +8776,7 @@ static inline bool tpr_pipe_takes_short(const tprpc_pipe *pipe, const tprpc_mess
 }
 
 // Whether the message can leave as one frame, with all its bytes.
-static bool tpr_pipe_is_inline(const tprpc_pipe *pipe, const tprpc_message *m) {
+static inline bool tpr_pipe_is_inline(const tprpc_pipe *pipe, const tprpc_message *m) {
     size_t total = 0;
     if (m->payload_count + m->tensor_count > 64) return false;
     for (size_t i = 0; i < m->payload_count + m->tensor_count; i++) {
@@ -9234,7 +9240,7 @@ static void tpr_pipe_in_free(tpr_pipe_in *in) {
             tpr_base_pool_free(&loop->pool, slot->owned, slot->owned_size);
         }
     }
-    tpr_base_pool_free(&loop->pool, in, in->block);
+    tpr_base_pool_give(&loop->pool, in, in->block);
 }
 
 // Gives credit back for what was taken off the pipe's hands.
@@ -9291,7 +9297,7 @@ static tpr_pipe_in *tpr_pipe_in_new(tprpc_pipe *pipe, const tpr_wire_message *he
 // A block for a short message, which all have one size.
 static inline tpr_pipe_in *tpr_pipe_in_short(tprpc_pipe *pipe, uint32_t metadata_size, uint8_t prefix_size) {
     const size_t head = tpr_pipe_round_up(sizeof(tpr_pipe_in)), size = head + TPR_PIPE_SHORT;
-    tpr_pipe_in *in = (tpr_pipe_in *)tpr_base_pool_alloc(&pipe->loop->pool, size);
+    tpr_pipe_in *in = (tpr_pipe_in *)tpr_base_pool_take(&pipe->loop->pool, size);
     if (TPR_UNLIKELY(!in)) return NULL;
     tpr_base_list_init(&in->node);
     in->pipe = pipe;
