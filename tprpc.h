@@ -2535,7 +2535,7 @@ static inline uint32_t tpr_base_pool_class(size_t size) {
     return (uint32_t)(64 - __builtin_clzll((unsigned long long)(size - 1))) - 6;
 }
 
-static inline void *tpr_base_pool_alloc(tpr_base_pool *pool, size_t size) {
+static inline void *tpr_base_pool_take(tpr_base_pool *pool, size_t size) {
     uint32_t c = tpr_base_pool_class(size);
     if (TPR_UNLIKELY(c == TPR_BASE_POOL_CLASSES))
         return tpr_base_alloc(pool->memory, size, 64, TPR_TAG('b', 'u', 'l', 'k'));
@@ -2547,7 +2547,7 @@ static inline void *tpr_base_pool_alloc(tpr_base_pool *pool, size_t size) {
     return block;
 }
 
-static inline void tpr_base_pool_free(tpr_base_pool *pool, void *ptr, size_t size) {
+static inline void tpr_base_pool_give(tpr_base_pool *pool, void *ptr, size_t size) {
     uint32_t c = tpr_base_pool_class(size);
     if (!ptr) return;
     if (TPR_UNLIKELY(c == TPR_BASE_POOL_CLASSES)) {
@@ -2563,6 +2563,12 @@ static inline void tpr_base_pool_free(tpr_base_pool *pool, void *ptr, size_t siz
     block->next = pool->free[c];
     pool->free[c] = block;
     pool->kept[c]++;
+}
+
+// The same without their code in the caller: for all but what every message needs.
+TPR_APART static void *tpr_base_pool_alloc(tpr_base_pool *pool, size_t size) { return tpr_base_pool_take(pool, size); }
+TPR_APART static void tpr_base_pool_free(tpr_base_pool *pool, void *ptr, size_t size) {
+    tpr_base_pool_give(pool, ptr, size);
 }
 
 static void tpr_base_pool_clear(tpr_base_pool *pool) {
@@ -4318,7 +4324,7 @@ static bool tpr_loop_run_callbacks(tpr_loop *loop, int64_t stop_us, bool (*ready
 
 // Arms every source. False: one of them is busy, or there is other work for a thread that runs callbacks (`mine`) or
 // not. tprpc_wake is for who polls, not for who waits (`waits`).
-static bool tpr_loop_quiet(tpr_loop *loop, bool mine, bool waits, int64_t *until_us) {
+TPR_COLD static bool tpr_loop_quiet(tpr_loop *loop, bool mine, bool waits, int64_t *until_us) {
     if (TPR_ATOMIC_LOAD(&loop->inbox) || loop->later.head || loop->places.head) return false;
     if (mine && tpr_loop_queue_ready(&loop->callbacks)) return false;
     if (!waits && TPR_ATOMIC_LOAD(&loop->woken)) return false;
@@ -6402,7 +6408,7 @@ static void tpr_shm_asked(tpr_shm_conn *conn) {
 
 // ---- listeners
 
-static void tpr_shm_unpause(tprpc_work *work) {
+TPR_COLD static void tpr_shm_unpause(tprpc_work *work) {
     tpr_shm_listener *listener = TPR_CONTAINER(work, tpr_shm_listener, timer);
     if (tpr_os_poller_set(listener->instance->poller, listener->fd, TPR_OS_READABLE, &listener->watch, false) != 0)
         tpr_loop_timer(listener->instance->loop, work, tpr_loop_clock(listener->instance->loop) + TPR_SHM_PAUSE_US);
@@ -6850,7 +6856,7 @@ static size_t tpr_shm_recv(void *handle, const tprpc_span *spans, size_t count) 
     return done;
 }
 
-static size_t tpr_shm_take_handles(void *handle, intptr_t *out, size_t capacity) {
+TPR_COLD static size_t tpr_shm_take_handles(void *handle, intptr_t *out, size_t capacity) {
     tpr_shm_conn *conn = (tpr_shm_conn *)handle;
     if (conn->handle_count < capacity && conn->state == TPR_SHM_OPEN) tpr_shm_drain(conn);
     size_t n = conn->handle_count < capacity ? conn->handle_count : capacity;
@@ -7884,7 +7890,7 @@ static tpr_batch_outcome tpr_cma_confirm(tpr_batch *receive) {
 static const tpr_batch_method tpr_cma_method = {"cma",           tpr_cma_fetch, tpr_cma_find,
                                                 tpr_cma_confirm, tpr_cma_offer, tpr_cma_withdraw};
 
-static tprpc_status tpr_cma_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_cma_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
     uint64_t here = 1, copy = 0;
     tprpc_span to, from;
     (void)user;
@@ -7909,7 +7915,7 @@ static bool tpr_cma_reaches(void *instance, const uint8_t *domain, size_t size) 
     return size == 8 && tpr_base_load_le64(domain) == ((tpr_batch_queue *)instance)->host->context->process_space;
 }
 
-static tprpc_status tpr_cma_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_cma_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
     const int32_t pid = tprpc_link_process(link);
     if (pid <= 0)
         return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "cma: the transport cannot say whose process it is");
@@ -7944,7 +7950,7 @@ static size_t tpr_cma_challenge(void *end, uint8_t *out, size_t capacity) {
 }
 
 // The nonce, or why it cannot be read.
-static size_t tpr_cma_answer(void *end, const uint8_t *challenge, size_t size, uint8_t *out, size_t capacity) {
+TPR_COLD static size_t tpr_cma_answer(void *end, const uint8_t *challenge, size_t size, uint8_t *out, size_t capacity) {
     (void)capacity;
     errno = EINVAL;
     if (size == 8 && tpr_cma_read((tpr_cma_end *)end, out, tpr_base_load_le64(challenge), TPR_CMA_NONCE))
@@ -7953,7 +7959,7 @@ static size_t tpr_cma_answer(void *end, const uint8_t *challenge, size_t size, u
     return 4;
 }
 
-static tprpc_status tpr_cma_verify(void *end, const uint8_t *answer, size_t size, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_cma_verify(void *end, const uint8_t *answer, size_t size, tprpc_error *error) {
     const int code = size == 4 ? (int)tpr_base_load_le32(answer) : 0;
     if (size == TPR_CMA_NONCE && memcmp(answer, ((tpr_cma_end *)end)->nonce, TPR_CMA_NONCE) == 0) return TPRPC_OK;
     return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, code, "the peer cannot read this process's memory: %s",
@@ -8399,6 +8405,7 @@ TPRPC_API tprpc_status tprpc_context_destroy(tprpc_context *ctx) {
     return TPRPC_OK;
 }
 
+TPR_COLD
 TPRPC_API size_t tprpc_context_get_backends(tprpc_context *ctx, tprpc_backend_info *out, size_t capacity, size_t size) {
     TPRPC_ASSERT(ctx && (out || !capacity));
     if (!tpr_context_usable(ctx) || (!out && capacity) || size != sizeof *out) return 0;
@@ -9152,7 +9159,7 @@ static int32_t tpr_pipe_link_process(tprpc_link *link) {
 // ---- transfers
 
 // Payload or tensor i of a message, payloads first.
-static inline tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
+static tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
     tprpc_buffer buffer;
     memset(&buffer, 0, sizeof buffer);
     if (i < m->payload_count) {
@@ -9799,7 +9806,7 @@ static void tpr_pipe_in_free(tpr_pipe_in *in) {
             tpr_base_pool_free(&loop->pool, slot->owned, slot->owned_size);
         }
     }
-    tpr_base_pool_free(&loop->pool, in, in->block);
+    tpr_base_pool_give(&loop->pool, in, in->block);
 }
 
 // Gives credit back for what was taken off the pipe's hands.
@@ -9856,7 +9863,7 @@ static tpr_pipe_in *tpr_pipe_in_new(tprpc_pipe *pipe, const tpr_wire_message *he
 // A block for a short message, which all have one size.
 static inline tpr_pipe_in *tpr_pipe_in_short(tprpc_pipe *pipe, uint32_t metadata_size, uint8_t prefix_size) {
     const size_t head = tpr_pipe_round_up(sizeof(tpr_pipe_in)), size = head + TPR_PIPE_SHORT;
-    tpr_pipe_in *in = (tpr_pipe_in *)tpr_base_pool_alloc(&pipe->loop->pool, size);
+    tpr_pipe_in *in = (tpr_pipe_in *)tpr_base_pool_take(&pipe->loop->pool, size);
     if (TPR_UNLIKELY(!in)) return NULL;
     tpr_base_list_init(&in->node);
     in->pipe = pipe;
@@ -14003,7 +14010,7 @@ static const char *tpr_agent_text(tprpc_agent *agent, const char *text) {
     return NULL;
 }
 
-static const char *tpr_agent_text_locked(tprpc_agent *agent, const char *text) {
+TPR_COLD static const char *tpr_agent_text_locked(tprpc_agent *agent, const char *text) {
     tpr_os_lock_take(&agent->lock);
     const char *kept = tpr_agent_text(agent, text);
     tpr_os_lock_give(&agent->lock);
@@ -14980,7 +14987,7 @@ static void tpr_agent_job(void *arg) {
     TPR_ATOMIC_SUB(&loop->deferring, 1u);
 }
 
-static void tpr_agent_submit_again(tprpc_work *work) {
+TPR_COLD static void tpr_agent_submit_again(tprpc_work *work) {
     tpr_agent_request *request = TPR_CONTAINER(work, tpr_agent_request, retry);
     tpr_loop_post_place(request->server->loop, &request->task);
 }
@@ -16486,6 +16493,7 @@ TPRPC_API const tprpc_message *tprpc_future_reply(tprpc_future future) {
     return message;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_future_error(tprpc_future future, tprpc_error *error) {
     tpr_loop *loop = tpr_agent_loop_of(future.owner, future.id);
     tprpc_status status = TPRPC_ERROR_INVALID;
@@ -16501,6 +16509,7 @@ TPRPC_API tprpc_status tprpc_future_error(tprpc_future future, tprpc_error *erro
     return status;
 }
 
+TPR_COLD
 TPRPC_API tprpc_status tprpc_future_cancel(tprpc_future future) {
     tpr_loop *loop = tpr_agent_loop_of(future.owner, future.id);
     tprpc_error error = TPR_ZERO;
