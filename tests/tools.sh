@@ -244,6 +244,100 @@ bench_says() {
     else ok bench_missing_key; fi
 }
 
+# bench.py judges: ratios within a round, a bound by its factor, and --strict by its exit status.
+bench_judges() {
+    mkdir -p "$dir/judged"
+    cat >"$dir/judged/tprpc-perf" <<'END'
+#!/bin/sh
+case "$*" in
+*shm*) echo '{"transport": "shm", "p99_us": 9, "idle_p99_us": 1, "bandwidth_gbps": 3, "unloaded_gbps": 4, "late": 0}' ;;
+*) echo '{"transport": "tcp", "p99_us": 40, "idle_p99_us": 10, "bandwidth_gbps": 1, "unloaded_gbps": 2, "late": 7}' ;;
+esac
+END
+    echo '#!/bin/sh
+echo "{\"channels\": []}"' >"$dir/judged/tprpc-info"
+    chmod +x "$dir/judged/tprpc-perf" "$dir/judged/tprpc-info"
+    set -- tools/bench.py --rounds 3 --only beside --build "$dir/judged" --results "$dir/results"
+    timeout 60 "$@" >"$out" 2>"$said"
+    status=$?
+    timeout 60 "$@" --strict >/dev/null 2>&1
+    strict=$?
+    if [ $status -ne 0 ] || [ $strict -ne 1 ]; then bad bench_judges "exit status $status, with --strict $strict"
+    elif ! grep -Eq '^64 B calls beside tensors, p99, shm .*: 0\.90 ok$' "$out" ||
+        ! grep -Eq '^tensors beside the calls, shm .*: 0\.75 ok$' "$out" ||
+        ! grep -Eq '^64 B calls beside tensors, p99, tcp .*: 1\.33 MISSED$' "$out" ||
+        ! grep -Eq '^tensors beside the calls, tcp .*: 0\.50 MISSED$' "$out"; then
+        bad bench_judges 'not what it should say'
+    else ok bench_judges; fi
+}
+
+# bench.py --readme: the section between the markers becomes the newest whole run's, and nothing else changes.
+bench_quotes() {
+    quotes=$dir/quotes
+    mkdir -p "$quotes"
+    printf '%s\n' before '<!-- bench.py --readme writes what follows -->' old \
+        '<!-- bench.py --readme wrote this -->' after >"$quotes/README.md"
+    for day in 01 02; do
+        cat >"$quotes/bench-2020-01-$day-000000-toy.json" <<END
+{"date": "2020-01-$day 00:00:00", "host_kind": "toy", "cpu": "T", "kernel": "1.2-x", "load": 0, "rounds": 5,
+ "rows": [{"name": "a row", "unit": "us", "ours": 2.0, "limit": {"label": "the limit", "figure": 1.0, "ratio": 2.0},
+           "peer": null, "bounds": [{"label": "bound", "figure": 5.0, "ratio": 0.4, "sign": "<=", "factor": 1.0,
+           "met": true}]}],
+ "curves": [], "charts": {"rtt": [{"label": "tprpc shm", "points": [[8, 1.0], [64, 2.0]]}], "bandwidth": []}}
+END
+    done
+    timeout 60 tools/bench.py --readme "$quotes/README.md" --results "$quotes" >"$out" 2>"$said"
+    status=$?
+    cp "$quotes/README.md" "$dir/first"
+    timeout 60 tools/bench.py --readme "$quotes/README.md" --results "$quotes" >>"$out" 2>>"$said"
+    cat "$dir/first" >>"$out"
+    if [ $status -ne 0 ]; then bad bench_quotes "exit status $status"
+    elif ! cmp -s "$dir/first" "$quotes/README.md"; then bad bench_quotes 'the second time it wrote something else'
+    elif ! grep -q '^| a row | 2 us | 1 (the limit) | 2.00 | - | - | <= 5: ok |$' "$dir/first" ||
+        ! grep -q '^Measured 2020-01-02 on a toy ' "$dir/first" || grep -q '^old$' "$dir/first" ||
+        [ "$(sed -n '1p;$p' "$dir/first" | tr '\n' ' ')" != 'before after ' ]; then
+        bad bench_quotes 'not what it should be'
+    elif ! cmp -s "$quotes/quoted-toy.json" "$quotes/bench-2020-01-02-000000-toy.json"; then
+        bad bench_quotes 'the run is not kept'
+    elif command -v gnuplot >/dev/null && ! grep -q '<svg' "$quotes/rtt-toy.svg"; then bad bench_quotes 'no chart'
+    else ok bench_quotes; fi
+}
+
+# What it cannot quote leaves the file as it is: exit status 1, and a sentence.
+bench_quotes_not() {    # NAME WORDS FILE FOLDER
+    cp "$3" "$dir/before" 2>/dev/null || : >"$dir/before"
+    timeout 60 tools/bench.py --readme "$3" --results "$4" >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 1 ]; then bad "bench_quotes_$1" "exit status $status"
+    elif [ "$(wc -l <"$said")" -ne 1 ] || ! grep -q -e "$2" "$said"; then bad "bench_quotes_$1" "no \"$2\" alone"
+    elif [ -e "$3" ] && ! cmp -s "$3" "$dir/before"; then bad "bench_quotes_$1" 'it wrote to the file'
+    else ok "bench_quotes_$1"; fi
+}
+
+# The drivers of other libraries, where those are installed.
+peers() {
+    for peer in zmq nng; do
+        [ -x build/bench-$peer ] || continue
+        for transport in ipc tcp; do
+            for test in rtt rate bw; do
+                name=bench_${peer}_${test}_$transport wanted="bandwidth_gbps rate_mps"
+                [ $test != rtt ] || wanted="p50_us p99_us"
+                timeout 60 build/bench-$peer --test $test --transport $transport --size 100000 --iters 20 \
+                    >"$out" 2>"$said"
+                status=$?
+                if [ $status -ne 0 ]; then bad "$name" "exit status $status"
+                elif ! is_json "size iters $wanted" "size=100000 iters=20" "$wanted"; then
+                    bad "$name" "$(tail -n 1 "$dir/why")"
+                else ok "$name"; fi
+            done
+        done
+        refuses "bench_${peer}_test" usage build/bench-$peer --test ping --transport tcp
+        refuses "bench_${peer}_transport" usage build/bench-$peer --test rtt --transport shm
+        refuses "bench_${peer}_size" usage build/bench-$peer --test rtt --transport tcp --size many
+        refuses "bench_${peer}_odd" usage build/bench-$peer --test rtt --transport
+    done
+}
+
 perf_all shm
 perf_all tcp
 perf_channels
@@ -348,7 +442,14 @@ refuses idle 'usage' build/bench-idle --often
 timers
 idle
 idle --threads 1
+peers
 bench_says
+bench_judges
+bench_quotes
+echo 'no markers' >"$dir/plain.md"
+bench_quotes_not without_markers 'has no line' "$dir/plain.md" "$dir/quotes"
+bench_quotes_not without_run 'no whole run' "$dir/quotes/README.md" "$dir/results"
+bench_quotes_not without_file 'No such file' "$dir/nothing.md" "$dir/quotes"
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

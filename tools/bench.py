@@ -21,6 +21,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 
 import bench_report
 import bench_take as take
@@ -52,8 +53,8 @@ def size_name(size):
 # Each is taken once a round and gives one figure or several.
 
 def tensor_iters(size):
-    """How many tensors make a point of the curve; the rows at 64 MiB take the tools' own number."""
-    return max(2, min(20000, 2048 * MIB // size))
+    """How many tensors are measured: 2 GiB of them at 64 MiB, where the bounds are, 1 GiB for the other points."""
+    return max(2, min(16384, (2048 if size == LARGE else 1024) * MIB // size))
 
 
 def trip_measurements(build):
@@ -97,9 +98,8 @@ def rate_measurements(build):
 def tensor_measurements(build, channels):
     """Bandwidth, by size: ours over each channel, copies and bare sockets, peers."""
     def ours(test, transport, size, *more):
-        some = [] if size == LARGE else ["--iters", str(tensor_iters(size))]
         return lambda: take.perf(build, "bandwidth_gbps", "--test", test, "--transport", transport, "--size", str(size),
-                                 "--spin", "always", *some, *more, expect=transport)
+                                 "--iters", str(tensor_iters(size)), "--spin", "always", *more, expect=transport)
 
     found = {}
     for size in TENSOR_SIZES:
@@ -324,21 +324,23 @@ def progress(text):
 
 
 def measure(available, needed, rounds):
-    """All values of each measurement that is needed, and why one could not be made."""
-    values, failures = {name: [] for name in needed}, {}
+    """All values of each measurement that is needed, why one could not be made, and how long each took in all."""
+    values, failures, seconds = {name: [] for name in needed}, {}, {name: 0.0 for name in needed}
     for number in range(rounds):
         for name, measure_it in available.items():
             if name not in needed or name in failures:
                 continue
             progress(f"round {number + 1} of {rounds}: {name}")
+            begin = time.monotonic()
             try:
                 values[name].append(measure_it())
             except Failed as failure:
                 failures[name] = str(failure)
             except LookupError as missing:
                 failures[name] = f"{name}: its output has no {missing}"
+            seconds[name] = round(seconds[name] + time.monotonic() - begin, 3)
     progress("")
-    return values, failures
+    return values, failures, seconds
 
 
 class Figures:
@@ -437,14 +439,17 @@ def run(options):
           f"the ends on CPUs {cpus[0]} and {cpus[1]}; load before: {load:.2f}\n")
     if len(os.sched_getaffinity(0)) < 2:
         print("One CPU alone: whatever spins here is measured waiting for its turn.\n")
+    available = measurements(options.build, channels)
     needed = {name for row in rows + curves for source in sources_of(row) for name in names_of(source)}
     if not options.only:             # some points of the charts have no row of their own
         needed |= {name for some in charts(channels).values() for curve in some for name in curve["points"].values()}
-    values, failures = measure(measurements(options.build, channels), needed, options.rounds)
+    assert needed <= set(available), needed - set(available)
+    values, failures, seconds = measure(available, needed, options.rounds)
     figures = Figures(values, failures, options.rounds)
     report = {"host_kind": take.host_kind(), "cpu": take.cpu_model(), "kernel": platform.release(), "load": load,
               "rounds": options.rounds, "rows": [judge(row, figures) for row in rows],
-              "curves": [judge(row, figures) for row in curves], "failures": failures, "values": values}
+              "curves": [judge(row, figures) for row in curves], "failures": failures, "values": values,
+              "seconds": seconds}
     if not options.only:
         report["charts"] = chart_points(charts(channels), figures)
     bench_report.print_table(report)

@@ -78,10 +78,11 @@ def chart_script(chart, curves, path):
              f"set xtics ({ticks})", 'set key outside right top noenhanced', "set grid ytics lc rgb '#dddddd'"]
     plots = []
     for number, curve in enumerate(curves):
-        peer = curve["label"].startswith(("UCX", "ZeroMQ", "nng"))
-        style = "lw 3" if curve["label"].startswith("tprpc") else "lw 1" if peer else "lw 1 dt 2"
+        label = curve["label"]
+        peer = label.startswith(("UCX", "ZeroMQ", "nng"))
+        style = "lw 3" if label.startswith("tprpc") else "lw 1" if peer else "lw 1 dt 2"
         lines += [f"$curve{number} << END"] + [f"{size} {value:g}" for size, value in curve["points"]] + ["END"]
-        plots.append(f'$curve{number} using 1:2 with linespoints {style} pt {number + 1} ps 0.6 title "{curve["label"]}"')
+        plots.append(f'$curve{number} using 1:2 with linespoints {style} pt {number + 1} ps 0.6 title "{label}"')
     return "\n".join(lines) + "\nplot " + ", \\\n     ".join(plots) + "\n"
 
 
@@ -93,7 +94,7 @@ def tick(size):
 
 
 def draw(report, folder):
-    """Draws the charts of a run into the folder; those of another run on such a host are replaced. Returns a sentence."""
+    """Draws a run's charts into the folder; those of another run on such a host are replaced. Returns a sentence."""
     if not shutil.which("gnuplot"):
         return "no charts: gnuplot is not installed: apt-get install gnuplot-nox"
     drawn = []
@@ -125,8 +126,10 @@ def section(report, folder, readme):
         return f"![{CHARTS[chart][0]}, {CHARTS[chart][1]}, by size in bytes]({path})"
 
     images = "\n\n".join(image(chart) for chart in CHARTS if os.path.exists(chart_path(folder, chart, report)))
-    return (f"Measured {report['date'][:10]} on a {report['host_kind']} ({report['cpu']}, Linux {report['kernel']}), both "
-            f"ends on it: medians of {report['rounds']} rounds.\n\n{markdown_table(report)}\n\n{images}".rstrip())
+    kernel = report["kernel"].split("-")[0]
+    machine = f"{report['host_kind']} ({report['cpu']}, Linux {kernel})"
+    return (f"Measured {report['date'][:10]} on a {machine}, both ends on it: medians of {report['rounds']} rounds.\n\n"
+            f"{markdown_table(report)}\n\n{images}".rstrip())
 
 
 def quote(folder, readme):

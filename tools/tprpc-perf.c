@@ -248,7 +248,7 @@ static void perf_fill_in(perf_options *o) {
     if (o->iters < 0) o->iters = perf_default_iters(o);
     o->tensor = bulk || o->size > PERF_BODY_MAX || (o->channel && (o->test == PERF_RTT || o->test == PERF_RPC));
     o->warmup = o->iters / 10 < 4 ? 4 : o->iters / 10 > 20000 ? 20000 : o->iters / 10;
-    if (o->tensor && o->warmup * o->size > PERF_GIB) o->warmup = PERF_GIB / o->size + 1;
+    if (o->tensor && o->warmup * o->size > PERF_GIB) o->warmup = o->size > PERF_GIB ? 1 : PERF_GIB / o->size;
     perf_choose_cpus(o);
 }
 
