@@ -35,7 +35,7 @@ def verdict(bound):
 
 
 def print_table(report):
-    line = "{:<41} {:>9} {:<8} {:>9} {:<16} {:>6}  {:>9} {:<12} {:>6}  {}"
+    line = "{:<41} {:>9} {:<8} {:>9} {:<16} {:>6}  {:>9} {:<15} {:>6}  {}"
     print(line.format("what", "ours", "", "limit", "", "ratio", "best peer", "", "ratio", "bound").rstrip())
     for row in report["rows"] + report["curves"]:
         limit, peer = row["limit"], row["peer"]

@@ -214,8 +214,8 @@ static void perf_check_numbers(const perf_options *o) {
 // Refuses what cannot be measured, before anything is started.
 static void perf_check(const perf_options *o) {
     if (o->listen && o->connect) perf_refuse("--listen and --connect are two ends: give one of them.");
-    if (o->in_process && (o->listen || o->connect)) perf_refuse("--in-process runs both ends: without --%s.",
-                                                                o->listen ? "listen" : "connect");
+    if (o->in_process && (o->listen || o->connect))
+        perf_refuse("--in-process runs both ends: without --%s.", o->listen ? "listen" : "connect");
     if (o->in_process && (o->test == PERF_RAW || o->test == PERF_PIPES || o->test == PERF_LOADED))
         perf_refuse("--test %s is about two processes: without --in-process.", perf_test_names[o->test]);
     if (o->test == PERF_RATE && o->channel) perf_refuse("--test rate sends no tensors, so --channel says nothing.");
@@ -248,7 +248,8 @@ static void perf_fill_in(perf_options *o) {
     if (o->iters < 0) o->iters = perf_default_iters(o);
     o->tensor = bulk || o->size > PERF_BODY_MAX || (o->channel && (o->test == PERF_RTT || o->test == PERF_RPC));
     o->warmup = o->iters / 10 < 4 ? 4 : o->iters / 10 > 20000 ? 20000 : o->iters / 10;
-    if (o->tensor && o->warmup * o->size > PERF_GIB) o->warmup = o->size > PERF_GIB ? 1 : PERF_GIB / o->size;
+    if (o->tensor && o->test != PERF_LOADED && o->warmup * o->size > PERF_GIB)      // loaded warms up by small calls
+        o->warmup = o->size > PERF_GIB ? 1 : PERF_GIB / o->size;
     perf_choose_cpus(o);
 }
 
@@ -978,9 +979,9 @@ static void perf_frame(perf_end *end, perf_result *r) {
 
 // ---- pipes: what they cost ------------------------------------------------------------------------------------------
 //
-// Idle is a pipe that is read from, and over which nothing comes. The control connection is the hot pipe: its round trip
-// is taken before there are others, and again beside all of them. The serving end answers "weigh" with what it weighs,
-// and anything else with the same.
+// An idle pipe is read from, and nothing comes. The control connection is the hot pipe: its round trip is taken before
+// there are others, and again beside all of them. The serving end answers "weigh" with what it weighs, and all else with
+// the same.
 
 enum { PERF_PIPES_FIRST = 16 };      // opened before weighing begins, so that what all pipes share is there
 enum { PERF_PIPES_SETTLE_US = 500000 };      // how long pipes are left alone before their cost is read
@@ -1558,9 +1559,9 @@ static double perf_load_phase(perf_load *load, bool calling, bool streaming) {
         tprpc_poll(load->a->ctx, wait_us, wait_us > 0 ? wait_us : 1);
     }
     load->streaming = false;
-    double bandwidth = (double)o->size * (double)(load->arrived - 1) / (double)(load->last_ns - load->first_ns);
+    const int64_t arrived = load->arrived, took_ns = load->last_ns - load->first_ns;
     while (load->flying || load->answered < load->issued) tprpc_poll(load->a->ctx, POLL_US, POLL_US);
-    return bandwidth;
+    return streaming ? (double)o->size * (double)(arrived - 1) / (double)took_ns : NAN;
 }
 
 static void perf_load_distribution(const perf_load *load, int64_t *durations, perf_result *r) {
