@@ -57,22 +57,26 @@ def tensor_iters(size):
     return max(2, min(16384, (2048 if size == LARGE else 1024) * MIB // size))
 
 
+def trip_iters(transport, size, spin="always"):
+    """Round trips: a fraction of a second of them, most at 64 B, where the bounds are."""
+    if spin == "never":
+        return 10000
+    return (200000 if transport == "shm" else 50000) // (1 if size == 64 else 4 if size < 16 * KIB else 20)
+
+
 def trip_measurements(build):
     """Round trips, by size: what spins beside what spins; what sleeps at 64 B."""
-    def ours(test, transport, size, spin, *more):
+    def ours(test, transport, size, spin):
         return lambda: take.perf(build, "p50_us", "--test", test, "--transport", transport, "--size", str(size),
-                                 "--spin", spin, *more, expect=transport)
-
-    def few(size):
-        return () if size == 64 else ("--iters", "20000" if size < 16 * KIB else "5000")
+                                 "--spin", spin, "--iters", str(trip_iters(transport, size, spin)), expect=transport)
 
     found = {"cache line": ours("raw", "shm", 64, "always"), "rpc shm": ours("rpc", "shm", 64, "always")}
     for size in TRIP_SIZES:
-        found[f"raw tcp {size}"] = ours("raw", "tcp", size, "always", *few(size))
+        found[f"raw tcp {size}"] = ours("raw", "tcp", size, "always")
         for transport in ("shm", "tcp"):
-            found[f"rtt {transport} {size}"] = ours("rtt", transport, size, "always", *few(size))
+            found[f"rtt {transport} {size}"] = ours("rtt", transport, size, "always")
             found[f"ucx rtt {transport} {size}"] = lambda transport=transport, size=size: take.ucx_round_trip_us(
-                UCX[transport], size, (500000 if transport == "shm" else 50000) // (1 if size < 16 * KIB else 10))
+                UCX[transport], size, trip_iters(transport, size))
             for peer in PEERS:
                 found[f"{peer} rtt {transport} {size}"] = lambda peer=peer, transport=transport, size=size: take.peer(
                     build, peer, "p50_us", "rtt", LOCAL[transport], size, 3000)

@@ -980,8 +980,8 @@ static void perf_frame(perf_end *end, perf_result *r) {
 // ---- pipes: what they cost ------------------------------------------------------------------------------------------
 //
 // An idle pipe is read from, and nothing comes. The control connection is the hot pipe: its round trip is taken before
-// there are others, and again beside all of them. The serving end answers "weigh" with what it weighs, and all else with
-// the same.
+// there are others, and again beside all of them. The serving end answers "weigh" with what it weighs, and all else
+// with the same.
 
 enum { PERF_PIPES_FIRST = 16 };      // opened before weighing begins, so that what all pipes share is there
 enum { PERF_PIPES_SETTLE_US = 500000 };      // how long pipes are left alone before their cost is read
