@@ -61,8 +61,10 @@ TOOLS     = $(patsubst tools/%.c,build/%,$(wildcard tools/*.c))
 EXAMPLES  = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c)) \
             $(patsubst examples/%.cpp,build/%,$(wildcard examples/*.cpp))
 # Programs that need a library are left out where it is missing; not by a target that installs it first: $(2).
-lacks = $(filter none,$(if $(filter $(2),$(MAKECMDGOALS)),,$(shell echo '\#include <$(1)>' | $(CC) -E - >/dev/null 2>&1 \
-        || echo none)))
+# (Whether a # within a function is to be escaped, versions of make do not agree on.)
+hash := \#
+lacks = $(filter none,$(if $(filter $(2),$(MAKECMDGOALS)),,$(shell echo '$(hash)include <$(1)>' | $(CC) -E - \
+        >/dev/null 2>&1 || echo none)))
 EXAMPLES := $(if $(call lacks,png.h,demo test),$(filter-out build/wave,$(EXAMPLES)),$(EXAMPLES))
 TOOLS    := $(if $(call lacks,zmq.h,bench),$(filter-out build/bench-zmq,$(TOOLS)),$(TOOLS))
 TOOLS    := $(if $(call lacks,nng/nng.h,bench),$(filter-out build/bench-nng,$(TOOLS)),$(TOOLS))
