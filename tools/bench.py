@@ -88,14 +88,15 @@ def trip_measurements(build):
 def rate_measurements(build):
     found = {}
     for transport in ("shm", "tcp"):
-        found[f"ucx rate {transport}"] = lambda transport=transport: take.ucx_rate_mps(
-            UCX[transport], 64, 3000000 if transport == "shm" else 1000000)
-        found[f"rate {transport}"] = lambda transport=transport: take.perf(
-            build, "rate_mps", "--test", "rate", "--transport", transport, "--size", "64", "--spin", "always",
-            expect=transport)
-        for peer, iters in (("zmq", 500000), ("nng", 30000)):
-            found[f"{peer} rate {transport}"] = lambda peer=peer, transport=transport, iters=iters: take.peer(
-                build, peer, "rate_mps", "rate", LOCAL[transport], 64, iters)
+        iters = 5000000 if transport == "shm" else 1000000
+        found[f"ucx rate {transport}"] = lambda transport=transport, iters=iters: take.ucx_rate_mps(
+            UCX[transport], 64, iters)
+        found[f"rate {transport}"] = lambda transport=transport, iters=iters: take.perf(
+            build, "rate_mps", "--test", "rate", "--transport", transport, "--size", "64", "--iters", str(iters),
+            "--spin", "always", expect=transport)
+        for peer, few in (("zmq", 500000), ("nng", 30000)):
+            found[f"{peer} rate {transport}"] = lambda peer=peer, transport=transport, few=few: take.peer(
+                build, peer, "rate_mps", "rate", LOCAL[transport], 64, few)
     return found
 
 
