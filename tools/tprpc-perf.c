@@ -1023,9 +1023,12 @@ static int64_t perf_descriptors(void) {
     return count;
 }
 
-static perf_many perf_many_make(perf_end *end, tprpc_listener *listener) {
+// They outlive the test: their last callbacks run when the context is destroyed.
+static perf_many *perf_many_make(perf_end *end, tprpc_listener *listener) {
     size_t all = PERF_PIPES_FIRST + (size_t)end->o->count;
-    return (perf_many){.end = end, .listener = listener, .ones = (perf_one *)perf_memory(all * sizeof(perf_one))};
+    perf_many *many = (perf_many *)perf_memory(sizeof *many);
+    *many = (perf_many){.end = end, .listener = listener, .ones = (perf_one *)perf_memory(all * sizeof(perf_one))};
+    return many;
 }
 
 static void perf_many_close(perf_many *many) {
@@ -1073,8 +1076,8 @@ static void perf_pipes_accepted(tprpc_status status, tprpc_pipe *pipe, const tpr
 
 // The serving end: takes pipes in, and answers.
 static void perf_pipes_serve(perf_end *end, tprpc_listener *listener) {
-    perf_many many = perf_many_make(end, listener);
-    tprpc_status status = tprpc_accept(listener, perf_pipes_accepted, &many);
+    perf_many *many = perf_many_make(end, listener);
+    tprpc_status status = tprpc_accept(listener, perf_pipes_accepted, many);
     if (status != TPRPC_OK) perf_die_status("accept", status);
     perf_control_expect(end);
     perf_control_send(end, "ready");
@@ -1085,7 +1088,7 @@ static void perf_pipes_serve(perf_end *end, tprpc_listener *listener) {
         perf_control_send(end, end->control);
         perf_control_expect(end);
     }
-    perf_many_close(&many);
+    perf_many_close(many);
 }
 
 // Opens pipes, one after the other, each until it has carried a message.
@@ -1162,24 +1165,24 @@ static double perf_dearer(const int64_t after[2], const int64_t before[2], int64
 
 static void perf_pipes(perf_end *end, const char *address, perf_result *r) {
     int64_t count = end->o->count, first_bytes[2], first_fds[2], bytes[2], fds[2];
-    perf_many many = perf_many_make(end, NULL);
+    perf_many *many = perf_many_make(end, NULL);
     int64_t *durations = (int64_t *)perf_memory((PERF_PIPES_FIRST + (size_t)count) * sizeof(int64_t));
     r->alone_us = perf_hot_us(end);
-    perf_pipes_open(&many, address, PERF_PIPES_FIRST, durations);
+    perf_pipes_open(many, address, PERF_PIPES_FIRST, durations);
     perf_pipes_weigh(end, first_bytes, first_fds);
     double cpu = perf_cpu_s(end->other);
-    perf_pipes_open(&many, address, count, durations);
+    perf_pipes_open(many, address, count, durations);
     r->cpu_s = perf_cpu_s(end->other) - cpu;
     perf_pipes_weigh(end, bytes, fds);
     perf_distribution(r, durations, count);
     r->connect_us = r->p50_us;
     r->hot_us = perf_hot_us(end);
-    r->cold_us = perf_cold_us(&many, count);
+    r->cold_us = perf_cold_us(many, count);
     r->count = (double)count;
     r->bytes_per_pipe = perf_dearer(bytes, first_bytes, count);
     r->fds_per_pipe = perf_dearer(fds, first_fds, count);
     r->min_us = r->p50_us = r->p99_us = r->p999_us = r->mean_us = NAN;
-    perf_many_close(&many);
+    perf_many_close(many);
 }
 
 // ---- the two ends over a pipe ---------------------------------------------------------------------------------------
