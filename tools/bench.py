@@ -166,7 +166,7 @@ def at_most(number):
 
 def peers_of(test, transport, size=None):
     end = "" if size is None else f" {size}"
-    asleep = " (sleeps)" if test == "rtt" else ""
+    asleep = ", asleep" if test == "rtt" else ""
     names = PEERS if test != "bw" or size in PEER_TENSOR_SIZES else []
     return [(LABELS[transport], f"ucx {test} {transport}{end}")] + \
            [(LABELS[peer] + asleep, f"{peer} {test} {transport}{end}") for peer in names]
