@@ -47,14 +47,24 @@ END
 
 keys="test transport channel device peer_device size iters min_us p50_us p99_us p999_us mean_us bandwidth_gbps rate_mps
       cpu_s"
-pipes="count bytes_per_pipe fds_per_pipe connect_us"
+pipes="count bytes_per_pipe fds_per_pipe connect_us hot_us alone_us cold_us"
+loaded="idle_p50_us idle_p99_us unloaded_gbps late"
 times="min_us p50_us p99_us p999_us mean_us"
+
+# The keys of a test's JSON: the usual ones, and its own.
+wanted_of() {   # TEST TRANSPORT
+    case $1-$2 in
+    pipes-*) echo "$keys $pipes" ;;
+    loaded-*) echo "$keys $loaded" ;;
+    raw-memcpy | raw-nontemporal | raw-readv*) echo "$keys chunk" ;;
+    *) echo "$keys" ;;
+    esac
+}
 
 # One run of tprpc-perf over a transport; what it must give beside its keys.
 perf_as() {     # NAME TEST TRANSPORT NUMBERS FIXED OPTION...
-    name=$1 test=$2 transport=$3 numbers=$4 fixed=$5 wanted=$keys
+    name=$1 test=$2 transport=$3 numbers=$4 fixed=$5 wanted=$(wanted_of "$2" "$3")
     shift 5
-    [ "$test" != pipes ] || wanted="$keys $pipes"
     timeout 60 build/tprpc-perf --test "$test" --transport "$transport" --json "$@" >"$out" 2>"$said"
     status=$?
     if [ $status -ne 0 ]; then bad "$name" "exit status $status"
@@ -73,6 +83,34 @@ perf_all() {    # TRANSPORT
     perf pipes "$1" "$pipes" "count=20 size=None iters=None" --count 20
     perf frame "$1" "$times" "size=1048576" --iters 16 --size 1M
     perf raw "$1" "$times cpu_s" "size=64 iters=200 channel=None" --iters 200
+    perf loaded "$1" "$times $loaded bandwidth_gbps cpu_s" "size=1048576 iters=300 channel=basic" --iters 300 \
+        --rate 2000 --size 1M --channel basic
+}
+
+# Every channel of this build that this machine can use, over the first transport that takes it: between two processes,
+# or where they refuse each other (exit status 2, as for any channel that cannot be had) between threads of one.
+perf_channels() {
+    build/tprpc-info --json >"$out" 2>"$said"
+    python3 -c 'import json, sys
+for c in json.load(sys.stdin)["channels"]:
+    if c["viable"]:
+        print(c["name"])' <"$out" >"$dir/channels"
+    while read -r channel; do
+        found='no two ends have it'
+        for way in 'shm ' 'tcp ' 'shm --in-process'; do
+            # shellcheck disable=SC2086
+            timeout 60 build/tprpc-perf --test bw --transport $way --channel "$channel" --size 1M --iters 8 --json \
+                >"$out" 2>"$said"
+            status=$?
+            [ $status -ne 2 ] || continue
+            if [ $status -ne 0 ]; then found="exit status $status"
+            elif ! is_json "$keys" "test=bw channel=$channel transport=${way%% *}" "bandwidth_gbps cpu_s"; then
+                found=$(tail -n 1 "$dir/why")
+            else found=; fi
+            break
+        done
+        if [ -n "$found" ]; then bad "perf_channel_$channel" "$found"; else ok "perf_channel_$channel"; fi
+    done <"$dir/channels"
 }
 
 # A table without --json: no braces, and the figures that the JSON has.
@@ -107,7 +145,7 @@ listens() {     # PID OF ITS timeout, TEST, STATE, PROCESSORS
     while [ $seen -lt 3 ] && [ $tries -lt 60 ]; do
         tries=$((tries + 1))
         sleep 0.05
-        [ "$2" = rpc ] || grep -q '^tprpc-perf: listening on ' "$dir/listen" || continue
+        [ "$2" = rpc ] || [ "$2" = loaded ] || grep -q '^tprpc-perf: listening on ' "$dir/listen" || continue
         pid=$(tr -d ' ' <"/proc/$1/task/$1/children")
         end="$(of_process "$pid" State | cut -c1) on $(of_process "$pid" Cpus_allowed_list)"
         if echo "$end" | grep -Eqx "$3 on $4"; then seen=$((seen + 1)); else seen=0; fi
@@ -117,9 +155,9 @@ listens() {     # PID OF ITS timeout, TEST, STATE, PROCESSORS
 
 # The two ends by hand, as between two hosts, with the same options. Without any an end soon sleeps, and is pinned.
 two_ends() {    # TEST NUMBERS FIXED OPTION...
-    name=perf_two_ends_$1 test=$1 numbers=$2 fixed=$3 wanted=$keys state=S on='[0-9]+' address=127.0.0.1:$(free_port)
+    name=perf_two_ends_$1 test=$1 numbers=$2 fixed=$3 wanted=$(wanted_of "$1" tcp) state=S on='[0-9]+'
+    address=127.0.0.1:$(free_port)
     shift 3
-    [ "$test" != pipes ] || wanted="$keys $pipes"
     case " $* " in *' always '*) state=R ;; esac
     case " $* " in *' --no-pin '*) on=$(of_process self Cpus_allowed_list) ;; esac
     timeout 60 build/tprpc-perf --test "$test" "$@" --listen "$address" >"$dir/listen" 2>&1 &
@@ -206,8 +244,112 @@ bench_says() {
     else ok bench_missing_key; fi
 }
 
+# bench.py judges: ratios within a round, a bound by its factor, and --strict by its exit status.
+bench_judges() {
+    mkdir -p "$dir/judged"
+    cat >"$dir/judged/tprpc-perf" <<'END'
+#!/bin/sh
+case "$*" in
+*shm*) echo '{"transport": "shm", "p99_us": 9, "idle_p99_us": 1, "bandwidth_gbps": 3, "unloaded_gbps": 4, "late": 0}' ;;
+*) echo '{"transport": "tcp", "p99_us": 40, "idle_p99_us": 10, "bandwidth_gbps": 1, "unloaded_gbps": 2, "late": 7}' ;;
+esac
+END
+    echo '#!/bin/sh
+echo "{\"channels\": []}"' >"$dir/judged/tprpc-info"
+    chmod +x "$dir/judged/tprpc-perf" "$dir/judged/tprpc-info"
+    set -- tools/bench.py --rounds 3 --only beside --build "$dir/judged" --results "$dir/results"
+    timeout 60 "$@" >"$out" 2>"$said"
+    status=$?
+    timeout 60 "$@" --strict >/dev/null 2>&1
+    strict=$?
+    if [ $status -ne 0 ] || [ $strict -ne 1 ]; then bad bench_judges "exit status $status, with --strict $strict"
+    elif ! grep -Eq '^64 B calls beside tensors, p99, shm .*: 0\.90 ok$' "$out" ||
+        ! grep -Eq '^tensors beside the calls, shm .*: 0\.75 ok$' "$out" ||
+        ! grep -Eq '^64 B calls beside tensors, p99, tcp .*: 1\.33 MISSED$' "$out" ||
+        ! grep -Eq '^tensors beside the calls, tcp .*: 0\.50 MISSED$' "$out"; then
+        bad bench_judges 'not what it should say'
+    else ok bench_judges; fi
+}
+
+# bench.py --readme: the section between the markers becomes the newest whole run's, and nothing else changes.
+bench_quotes() {
+    quotes=$dir/quotes
+    mkdir -p "$quotes"
+    printf '%s\n' before '<!-- bench.py --readme writes what follows -->' old \
+        '<!-- bench.py --readme wrote this -->' after >"$quotes/README.md"
+    for day in 01 02; do
+        cat >"$quotes/bench-2020-01-$day-000000-toy.json" <<END
+{"date": "2020-01-$day 00:00:00", "host_kind": "toy", "cpu": "T", "kernel": "1.2-x", "load": 0, "rounds": 5,
+ "rows": [{"name": "a row", "unit": "us", "ours": 2.0, "limit": {"label": "the limit", "figure": 1.0, "ratio": 2.0},
+           "peer": null, "bounds": [{"label": "bound", "figure": 5.0, "ratio": 0.4, "sign": "<=", "factor": 1.0,
+           "met": true}]}],
+ "curves": [], "charts": {"rtt": [{"label": "tprpc shm", "points": [[8, 1.0], [64, 2.0]]}], "bandwidth": []}}
+END
+    done
+    timeout 60 tools/bench.py --readme "$quotes/README.md" --results "$quotes" >"$out" 2>"$said"
+    status=$?
+    cp "$quotes/README.md" "$dir/first"
+    timeout 60 tools/bench.py --readme "$quotes/README.md" --results "$quotes" >>"$out" 2>>"$said"
+    cat "$dir/first" >>"$out"
+    if [ $status -ne 0 ]; then bad bench_quotes "exit status $status"
+    elif ! cmp -s "$dir/first" "$quotes/README.md"; then bad bench_quotes 'the second time it wrote something else'
+    elif ! grep -q '^| a row | 2 us | 1 (the limit) | 2.00 | - | - | <= 5: ok |$' "$dir/first" ||
+        ! grep -q '^Measured 2020-01-02 on a toy ' "$dir/first" || grep -q '^old$' "$dir/first" ||
+        [ "$(sed -n '1p;$p' "$dir/first" | tr '\n' ' ')" != 'before after ' ]; then
+        bad bench_quotes 'not what it should be'
+    elif ! cmp -s "$quotes/quoted-toy.json" "$quotes/bench-2020-01-02-000000-toy.json"; then
+        bad bench_quotes 'the run is not kept'
+    elif command -v gnuplot >/dev/null && ! grep -q '<svg' "$quotes/rtt-toy.svg"; then bad bench_quotes 'no chart'
+    else ok bench_quotes; fi
+}
+
+# What it cannot quote leaves the file as it is: exit status 1, and a sentence.
+bench_quotes_not() {    # NAME WORDS FILE FOLDER
+    cp "$3" "$dir/before" 2>/dev/null || : >"$dir/before"
+    timeout 60 tools/bench.py --readme "$3" --results "$4" >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 1 ]; then bad "bench_quotes_$1" "exit status $status"
+    elif [ "$(wc -l <"$said")" -ne 1 ] || ! grep -q -e "$2" "$said"; then bad "bench_quotes_$1" "no \"$2\" alone"
+    elif [ -e "$3" ] && ! cmp -s "$3" "$dir/before"; then bad "bench_quotes_$1" 'it wrote to the file'
+    else ok "bench_quotes_$1"; fi
+}
+
+# The drivers of other libraries, where those are installed.
+peers() {
+    for peer in zmq nng; do
+        [ -x build/bench-$peer ] || continue
+        for transport in ipc tcp; do
+            for test in rtt rate bw; do
+                name=bench_${peer}_${test}_$transport wanted="bandwidth_gbps rate_mps"
+                [ $test != rtt ] || wanted="p50_us p99_us"
+                timeout 60 build/bench-$peer --test $test --transport $transport --size 100000 --iters 20 \
+                    >"$out" 2>"$said"
+                status=$?
+                if [ $status -ne 0 ]; then bad "$name" "exit status $status"
+                elif ! is_json "size iters $wanted" "size=100000 iters=20" "$wanted"; then
+                    bad "$name" "$(tail -n 1 "$dir/why")"
+                else ok "$name"; fi
+            done
+        done
+        refuses "bench_${peer}_test" usage build/bench-$peer --test ping --transport tcp
+        refuses "bench_${peer}_transport" usage build/bench-$peer --test rtt --transport shm
+        refuses "bench_${peer}_size" usage build/bench-$peer --test rtt --transport tcp --size many
+        refuses "bench_${peer}_odd" usage build/bench-$peer --test rtt --transport
+    done
+}
+
 perf_all shm
 perf_all tcp
+perf_channels
+for copy in memcpy readv readv2 $([ "$(uname -m)" != x86_64 ] || echo nontemporal); do
+    for size in 1 100000 1M; do
+        perf_as "perf_raw_${copy}_$size" raw "$copy" "bandwidth_gbps cpu_s chunk" "iters=8 channel=None" --iters 8 \
+            --size $size
+    done
+done
+perf_as perf_in_process rtt shm "$times cpu_s" "size=64 iters=200" --iters 200 --in-process
+perf_as perf_in_process_rpc rpc shm "$times cpu_s" "channel=xth" --iters 200 --channel xth --in-process
+perf_as perf_in_process_rate rate tcp "rate_mps cpu_s" "iters=20000" --iters 20000 --in-process
 table
 options shm
 options tcp
@@ -219,6 +361,7 @@ two_ends rpc "$times" "size=64 iters=200 channel=None" --iters 200
 two_ends rate "rate_mps cpu_s" "size=64 iters=2000 channel=None" --iters 2000 --spin always
 two_ends bw "bandwidth_gbps cpu_s" "size=1048576 iters=8 channel=basic" --iters 8 --size 1M --spin never
 two_ends pipes "$pipes" "count=20 fds_per_pipe=1 size=None iters=None" --count 20 --spin adaptive
+two_ends loaded "$times $loaded" "size=65536 iters=100" --iters 100 --rate 1000 --size 64K
 two_ends frame "$times iters bandwidth_gbps" "size=1048576 channel=basic" --iters 16 --size 1M --no-pin
 # What tprpc-info tells of this machine, as a table and as JSON.
 info_table() {
@@ -268,10 +411,26 @@ refuses info_option "no option --jason" build/tprpc-info --jason
 refuses option "no option --sise" build/tprpc-perf --sise 64
 refuses test '"ping" is none of' build/tprpc-perf --test ping
 refuses number 'not "-1"' build/tprpc-perf --size -1
+refuses rate 'between 1 and 1000000' build/tprpc-perf --test loaded --rate 0
+refuses rate_of_rtt '^tprpc-perf: --rate is for --test loaded' build/tprpc-perf --rate 100
+refuses rate_number 'not "fast"' build/tprpc-perf --test loaded --rate fast
+refuses loaded_empty 'at least 1' build/tprpc-perf --test loaded --size 0
+refuses count_of_loaded 'for --test pipes' build/tprpc-perf --test loaded --count 4
+refuses medium 'not "udp"' build/tprpc-perf --test raw --transport udp
+refuses raw_channel 'no channels' build/tprpc-perf --test raw --transport memcpy --channel basic
+refuses raw_listen 'within one machine' build/tprpc-perf --test raw --transport readv --listen a
+refuses raw_line 'at most 64' build/tprpc-perf --test raw --size 65
+refuses in_process_listen 'runs both ends' build/tprpc-perf --in-process --listen a
+refuses in_process_connect 'runs both ends' build/tprpc-perf --in-process --connect a
+for test in raw pipes loaded; do
+    refuses in_process_$test 'two processes' build/tprpc-perf --in-process --test $test
+done
 refuses transport 'ftp' build/tprpc-perf --transport ftp
 refuses channel 'tape' build/tprpc-perf --channel tape
 refuses channel_of_rate 'no tensors' build/tprpc-perf --test rate --channel basic
 refuses channel_of_other_ends xth build/tprpc-perf --iters 100 --channel xth
+refuses channel_of_other_ends_bw 'in-process' build/tprpc-perf --test bw --iters 8 --channel xth
+refuses channel_of_other_ends_loaded xth build/tprpc-perf --test loaded --iters 8 --size 1M --channel xth
 refuses channel_of_other_ends_rpc xth build/tprpc-perf --test rpc --iters 100 --channel xth
 refuses spin '"often"' build/tprpc-perf --spin often
 refuses device '^tprpc-perf: --device "tape"' build/tprpc-perf --device tape
@@ -283,7 +442,14 @@ refuses idle 'usage' build/bench-idle --often
 timers
 idle
 idle --threads 1
+peers
 bench_says
+bench_judges
+bench_quotes
+echo 'no markers' >"$dir/plain.md"
+bench_quotes_not without_markers 'has no line' "$dir/plain.md" "$dir/quotes"
+bench_quotes_not without_run 'no whole run' "$dir/quotes/README.md" "$dir/results"
+bench_quotes_not without_file 'No such file' "$dir/nothing.md" "$dir/quotes"
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

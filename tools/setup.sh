@@ -51,6 +51,9 @@ missing_for() {
         return
     fi
     has ucx_perftest                                                    || echo ucx-utils
+    compiles gcc '#include <zmq.h>' -x c -c                             || echo libzmq3-dev
+    compiles gcc '#include <nng/nng.h>' -x c -c                         || echo libnng-dev
+    has gnuplot                                                         || echo gnuplot-nox
 }
 
 case ${1-} in

@@ -1,7 +1,8 @@
 // tprpc-perf: what a message costs. Runs both ends of a measurement (two processes, pinned to two cores) or one of them
 // (--listen on one host, --connect on the other), and prints a table or one JSON object.
 //
-// Contents: options, numbers, the processes, the ends, the tests (echo, stream, pipes, frame, rpc, raw), main.
+// Contents: options, numbers, the processes, the ends, the tests over a pipe (there and back, one way, frame, pipes),
+// those between agents (rpc, loaded), the bare medium (raw: lines, sockets, copies), main.
 //
 // Two rules keep the tool out of its own figures: a round trip reads the clock once, while the next message is already
 // under way; and memory that takes part was written before the measurement begins.
@@ -20,6 +21,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -30,9 +32,13 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 enum { PERF_KIB = 1024, PERF_MIB = 1024 * 1024, PERF_GIB = 1024 * 1024 * 1024 };
 enum { PERF_BODY_MAX = 64 * PERF_KIB };      // larger messages travel as a tensor, smaller ones as metadata
@@ -42,9 +48,16 @@ enum { PERF_LIST_MAX = 8 };                  // transports in --transport
 // ---- options ------------------------------------------------------------------------------------------------------
 
 typedef enum perf_test {
-    PERF_RTT, PERF_RPC, PERF_RATE, PERF_BW, PERF_PIPES, PERF_FRAME, PERF_RAW, PERF_TESTS
+    PERF_RTT, PERF_RPC, PERF_RATE, PERF_BW, PERF_PIPES, PERF_FRAME, PERF_RAW, PERF_LOADED, PERF_TESTS
 } perf_test;
-static const char *const perf_test_names[PERF_TESTS] = {"rtt", "rpc", "rate", "bw", "pipes", "frame", "raw"};
+static const char *const perf_test_names[PERF_TESTS] = {
+    "rtt", "rpc", "rate", "bw", "pipes", "frame", "raw", "loaded"
+};
+
+typedef enum perf_medium {           // what --transport means to --test raw
+    PERF_LINE, PERF_SOCKET, PERF_MEMCPY, PERF_NONTEMPORAL, PERF_READV, PERF_READV2, PERF_MEDIA
+} perf_medium;
+static const char *const perf_medium_names[PERF_MEDIA] = {"shm", "tcp", "memcpy", "nontemporal", "readv", "readv2"};
 
 typedef enum perf_spin { PERF_SPIN_ALWAYS, PERF_SPIN_ADAPTIVE, PERF_SPIN_NEVER } perf_spin;
 
@@ -52,9 +65,11 @@ typedef struct perf_options {
     perf_test   test;
     const char *transport, *channel;         // NULL: the library chooses
     const char *listen, *connect;            // NULL both: this process runs the two ends
-    int64_t     size, iters, count, warmup;  // -1 where not given, until perf_fill_in
+    int64_t     size, iters, count, rate, warmup;    // -1 where not given, until perf_fill_in
     perf_spin   spin;
-    bool        tensor, json, pin;
+    perf_medium medium;                      // of --test raw
+    bool        tensor, json, pin, in_process;
+    int         cpus[2];                     // where each end is pinned; -1: nowhere
 } perf_options;
 
 static const char perf_usage[] =
@@ -63,18 +78,24 @@ static const char perf_usage[] =
     "                   rpc    one call between agents and back\n"
     "                   rate   small messages one way\n"
     "                   bw     tensors one way\n"
-    "                   pipes  what an idle connection costs\n"
+    "                   pipes  what a connection costs: to open, idle, and to the one that is busy\n"
     "                   frame  how long a poll with a budget of 1 ms takes while 1 GiB of tensors arrives\n"
-    "                   raw    the bare medium: a cache line (--transport shm) or a socket (--transport tcp)\n"
+    "                   loaded calls of 64 B at a stated rate between agents: alone, and while tensors stream\n"
+    "                          the same way; and the stream alone\n"
+    "                   raw    the bare medium, which --transport then names: shm (a cache line), tcp (a socket),\n"
+    "                          or copies: memcpy, nontemporal, readv, readv2 (process_vm_readv on 1, 2 threads)\n"
     "  --transport L    transports allowed, in order of preference: shm,tcp (default: the library's choice)\n"
     "  --channel L      channels allowed, likewise; rtt and rpc then send a tensor\n"
-    "  --size N         bytes of a message; K, M and G are powers of 1024 (default: 64; bw and frame: 64M)\n"
-    "                   up to 64K a message's bytes are its metadata, beyond that one tensor\n"
-    "  --iters N        how many are measured (default: as many as take about a second)\n"
+    "  --size N         bytes of a message; K, M and G are powers of 1024 (default: 64; bw, frame and copies: 64M;\n"
+    "                   loaded's tensors: 256M). Up to 64K they are a message's metadata, beyond that one tensor\n"
+    "  --iters N        how many are measured (default: as many as take about a second; loaded: 10000 calls)\n"
     "  --count N        pipes: how many (default: 1000)\n"
+    "  --rate N         loaded: calls a second (default: 10000. Calls 100 us apart do not wait for one another, so\n"
+    "                   what is seen is the tensors; and the second that they take has room for some tensors)\n"
     "  --device D       cpu; --peer-device D: cpu\n"
     "  --spin S         always, adaptive (the library's default) or never: how a wait begins (default: adaptive)\n"
-    "  --listen ADDR    run one end and wait for the other; with --test rpc when the other end has it\n"
+    "  --in-process     the two ends are threads of one process, for channels such as xth\n"
+    "  --listen ADDR    run one end and wait for the other; with --test rpc or loaded when the other end has it\n"
     "  --connect ADDR   run the other end; ADDR as host:port or transport://address. Without authentication: use it\n"
     "                   on a network you trust\n"
     "  --no-pin         do not pin the two ends to two cores\n"
@@ -127,7 +148,14 @@ static void perf_parse_device(const char *option, const char *text) {
 static perf_test perf_parse_test(const char *text) {
     for (int i = 0; i < PERF_TESTS; i++)
         if (strcmp(text, perf_test_names[i]) == 0) return (perf_test)i;
-    perf_refuse("--test \"%s\" is none of rtt, rpc, rate, bw, pipes, frame and raw.", text);
+    perf_refuse("--test \"%s\" is none of rtt, rpc, rate, bw, pipes, frame, loaded and raw.", text);
+}
+
+static perf_medium perf_parse_medium(const char *text) {
+    if (!text) return PERF_LINE;
+    for (int i = 0; i < PERF_MEDIA; i++)
+        if (strcmp(text, perf_medium_names[i]) == 0) return (perf_medium)i;
+    perf_refuse("--test raw knows --transport shm, tcp, memcpy, nontemporal, readv and readv2, not \"%s\".", text);
 }
 
 static perf_spin perf_parse_spin(const char *text) {
@@ -144,6 +172,7 @@ static void perf_set_option(perf_options *o, const char *name, const char *value
     else if (strcmp(name, "--size") == 0) o->size = perf_parse_number(name, value, true);
     else if (strcmp(name, "--iters") == 0) o->iters = perf_parse_number(name, value, false);
     else if (strcmp(name, "--count") == 0) o->count = perf_parse_number(name, value, false);
+    else if (strcmp(name, "--rate") == 0) o->rate = perf_parse_number(name, value, false);
     else if (strcmp(name, "--spin") == 0) o->spin = perf_parse_spin(value);
     else if (strcmp(name, "--device") == 0) perf_parse_device(name, value);
     else if (strcmp(name, "--peer-device") == 0) perf_parse_device(name, value);
@@ -152,32 +181,52 @@ static void perf_set_option(perf_options *o, const char *name, const char *value
     else perf_refuse("there is no option %s; --help lists them.", name);
 }
 
-// Refuses what cannot be measured, before anything is started.
-static void perf_check(const perf_options *o) {
-    if (o->listen && o->connect) perf_refuse("--listen and --connect are two ends: give one of them.");
-    if (o->test == PERF_RAW && (o->listen || o->connect))
-        perf_refuse("--test raw measures within one machine: without --listen and --connect.");
-    if (o->test == PERF_RAW && o->transport && strcmp(o->transport, "shm") != 0 && strcmp(o->transport, "tcp") != 0)
-        perf_refuse("--test raw knows --transport shm (a cache line) and tcp (a socket), not \"%s\".", o->transport);
-    if (o->test == PERF_RAW && o->channel) perf_refuse("--test raw has no channels.");
-    if (o->test == PERF_RAW && o->size > 64 && (!o->transport || strcmp(o->transport, "shm") == 0))
+static bool perf_copies(const perf_options *o) { return o->test == PERF_RAW && o->medium >= PERF_MEMCPY; }
+static bool perf_between_agents(const perf_options *o) { return o->test == PERF_RPC || o->test == PERF_LOADED; }
+
+static void perf_check_raw(const perf_options *o) {
+    if (o->listen || o->connect) perf_refuse("--test raw measures within one machine: without --listen and --connect.");
+    if (o->channel) perf_refuse("--test raw has no channels.");
+    if (o->size > 64 && o->medium == PERF_LINE)
         perf_refuse("--test raw over shm passes a cache line: --size is at most 64.");
-    if (o->size == 0 && (o->channel || o->test == PERF_RAW || o->test == PERF_BW || o->test == PERF_FRAME))
-        perf_refuse("--size is at least 1 for --test raw, bw and frame, and with --channel.");
+#ifndef __SSE2__
+    if (o->medium == PERF_NONTEMPORAL)
+        perf_refuse("--transport nontemporal: this processor has no such stores, or tprpc-perf does not know them.");
+#endif
+}
+
+static void perf_check_numbers(const perf_options *o) {
+    bool one_size = o->test == PERF_RAW || o->test == PERF_BW || o->test == PERF_FRAME || o->test == PERF_LOADED;
+    if (o->size == 0 && (o->channel || one_size))
+        perf_refuse("--size is at least 1 for --test raw, bw, frame and loaded, and with --channel.");
     if (o->test == PERF_RATE && o->size > PERF_BODY_MAX)
         perf_refuse("--test rate is for messages of at most 64K; --test bw sends larger ones.");
-    if (o->test == PERF_RATE && o->channel) perf_refuse("--test rate sends no tensors, so --channel says nothing.");
     if (o->size > INT64_C(8) * PERF_GIB) perf_refuse("--size is at most 8G.");
     if (o->iters == 0) perf_refuse("--iters is at least 1.");
     if (o->iters > 100000000) perf_refuse("--iters is at most 100000000.");
     if (o->count == 0 || o->count > 1000000) perf_refuse("--count is between 1 and 1000000.");
     if (o->count > 0 && o->test != PERF_PIPES) perf_refuse("--count is for --test pipes; others take --iters.");
     if (o->iters > 0 && o->test == PERF_PIPES) perf_refuse("--iters is not for --test pipes, which takes --count.");
+    if (o->rate == 0 || o->rate > 1000000) perf_refuse("--rate is between 1 and 1000000 calls a second.");
+    if (o->rate > 0 && o->test != PERF_LOADED) perf_refuse("--rate is for --test loaded.");
+}
+
+// Refuses what cannot be measured, before anything is started.
+static void perf_check(const perf_options *o) {
+    if (o->listen && o->connect) perf_refuse("--listen and --connect are two ends: give one of them.");
+    if (o->in_process && (o->listen || o->connect))
+        perf_refuse("--in-process runs both ends: without --%s.", o->listen ? "listen" : "connect");
+    if (o->in_process && (o->test == PERF_RAW || o->test == PERF_PIPES || o->test == PERF_LOADED))
+        perf_refuse("--test %s is about two processes: without --in-process.", perf_test_names[o->test]);
+    if (o->test == PERF_RATE && o->channel) perf_refuse("--test rate sends no tensors, so --channel says nothing.");
+    if (o->test == PERF_RAW) perf_check_raw(o);
+    perf_check_numbers(o);
 }
 
 // The default number of iterations: about a second's worth at speeds of this decade.
 static int64_t perf_default_iters(const perf_options *o) {
-    bool raw_stream = o->test == PERF_RAW && o->size >= PERF_MIB;
+    bool raw_stream = perf_copies(o) || (o->test == PERF_RAW && o->size >= PERF_MIB);
+    if (o->test == PERF_LOADED) return 10000;
     if (o->test == PERF_RATE) return 5000000;
     if (o->test == PERF_FRAME) return (PERF_GIB + o->size - 1) / o->size;
     if (o->test == PERF_BW || raw_stream) {
@@ -189,18 +238,24 @@ static int64_t perf_default_iters(const perf_options *o) {
     return o->transport && strcmp(o->transport, "tcp") == 0 ? 100000 : 500000;
 }
 
+static void perf_choose_cpus(perf_options *o);
+
 static void perf_fill_in(perf_options *o) {
-    bool bulk = o->test == PERF_BW || o->test == PERF_FRAME;
-    if (o->size < 0) o->size = bulk ? 64 * PERF_MIB : 64;
+    bool bulk = o->test == PERF_BW || o->test == PERF_FRAME || o->test == PERF_LOADED;
+    if (o->size < 0) o->size = o->test == PERF_LOADED ? 256 * PERF_MIB : bulk || perf_copies(o) ? 64 * PERF_MIB : 64;
     if (o->count < 0) o->count = 1000;
+    if (o->rate < 0) o->rate = 10000;
     if (o->iters < 0) o->iters = perf_default_iters(o);
     o->tensor = bulk || o->size > PERF_BODY_MAX || (o->channel && (o->test == PERF_RTT || o->test == PERF_RPC));
     o->warmup = o->iters / 10 < 4 ? 4 : o->iters / 10 > 20000 ? 20000 : o->iters / 10;
-    if (o->tensor && o->warmup * o->size > PERF_GIB) o->warmup = PERF_GIB / o->size + 2;
+    if (o->tensor && o->test != PERF_LOADED && o->warmup * o->size > PERF_GIB)      // loaded warms up by small calls
+        o->warmup = o->size > PERF_GIB ? 1 : PERF_GIB / o->size;
+    perf_choose_cpus(o);
 }
 
 static perf_options perf_parse(int argc, char **argv) {
-    perf_options o = {.size = -1, .iters = -1, .count = -1, .spin = PERF_SPIN_ADAPTIVE, .pin = true};
+    perf_options o = {.size = -1, .iters = -1, .count = -1, .rate = -1, .spin = PERF_SPIN_ADAPTIVE,
+                      .pin = true};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0) {
             fputs(perf_usage, stdout);
@@ -208,10 +263,12 @@ static perf_options perf_parse(int argc, char **argv) {
         }
         if (strcmp(argv[i], "--json") == 0) o.json = true;
         else if (strcmp(argv[i], "--no-pin") == 0) o.pin = false;
+        else if (strcmp(argv[i], "--in-process") == 0) o.in_process = true;
         else if (strncmp(argv[i], "--", 2) != 0) perf_refuse("\"%s\" is not an option; --help lists them.", argv[i]);
         else if (i + 1 == argc) perf_refuse("%s needs a value, or is no option; --help lists them.", argv[i]);
         else perf_set_option(&o, argv[i], argv[i + 1]), i++;
     }
+    if (o.test == PERF_RAW) o.medium = perf_parse_medium(o.transport);
     perf_check(&o);
     perf_fill_in(&o);
     return o;
@@ -222,14 +279,17 @@ static perf_options perf_parse(int argc, char **argv) {
 typedef struct perf_result {         // NAN: makes no sense for this test
     char   transport[16], channel[16];
     double min_us, p50_us, p99_us, p999_us, mean_us, bandwidth_gbps, rate_mps, cpu_s;
-    double count, bytes_per_pipe, fds_per_pipe, connect_us;
+    double count, bytes_per_pipe, fds_per_pipe, connect_us, hot_us, alone_us, cold_us;     // of pipes
+    double idle_p50_us, idle_p99_us, unloaded_gbps, late;                                  // of loaded
+    double chunk;                                                                          // of copies, in bytes
     int64_t iters;
 } perf_result;
 
 static perf_result perf_result_empty(void) {
     return (perf_result){.min_us = NAN, .p50_us = NAN, .p99_us = NAN, .p999_us = NAN, .mean_us = NAN,
                          .bandwidth_gbps = NAN, .rate_mps = NAN, .cpu_s = NAN, .count = NAN, .bytes_per_pipe = NAN,
-                         .fds_per_pipe = NAN, .connect_us = NAN};
+                         .fds_per_pipe = NAN, .connect_us = NAN, .hot_us = NAN, .alone_us = NAN, .cold_us = NAN,
+                         .idle_p50_us = NAN, .idle_p99_us = NAN, .unloaded_gbps = NAN, .late = NAN, .chunk = NAN};
 }
 
 static int64_t perf_now_ns(void) {
@@ -278,9 +338,9 @@ static void perf_json_string(const char *key, const char *value) {
     else printf("\"%s\": null, ", key);
 }
 
-static void perf_json_number(const char *key, double value, const char *after) {
-    if (isnan(value)) printf("\"%s\": null%s", key, after);
-    else printf("\"%s\": %.6g%s", key, value, after);
+static void perf_json_number(const char *key, double value) {
+    if (isnan(value)) printf(", \"%s\": null", key);
+    else printf(", \"%s\": %.6g", key, value);
 }
 
 static void perf_print_json(const perf_options *o, const perf_result *r) {
@@ -290,21 +350,31 @@ static void perf_print_json(const perf_options *o, const perf_result *r) {
     perf_json_string("channel", r->channel);
     perf_json_string("device", "cpu");
     perf_json_string("peer_device", "cpu");
-    if (o->test == PERF_PIPES) printf("\"size\": null, \"iters\": null, ");
-    else printf("\"size\": %" PRId64 ", \"iters\": %" PRId64 ", ", o->size, r->iters);
-    perf_json_number("min_us", r->min_us, ", ");
-    perf_json_number("p50_us", r->p50_us, ", ");
-    perf_json_number("p99_us", r->p99_us, ", ");
-    perf_json_number("p999_us", r->p999_us, ", ");
-    perf_json_number("mean_us", r->mean_us, ", ");
-    perf_json_number("bandwidth_gbps", r->bandwidth_gbps, ", ");
-    perf_json_number("rate_mps", r->rate_mps, ", ");
-    perf_json_number("cpu_s", r->cpu_s, o->test == PERF_PIPES ? ", " : "}\n");
-    if (o->test != PERF_PIPES) return;
-    perf_json_number("count", r->count, ", ");
-    perf_json_number("bytes_per_pipe", r->bytes_per_pipe, ", ");
-    perf_json_number("fds_per_pipe", r->fds_per_pipe, ", ");
-    perf_json_number("connect_us", r->connect_us, "}\n");
+    if (o->test == PERF_PIPES) printf("\"size\": null, \"iters\": null");
+    else printf("\"size\": %" PRId64 ", \"iters\": %" PRId64, o->size, r->iters);
+    perf_json_number("min_us", r->min_us);
+    perf_json_number("p50_us", r->p50_us);
+    perf_json_number("p99_us", r->p99_us);
+    perf_json_number("p999_us", r->p999_us);
+    perf_json_number("mean_us", r->mean_us);
+    perf_json_number("bandwidth_gbps", r->bandwidth_gbps);
+    perf_json_number("rate_mps", r->rate_mps);
+    perf_json_number("cpu_s", r->cpu_s);
+    if (o->test == PERF_PIPES) {
+        perf_json_number("count", r->count);
+        perf_json_number("bytes_per_pipe", r->bytes_per_pipe);
+        perf_json_number("fds_per_pipe", r->fds_per_pipe);
+        perf_json_number("connect_us", r->connect_us);
+        perf_json_number("hot_us", r->hot_us);
+        perf_json_number("alone_us", r->alone_us);
+        perf_json_number("cold_us", r->cold_us);
+    } else if (o->test == PERF_LOADED) {
+        perf_json_number("idle_p50_us", r->idle_p50_us);
+        perf_json_number("idle_p99_us", r->idle_p99_us);
+        perf_json_number("unloaded_gbps", r->unloaded_gbps);
+        perf_json_number("late", r->late);
+    } else if (perf_copies(o)) perf_json_number("chunk", r->chunk);
+    puts("}");
 }
 
 static void perf_row(const char *name, double value, const char *unit) {
@@ -316,6 +386,9 @@ static void perf_print_table(const perf_options *o, const perf_result *r) {
            *r->channel ? ", channel " : "", r->channel);
     if (o->test == PERF_PIPES) printf(", %.0f pipes\n", r->count);
     else if (o->test == PERF_FRAME) printf(", %" PRId64 " B tensors, %" PRId64 " polls\n", o->size, r->iters);
+    else if (o->test == PERF_LOADED)
+        printf(", %" PRId64 " B tensors, %" PRId64 " calls of 64 B, %" PRId64 " a second\n", o->size, r->iters,
+               o->rate);
     else printf(", %" PRId64 " B, %" PRId64 " times\n", o->size, r->iters);
     perf_row("min", r->min_us, "us");
     perf_row("p50", r->p50_us, "us");
@@ -327,6 +400,14 @@ static void perf_print_table(const perf_options *o, const perf_result *r) {
     perf_row("memory of a pipe (Pss)", r->bytes_per_pipe, "bytes");
     perf_row("descriptors of a pipe", r->fds_per_pipe, "");
     perf_row("connect", r->connect_us, "us");
+    perf_row("64 B there and back", r->hot_us, "us, all other pipes idle");
+    perf_row("before there were any", r->alone_us, "us");
+    perf_row("first on a cold pipe", r->cold_us, "us");
+    perf_row("calls alone, p50", r->idle_p50_us, "us");
+    perf_row("calls alone, p99", r->idle_p99_us, "us");
+    perf_row("calls issued late", r->late, "(by more than the time between two)");
+    perf_row("the stream alone", r->unloaded_gbps, "GB/s (10^9)");
+    perf_row("in chunks of", r->chunk, "bytes");
     perf_row("CPU time", r->cpu_s, "s");
 }
 
@@ -348,11 +429,12 @@ static bool perf_same_core(size_t a, size_t b) {
            perf_topology(a, "physical_package_id") == perf_topology(b, "physical_package_id");
 }
 
-// Pins this process to the first CPU it may use (end 0), or to the first one of another core (end 1), since two threads
-// of one core would measure what a core shares.
-static void perf_pin(const perf_options *o, int end) {
-    cpu_set_t allowed, one;
+// Chosen before anybody is pinned: the first CPU that this process may use, and the first one of another core, since
+// two threads of one core would measure what a core shares.
+static void perf_choose_cpus(perf_options *o) {
+    cpu_set_t allowed;
     size_t cpu = 0, first, second;
+    o->cpus[0] = o->cpus[1] = -1;
     if (!o->pin || sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
     while (!CPU_ISSET(cpu, &allowed)) cpu++;
     first = cpu++;
@@ -360,18 +442,32 @@ static void perf_pin(const perf_options *o, int end) {
     second = cpu;
     while (cpu < CPU_SETSIZE && (!CPU_ISSET(cpu, &allowed) || perf_same_core(first, cpu))) cpu++;
     if (cpu < CPU_SETSIZE) second = cpu;             // otherwise there is one core, and its threads must do
+    o->cpus[0] = (int)first;
+    o->cpus[1] = (int)second;
+}
+
+// Pins this thread to the CPU of an end.
+static void perf_pin(const perf_options *o, int end) {
+    cpu_set_t one;
+    if (o->cpus[end] < 0) return;
     CPU_ZERO(&one);
-    CPU_SET(end == 0 ? first : second, &one);
+    CPU_SET((size_t)o->cpus[end], &one);
     sched_setaffinity(0, sizeof one, &one);          // where that is forbidden, the machine is measured as it is
 }
 
 // Every pipe takes descriptors, and --count may ask for many: all that this user may have.
-static void perf_raise_descriptors(void) {
+static void perf_raise_descriptors(const perf_options *o) {
+    enum { EACH = 2, OTHERS = 64 };  // descriptors of a pipe at most, and of everything else
     struct rlimit limit = {0, 0}, root = {1048576, 1048576};
     if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-    if (limit.rlim_max < root.rlim_max && setrlimit(RLIMIT_NOFILE, &root) == 0) return;
+    if (limit.rlim_max < root.rlim_max && setrlimit(RLIMIT_NOFILE, &root) == 0) limit = root;
     limit.rlim_cur = limit.rlim_max;
     setrlimit(RLIMIT_NOFILE, &limit);
+    if (o->test != PERF_PIPES || getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+    if (limit.rlim_cur < (rlim_t)(EACH * o->count + OTHERS))
+        fprintf(stderr, "tprpc-perf: this user may open %llu descriptors, which may be too few for --count %" PRId64
+                        ": the hard limit (ulimit -Hn) is raised by root.\n", (unsigned long long)limit.rlim_cur,
+                o->count);
 }
 
 // CPU time of this process and of the other end (0: it runs elsewhere).
@@ -383,11 +479,33 @@ static double perf_cpu_s(pid_t other) {
     return (double)(mine.tv_sec + theirs.tv_sec) + (double)(mine.tv_nsec + theirs.tv_nsec) / 1e9;
 }
 
-// Starts the other end in a child, which runs `body` and ends with the parent. Returns its id.
-static pid_t perf_fork(const perf_options *o, void (*body)(const perf_options *o, void *user), void *user) {
-    pid_t parent = getpid(), child = fork();
-    if (child < 0) perf_die("fork", NULL);
-    if (child == 0) {
+typedef void (*perf_body)(const perf_options *o, void *user);
+
+typedef struct perf_other {          // the end that another process, or (--in-process) another thread, runs
+    const perf_options *o;
+    perf_body body;
+    void     *user;
+    pid_t     pid;                   // 0: a thread, whose CPU time is this process's
+    pthread_t thread;
+} perf_other;
+
+static void *perf_other_thread(void *argument) {
+    perf_other *other = (perf_other *)argument;
+    perf_pin(other->o, 1);
+    other->body(other->o, other->user);
+    return NULL;
+}
+
+// Starts the other end, which runs `body` and ends with this process.
+static void perf_start(perf_other *other, const perf_options *o, perf_body body, void *user) {
+    pid_t parent = getpid();
+    *other = (perf_other){.o = o, .body = body, .user = user};
+    if (o->in_process) {
+        errno = pthread_create(&other->thread, NULL, perf_other_thread, other);
+        if (errno) perf_die("pthread_create", NULL);
+    } else other->pid = fork();
+    if (other->pid < 0) perf_die("fork", NULL);
+    if (other->pid == 0 && !o->in_process) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() != parent) _exit(1);           // it ended before prctl
         perf_pin(o, 1);
@@ -395,13 +513,15 @@ static pid_t perf_fork(const perf_options *o, void (*body)(const perf_options *o
         exit(0);
     }
     perf_pin(o, 0);
-    return child;
 }
 
-static void perf_join(pid_t child) {
+static void perf_join(const perf_other *other) {
     int status = 0;
-    if (child <= 0) return;
-    if (waitpid(child, &status, 0) != child) perf_die("waitpid", NULL);
+    if (other->o->in_process) {
+        pthread_join(other->thread, NULL);
+        return;
+    }
+    if (waitpid(other->pid, &status, 0) != other->pid) perf_die("waitpid", NULL);
     if (status != 0) {
         fprintf(stderr, "tprpc-perf: the other end failed (wait status %d).\n", status);
         exit(1);
@@ -491,9 +611,16 @@ static bool perf_ended(perf_end *end, tprpc_status status, const tprpc_error *er
     return true;
 }
 
+static void perf_no_channel(const perf_options *o) __attribute__((noreturn));
+static void perf_no_channel(const perf_options *o) {
+    perf_refuse("--channel %s: none of it moves memory between these two ends%s.", o->channel,
+                o->in_process ? "" : ", which are two processes (--in-process makes them threads)");
+}
+
 static void perf_write(perf_end *end, const tprpc_message *message, tprpc_written done) {
     tprpc_status status = tprpc_pipe_write(end->pipe, message, done, end);
     if (status == TPRPC_OK || (status == TPRPC_ERROR_PEER && end->serving && end->agreed)) return;
+    if (status == TPRPC_ERROR_UNSUPPORTED && end->o->channel) perf_no_channel(end->o);
     perf_die_status("write", status);
 }
 
@@ -534,7 +661,7 @@ static const char *perf_control_wait(perf_end *end) {
 static void perf_agree(perf_end *end) {
     const perf_options *o = end->o;
     char text[PERF_CONTROL_MAX];
-    snprintf(text, sizeof text, "tprpc-perf 1 %d %" PRId64 " %" PRId64 " %" PRId64 " %" PRId64 " %d", (int)o->test,
+    snprintf(text, sizeof text, "tprpc-perf 2 %d %" PRId64 " %" PRId64 " %" PRId64 " %" PRId64 " %d", (int)o->test,
              o->size, o->iters, o->warmup, o->count, (int)o->tensor);
     perf_control_expect(end);
     perf_control_send(end, text);
@@ -547,7 +674,7 @@ static void perf_be_told(perf_end *end, perf_options *o) {
     int test = -1, tensor = -1;
     perf_control_expect(end);
     const char *text = perf_control_wait(end);
-    int fields = sscanf(text, "tprpc-perf 1 %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %" SCNd64 " %d", &test, &o->size,
+    int fields = sscanf(text, "tprpc-perf 2 %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %" SCNd64 " %d", &test, &o->size,
                         &o->iters, &o->warmup, &o->count, &tensor);
     if (fields != 6 || test < 0 || test >= PERF_RAW || test == PERF_RPC || o->size < 0 ||
         o->size > INT64_C(8) * PERF_GIB || o->iters < 1 || o->warmup < 1 || o->count < 1 || o->count > 1000000 ||
@@ -563,8 +690,45 @@ static void perf_be_told(perf_end *end, perf_options *o) {
 
 // Messages of a test. A pattern without zeros, so that memory that was cleared before shows what has arrived.
 
-static unsigned char perf_pattern(size_t at) {
-    return (unsigned char)((at * 131 + (at >> 12) * 7 + (at >> 20)) | 1);
+static unsigned char perf_pattern_sum(size_t at) { return (unsigned char)(at * 131 + (at >> 12) * 7 + (at >> 20)); }
+static unsigned char perf_pattern(size_t at) { return perf_pattern_sum(at) | 1; }
+
+enum { PERF_ROW = 256 };             // within a row the pattern steps by 131, which compilers turn into vectors
+
+static void perf_pattern_row(unsigned char to[PERF_ROW], size_t row) {
+    const unsigned char first = perf_pattern_sum(row * PERF_ROW);
+    for (int i = 0; i < PERF_ROW; i++) to[i] = (unsigned char)((unsigned char)(first + (unsigned char)(i * 131)) | 1);
+}
+
+// Memory that holds the pattern, and at least a row of it.
+static unsigned char *perf_pattern_memory(size_t size) {
+    size_t rows = size / PERF_ROW + 1;
+    unsigned char *data = (unsigned char *)perf_memory(rows * PERF_ROW);
+    for (size_t row = 0; row < rows; row++) perf_pattern_row(data + row * PERF_ROW, row);
+    return data;
+}
+
+// Whether all bytes are the pattern's; clears them.
+static bool perf_whole(unsigned char *data, size_t size) {
+    unsigned char wanted[PERF_ROW];
+    bool good = true;
+    for (size_t at = 0; at < size; at += PERF_ROW) {
+        perf_pattern_row(wanted, at / PERF_ROW);
+        good = good && memcmp(data + at, wanted, size - at < PERF_ROW ? size - at : PERF_ROW) == 0;
+    }
+    memset(data, 0, size);
+    return good;
+}
+
+// Whether a byte in each MiB, and the last, are the pattern's; clears what it looked at.
+static bool perf_sample(unsigned char *data, size_t size) {
+    bool good = data[size - 1] == perf_pattern(size - 1);
+    data[size - 1] = 0;
+    for (size_t i = 0; i + 1 < size; i += PERF_MIB) {
+        good = good && data[i] == perf_pattern(i);
+        data[i] = 0;
+    }
+    return good;
 }
 
 static void perf_released(void *user) {
@@ -574,14 +738,17 @@ static void perf_released(void *user) {
 // What this end sends: a body, which the library copies, or a tensor, which is lent, any number of times at once.
 static void perf_prepare(perf_end *end) {
     size_t size = (size_t)end->o->size;
-    unsigned char *data = (unsigned char *)perf_memory(size);
-    for (size_t i = 0; i < size; i++) data[i] = perf_pattern(i);
+    const perf_test test = end->o->test;
+    bool sends = test == PERF_RTT || test == PERF_PIPES || end->serving == (test == PERF_FRAME);
+    bool takes = test == PERF_RTT || !sends;
+    unsigned char *data = sends || !end->o->tensor ? perf_pattern_memory(size) : NULL;
     end->message = (tprpc_message){.metadata = data, .metadata_size = size};
     if (!end->o->tensor) return;
     end->tensor = (tprpc_tensor){.data = data, .size = size, .device = {TPRPC_CPU, 0}};
     end->message = (tprpc_message){.tensors = &end->tensor, .tensor_count = 1, .release = perf_released,
                                    .release_user = end};
-    for (int i = 0; i < 2; i++) end->slots[i] = (perf_slot){.end = end, .data = (unsigned char *)perf_memory(size)};
+    for (int i = 0; i < 2; i++)
+        end->slots[i] = (perf_slot){.end = end, .data = takes ? (unsigned char *)perf_memory(size) : NULL};
 }
 
 static void perf_send(perf_end *end) {
@@ -602,13 +769,8 @@ static void perf_on_body(tprpc_status status, const tprpc_message *message, cons
 
 // Compares what arrived, all of it or a byte in each MiB, and clears what it compared.
 static void perf_check_arrival(perf_end *end, unsigned char *data) {
-    size_t size = (size_t)end->o->size, stride = end->check_all ? 1 : PERF_MIB;
-    bool good = data[size - 1] == perf_pattern(size - 1);
-    data[size - 1] = 0;
-    for (size_t i = 0; i + 1 < size; i += stride) {
-        good = good && data[i] == perf_pattern(i);
-        data[i] = 0;
-    }
+    size_t size = (size_t)end->o->size;
+    bool good = end->check_all ? perf_whole(data, size) : perf_sample(data, size);
     errno = EBADMSG;
     if (!good) perf_die("a tensor arrived with other bytes", NULL);
 }
@@ -660,8 +822,7 @@ static void perf_expect(perf_end *end, void (*on_message)(perf_end *end), int ah
 
 // A small tensor would travel within the message where none of the channels asked for can be had.
 static void perf_path(const perf_options *o, const tprpc_pipe_info *info, perf_result *r) {
-    if (o->channel && !info->channel[0])
-        perf_refuse("--channel %s: none of it moves memory between these two ends.", o->channel);
+    if (o->channel && !info->channel[0]) perf_no_channel(o);
     snprintf(r->transport, sizeof r->transport, "%s", info->transport);
     if (o->tensor) snprintf(r->channel, sizeof r->channel, "%s", info->channel);
 }
@@ -816,17 +977,31 @@ static void perf_frame(perf_end *end, perf_result *r) {
     perf_distribution(r, durations, polls);
 }
 
-// ---- pipes: what an idle one costs ----------------------------------------------------------------------------------
+// ---- pipes: what they cost ------------------------------------------------------------------------------------------
+//
+// An idle pipe is read from, and nothing comes. The control connection is the hot pipe: its round trip is taken before
+// there are others, and again beside all of them. The serving end answers "weigh" with what it weighs, and all else
+// with the same.
 
-enum { PERF_PIPES_FIRST = 16 };      // opened before measuring begins, so that what all pipes share is there
+enum { PERF_PIPES_FIRST = 16 };      // opened before weighing begins, so that what all pipes share is there
 enum { PERF_PIPES_SETTLE_US = 500000 };      // how long pipes are left alone before their cost is read
+enum { PERF_PIPES_TRIPS = 4000, PERF_PIPES_COLD = 64 };      // round trips on the hot one; cold ones that are tried
 
-typedef struct perf_many {           // the pipes of one end, beside the first
+typedef struct perf_many perf_many;
+
+typedef struct perf_one {            // one of them
+    perf_many  *many;
+    tprpc_pipe *pipe;
+} perf_one;
+
+struct perf_many {                   // the pipes of one end, beside the first
     perf_end       *end;
     tprpc_listener *listener;        // of the serving end
-    tprpc_pipe    **pipes;
-    int64_t         open, greeted;
-} perf_many;
+    perf_one       *ones;
+    int64_t         open, greeted;   // greeted: messages that came over them
+};
+
+static const char perf_hello[] = "64 bytes of text, which the pipes say to each other and back ...";
 
 static int64_t perf_pss_bytes(void) {
     char line[256];
@@ -848,42 +1023,72 @@ static int64_t perf_descriptors(void) {
     return count;
 }
 
+// They outlive the test: their last callbacks run when the context is destroyed.
+static perf_many *perf_many_make(perf_end *end, tprpc_listener *listener) {
+    size_t all = PERF_PIPES_FIRST + (size_t)end->o->count;
+    perf_many *many = (perf_many *)perf_memory(sizeof *many);
+    *many = (perf_many){.end = end, .listener = listener, .ones = (perf_one *)perf_memory(all * sizeof(perf_one))};
+    return many;
+}
+
+static void perf_many_close(perf_many *many) {
+    many->end->closing = true;
+    for (int64_t i = 0; i < many->open; i++) tprpc_pipe_close(many->ones[i].pipe);
+}
+
+static void perf_one_say(perf_one *one) {
+    tprpc_message hello = {.metadata = perf_hello, .metadata_size = sizeof perf_hello - 1};
+    tprpc_status status = tprpc_pipe_write(one->pipe, &hello, NULL, NULL);
+    if (status != TPRPC_OK) perf_die_status("write", status);
+}
+
+static void perf_one_expect(perf_one *one, tprpc_read done) {
+    tprpc_status status = tprpc_pipe_read(one->pipe, NULL, done, one);
+    if (status != TPRPC_OK) perf_die_status("read", status);
+}
+
 static void perf_greeting(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
-    perf_many *many = (perf_many *)user;
+    perf_many *many = ((perf_one *)user)->many;
     (void)message;
     if (perf_ended(many->end, status, error)) return;
     many->greeted++;
 }
 
+static void perf_one_asked(tprpc_status status, const tprpc_message *message, const tprpc_error *error, void *user) {
+    perf_one *one = (perf_one *)user;
+    (void)message;
+    if (perf_ended(one->many->end, status, error)) return;
+    perf_one_say(one);
+    perf_one_expect(one, perf_one_asked);
+}
+
 static void perf_pipes_accepted(tprpc_status status, tprpc_pipe *pipe, const tprpc_error *error, void *user) {
     perf_many *many = (perf_many *)user;
-    tprpc_message hello = {.metadata = "hello", .metadata_size = 5};
     if (status != TPRPC_OK) perf_die("accept", error);
-    many->pipes[many->open++] = pipe;
-    status = tprpc_pipe_write(pipe, &hello, NULL, NULL);
-    if (status != TPRPC_OK) perf_die_status("write", status);
+    perf_one *one = &many->ones[many->open++];
+    *one = (perf_one){.many = many, .pipe = pipe};
+    perf_one_say(one);
+    perf_one_expect(one, perf_one_asked);
     if (many->open == PERF_PIPES_FIRST + many->end->o->count) return;
     status = tprpc_accept(many->listener, perf_pipes_accepted, many);
     if (status != TPRPC_OK) perf_die_status("accept", status);
 }
 
-// The serving end: takes pipes in, and says what its own end costs when asked.
+// The serving end: takes pipes in, and answers.
 static void perf_pipes_serve(perf_end *end, tprpc_listener *listener) {
-    size_t count = PERF_PIPES_FIRST + (size_t)end->o->count;
-    perf_many many = {.end = end, .listener = listener,
-                      .pipes = (tprpc_pipe **)perf_memory(count * sizeof(tprpc_pipe *))};
-    tprpc_status status = tprpc_accept(listener, perf_pipes_accepted, &many);
+    perf_many *many = perf_many_make(end, listener);
+    tprpc_status status = tprpc_accept(listener, perf_pipes_accepted, many);
     if (status != TPRPC_OK) perf_die_status("accept", status);
     perf_control_expect(end);
     perf_control_send(end, "ready");
     while (perf_control_wait(end)) {
-        char text[PERF_CONTROL_MAX];
+        bool weigh = strcmp(end->control, "weigh") == 0;
+        if (weigh) snprintf(end->control, sizeof end->control, "%" PRId64 " %" PRId64, perf_pss_bytes(),
+                            perf_descriptors());
+        perf_control_send(end, end->control);
         perf_control_expect(end);
-        snprintf(text, sizeof text, "%" PRId64 " %" PRId64, perf_pss_bytes(), perf_descriptors());
-        perf_control_send(end, text);
     }
-    end->closing = true;
-    for (int64_t i = 0; i < many.open; i++) tprpc_pipe_close(many.pipes[i]);
+    perf_many_close(many);
 }
 
 // Opens pipes, one after the other, each until it has carried a message.
@@ -892,14 +1097,52 @@ static void perf_pipes_open(perf_many *many, const char *address, int64_t count,
     tprpc_pipe_desc desc = {.address = address, .insecure = o->connect != NULL};
     for (int64_t i = 0; i < count; i++) {
         tprpc_error error = {.status = TPRPC_OK};
-        tprpc_pipe **pipe = &many->pipes[many->open++];
+        perf_one *one = &many->ones[many->open++];
+        one->many = many;
         int64_t begin = perf_now_ns();
-        if (tprpc_connect(many->end->ctx, &desc, pipe, &error) != TPRPC_OK) perf_die("connect", &error);
-        tprpc_status status = tprpc_pipe_read(*pipe, NULL, perf_greeting, many);
-        if (status != TPRPC_OK) perf_die_status("read", status);
+        if (tprpc_connect(many->end->ctx, &desc, &one->pipe, &error) != TPRPC_OK) perf_die("connect", &error);
+        perf_one_expect(one, perf_greeting);
         while (many->greeted < many->open && perf_turn(many->end)) {}
         durations[i] = perf_now_ns() - begin;
     }
+}
+
+static void perf_hot_trips(perf_end *end, int64_t *durations, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t begin = perf_now_ns();
+        perf_control_expect(end);
+        perf_control_send(end, perf_hello);
+        perf_control_wait(end);
+        durations[i] = perf_now_ns() - begin;
+    }
+}
+
+// The round trip on the hot pipe, after some that warm it.
+static double perf_hot_us(perf_end *end) {
+    static int64_t durations[PERF_PIPES_TRIPS];
+    perf_result r;
+    perf_hot_trips(end, durations, PERF_PIPES_TRIPS / 4);
+    perf_hot_trips(end, durations, PERF_PIPES_TRIPS);
+    perf_distribution(&r, durations, PERF_PIPES_TRIPS);
+    return r.p50_us;
+}
+
+// The first round trip on pipes that have been idle since they were opened, each after one on the hot pipe.
+static double perf_cold_us(perf_many *many, int64_t count) {
+    int64_t durations[PERF_PIPES_COLD], ignored = 0, tried = count < PERF_PIPES_COLD ? count : PERF_PIPES_COLD;
+    perf_result r;
+    for (int64_t i = 0; i < tried; i++) {
+        perf_one *one = &many->ones[PERF_PIPES_FIRST + i * (count / tried)];
+        int64_t before = many->greeted;
+        perf_hot_trips(many->end, &ignored, 1);
+        int64_t begin = perf_now_ns();
+        perf_one_expect(one, perf_greeting);
+        perf_one_say(one);
+        while (many->greeted == before && perf_turn(many->end)) {}
+        durations[i] = perf_now_ns() - begin;
+    }
+    perf_distribution(&r, durations, tried);
+    return r.p50_us;
 }
 
 // What each end has now: [0] this one, [1] the other.
@@ -922,23 +1165,24 @@ static double perf_dearer(const int64_t after[2], const int64_t before[2], int64
 
 static void perf_pipes(perf_end *end, const char *address, perf_result *r) {
     int64_t count = end->o->count, first_bytes[2], first_fds[2], bytes[2], fds[2];
-    size_t all = PERF_PIPES_FIRST + (size_t)count;
-    perf_many many = {.end = end, .pipes = (tprpc_pipe **)perf_memory(all * sizeof(tprpc_pipe *))};
-    int64_t *durations = (int64_t *)perf_memory(all * sizeof(int64_t));
-    perf_pipes_open(&many, address, PERF_PIPES_FIRST, durations);
+    perf_many *many = perf_many_make(end, NULL);
+    int64_t *durations = (int64_t *)perf_memory((PERF_PIPES_FIRST + (size_t)count) * sizeof(int64_t));
+    r->alone_us = perf_hot_us(end);
+    perf_pipes_open(many, address, PERF_PIPES_FIRST, durations);
     perf_pipes_weigh(end, first_bytes, first_fds);
     double cpu = perf_cpu_s(end->other);
-    perf_pipes_open(&many, address, count, durations);
+    perf_pipes_open(many, address, count, durations);
     r->cpu_s = perf_cpu_s(end->other) - cpu;
     perf_pipes_weigh(end, bytes, fds);
     perf_distribution(r, durations, count);
     r->connect_us = r->p50_us;
+    r->hot_us = perf_hot_us(end);
+    r->cold_us = perf_cold_us(many, count);
     r->count = (double)count;
     r->bytes_per_pipe = perf_dearer(bytes, first_bytes, count);
     r->fds_per_pipe = perf_dearer(fds, first_fds, count);
     r->min_us = r->p50_us = r->p99_us = r->p999_us = r->mean_us = NAN;
-    end->closing = true;
-    for (int64_t i = 0; i < many.open; i++) tprpc_pipe_close(many.pipes[i]);
+    perf_many_close(many);
 }
 
 // ---- the two ends over a pipe ---------------------------------------------------------------------------------------
@@ -1019,8 +1263,8 @@ static void perf_measure(const perf_options *o, const char *address, pid_t other
     perf_end end = {.o = o, .ctx = perf_context(o), .other = other};
     tprpc_error error = {.status = TPRPC_OK};
     tprpc_pipe_desc desc = {.address = address, .insecure = o->connect != NULL};
+    perf_prepare(&end);              // first, since it may take longer than the other end waits for an agreement
     if (tprpc_connect(end.ctx, &desc, &end.pipe, &error) != TPRPC_OK) perf_die("connect", &error);
-    perf_prepare(&end);
     perf_agree(&end);
     if (o->test == PERF_RTT) perf_rtt(&end, r);
     else if (o->test == PERF_PIPES) perf_pipes(&end, address, r);
@@ -1042,15 +1286,16 @@ static void perf_run_pipes(const perf_options *o, perf_result *r) {
     }
     if (pipe(tell) != 0) perf_die("pipe", NULL);
     perf_serving serving = {.tell = tell[1]};
-    pid_t child = perf_fork(o, perf_serve, &serving);
-    close(tell[1]);
+    perf_other other;
+    perf_start(&other, o, perf_serve, &serving);
+    if (!o->in_process) close(tell[1]);
     if (read(tell[0], address, sizeof address - 1) <= 0) {
-        perf_join(child);            // it has said why
+        perf_join(&other);           // it has said why
         perf_die("the other end said nothing", NULL);
     }
     close(tell[0]);
-    perf_measure(o, address, child, r);
-    perf_join(child);
+    perf_measure(o, address, other.pid, r);
+    perf_join(&other);
 }
 
 // ---- rpc ------------------------------------------------------------------------------------------------------------
@@ -1070,8 +1315,7 @@ static void perf_nothing(void *user) { (void)user; }
 
 static void perf_agent_prepare(perf_agent *a) {
     size_t size = (size_t)a->o->size;
-    unsigned char *data = (unsigned char *)perf_memory(size);
-    for (size_t i = 0; i < size; i++) data[i] = perf_pattern(i);
+    unsigned char *data = perf_pattern_memory(size);
     a->message = (tprpc_message){.metadata = data, .metadata_size = size};
     if (!a->o->tensor) return;
     a->place = (unsigned char *)perf_memory(size);
@@ -1100,22 +1344,37 @@ static void perf_agent_quit(tprpc_request request, const tprpc_message *message,
     tprpc_reply(request, message);
 }
 
+static void perf_agent_register(perf_agent *a, const tprpc_method_desc *method) {
+    tprpc_error error = {.status = TPRPC_OK};
+    if (tprpc_agent_register(a->agent, method, &error) != TPRPC_OK) perf_die("register", &error);
+}
+
 // The serving end is rank 0 and serves the store; it stays until the other one calls quit.
 static void perf_agent_begin(perf_agent *a, const perf_options *o, const char *init_method, int rank) {
     tprpc_error error = {.status = TPRPC_OK};
-    a->o = o;
-    a->ctx = perf_context(o);
-    a->call = (tprpc_call_options){.place = perf_agent_place, .user = a};
-    perf_agent_prepare(a);
-    tprpc_agent_desc desc = {.context = a->ctx, .name = rank ? "measuring" : "serving", .init_method = init_method,
-                             .rank = rank, .world_size = 2, .insecure = o->listen || o->connect};
+    tprpc_agent_desc desc = {.name = rank ? "measuring" : "serving", .init_method = init_method, .rank = rank,
+                             .world_size = 2, .insecure = o->listen || o->connect};
     tprpc_method_desc echo = {.name = "echo", .handler = perf_agent_echo, .place = perf_agent_place, .user = a};
     tprpc_method_desc quit = {.name = "quit", .handler = perf_agent_quit, .place = perf_agent_place, .user = a};
-    if (tprpc_agent_create(&desc, &a->agent, &error) != TPRPC_OK ||
-        tprpc_agent_register(a->agent, &echo, &error) != TPRPC_OK ||
-        tprpc_agent_register(a->agent, &quit, &error) != TPRPC_OK ||
-        tprpc_agent_wait_ready(a->agent, o->listen ? TPRPC_FOREVER : 30000, &error) != TPRPC_OK)
+    a->o = o;
+    a->ctx = desc.context = perf_context(o);
+    a->call = (tprpc_call_options){.place = perf_agent_place, .user = a};
+    if (tprpc_agent_create(&desc, &a->agent, &error) != TPRPC_OK) perf_die("agent", &error);
+    perf_agent_register(a, &echo);
+    perf_agent_register(a, &quit);
+}
+
+static void perf_agent_join(perf_agent *a) {
+    tprpc_error error = {.status = TPRPC_OK};
+    if (tprpc_agent_wait_ready(a->agent, a->o->listen ? TPRPC_FOREVER : 30000, &error) != TPRPC_OK)
         perf_die("agent", &error);
+}
+
+static tprpc_method_id perf_agent_method(perf_agent *a, const char *name) {
+    tprpc_error error = {.status = TPRPC_OK};
+    tprpc_method_id method = {0, 0};
+    if (tprpc_resolve(a->agent, "serving", name, &method, &error) != TPRPC_OK) perf_die("resolve", &error);
+    return method;
 }
 
 static void perf_agent_end(perf_agent *a) {
@@ -1128,6 +1387,8 @@ static void perf_agent_end(perf_agent *a) {
 static void perf_agent_serve(const perf_options *o, void *init_method) {
     perf_agent a = {.quit = false};
     perf_agent_begin(&a, o, (const char *)init_method, 0);
+    perf_agent_prepare(&a);
+    perf_agent_join(&a);
     while (!a.quit) tprpc_poll(a.ctx, TPRPC_FOREVER, 0);
     perf_agent_end(&a);
 }
@@ -1149,25 +1410,200 @@ static void perf_one_call(perf_agent *a, tprpc_method_id method, int64_t *stamp)
     tprpc_future_release(future);
 }
 
+static void perf_agent_path(perf_agent *a, perf_result *r) {
+    tprpc_pipe_info info;
+    if (tprpc_agent_get_peer_info(a->agent, "serving", &info, sizeof info) == TPRPC_OK) perf_path(a->o, &info, r);
+}
+
 static void perf_measure_calls(const perf_options *o, const char *init_method, pid_t other, perf_result *r) {
     perf_agent a = {.quit = false};
-    tprpc_error error = {.status = TPRPC_OK};
-    tprpc_method_id echo = {0, 0}, quit = {0, 0};
-    tprpc_pipe_info info;
     int64_t *stamps = (int64_t *)perf_memory(sizeof(int64_t) * (size_t)(o->iters + 1)), ignored = 0;
     perf_agent_begin(&a, o, init_method, 1);
-    if (tprpc_resolve(a.agent, "serving", "echo", &echo, &error) != TPRPC_OK ||
-        tprpc_resolve(a.agent, "serving", "quit", &quit, &error) != TPRPC_OK) perf_die("resolve", &error);
+    perf_agent_prepare(&a);
+    perf_agent_join(&a);
+    tprpc_method_id echo = perf_agent_method(&a, "echo"), quit = perf_agent_method(&a, "quit");
     for (int64_t i = 0; i < o->warmup; i++) perf_one_call(&a, echo, &ignored);
     double cpu = perf_cpu_s(other);
     for (int64_t i = 0; i <= o->iters; i++) perf_one_call(&a, echo, &stamps[i]);
     r->cpu_s = perf_cpu_s(other) - cpu;
     perf_differences(stamps, o->iters);
     perf_distribution(r, stamps, o->iters);
-    if (tprpc_agent_get_peer_info(a.agent, "serving", &info, sizeof info) == TPRPC_OK) perf_path(o, &info, r);
+    perf_agent_path(&a, r);
     perf_one_call(&a, quit, &ignored);
     perf_agent_end(&a);
 }
+
+// ---- loaded: calls at a stated rate while tensors stream ------------------------------------------------------------
+//
+// The calls are due at times that are fixed before: whoever falls behind catches up, and tells how many were late. The
+// tensors are calls, too, of a method that swallows them, and go the same way as the small calls.
+
+enum { PERF_CALL_BYTES = 64, PERF_STREAM_WINDOW = 2 };       // tensors in flight: one moves while one is announced
+
+typedef struct perf_drain {          // the serving end's: where tensors arrive
+    unsigned char *places[PERF_STREAM_WINDOW];
+    bool           busy[PERF_STREAM_WINDOW];
+    size_t         size;
+} perf_drain;
+
+static tprpc_status perf_drain_place(tprpc_placement *placement, void *user) {
+    perf_drain *drain = (perf_drain *)user;
+    const tprpc_message *descriptor = placement->descriptor;
+    if (descriptor->tensor_count != 1 || descriptor->tensors[0].size != drain->size) return TPRPC_ERROR_INVALID;
+    for (int i = 0; i < PERF_STREAM_WINDOW; i++) {
+        if (drain->busy[i]) continue;
+        drain->busy[i] = true;
+        placement->tensors[0].data = drain->places[i];
+        return TPRPC_OK;
+    }
+    return TPRPC_ERROR_LIMIT;
+}
+
+static void perf_drain_handle(tprpc_request request, const tprpc_message *message, void *user) {
+    perf_drain *drain = (perf_drain *)user;
+    unsigned char *data = (unsigned char *)message->tensors[0].data;
+    errno = EBADMSG;
+    if (!perf_sample(data, drain->size)) perf_die("a tensor arrived with other bytes", NULL);
+    for (int i = 0; i < PERF_STREAM_WINDOW; i++) drain->busy[i] = drain->busy[i] && drain->places[i] != data;
+    tprpc_reply(request, NULL);
+}
+
+static void perf_loaded_serve(const perf_options *o, void *init_method) {
+    perf_agent a = {.quit = false};
+    perf_drain drain = {.size = (size_t)o->size};
+    tprpc_method_desc method = {.name = "drain", .handler = perf_drain_handle, .place = perf_drain_place,
+                                .user = &drain};
+    for (int i = 0; i < PERF_STREAM_WINDOW; i++) drain.places[i] = (unsigned char *)perf_memory(drain.size);
+    perf_agent_begin(&a, o, (const char *)init_method, 0);
+    perf_agent_register(&a, &method);
+    perf_agent_join(&a);
+    while (!a.quit) tprpc_poll(a.ctx, TPRPC_FOREVER, 0);
+    perf_agent_end(&a);
+}
+
+typedef struct perf_load perf_load;
+
+typedef struct perf_load_call {
+    perf_load *load;
+    int64_t    issued_ns, took_ns;
+} perf_load_call;
+
+struct perf_load {                   // the measuring end's: one phase
+    perf_agent    *a;
+    tprpc_method_id echo, drain;
+    tprpc_message  call, bulk;
+    perf_load_call *calls;           // those that count
+    int64_t        issued, answered, late;       // of the calls: all of this phase; late: of those that count
+    bool           streaming;
+    int64_t        flying, arrived;  // of the tensors
+    int64_t        first_ns, last_ns;            // when the first, and the last, had arrived
+};
+
+static void perf_load_answered(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
+    perf_load_call *call = (perf_load_call *)user;
+    (void)reply;
+    if (status != TPRPC_OK) perf_die("call", error);
+    call->took_ns = perf_now_ns() - call->issued_ns;
+    call->load->answered++;
+}
+
+// One more call, `behind` the time when it was due. Those beyond the count keep up the load until the phase is over.
+static void perf_load_issue(perf_load *load, int64_t behind, int64_t interval_ns) {
+    const perf_options *o = load->a->o;
+    bool counts = load->issued < o->iters;
+    perf_load_call *call = &load->calls[counts ? load->issued : o->iters];
+    tprpc_call_options options = {.on_done = perf_load_answered, .user = call};
+    load->issued++;
+    load->late += counts && behind > interval_ns;
+    call->issued_ns = perf_now_ns();
+    tprpc_status status = tprpc_call_id(load->a->agent, load->echo, &load->call, &options, NULL);
+    if (status != TPRPC_OK) perf_die_status("call", status);
+}
+
+static void perf_load_stream(perf_load *load);
+
+static void perf_load_arrived(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
+    perf_load *load = (perf_load *)user;
+    (void)reply;
+    if (status == TPRPC_ERROR_UNSUPPORTED && load->a->o->channel) perf_no_channel(load->a->o);
+    if (status != TPRPC_OK) perf_die("call with a tensor", error);
+    load->last_ns = perf_now_ns();
+    if (load->arrived++ == 0) load->first_ns = load->last_ns;
+    load->flying--;
+    if (load->streaming) perf_load_stream(load);
+}
+
+static void perf_load_stream(perf_load *load) {
+    tprpc_call_options options = {.on_done = perf_load_arrived, .user = load};
+    while (load->flying < PERF_STREAM_WINDOW) {
+        tprpc_status status = tprpc_call_id(load->a->agent, load->drain, &load->bulk, &options, NULL);
+        if (status == TPRPC_ERROR_UNSUPPORTED && load->a->o->channel) perf_no_channel(load->a->o);
+        if (status != TPRPC_OK) perf_die_status("call with a tensor", status);
+        load->flying++;
+    }
+}
+
+// A phase: calls at the stated rate, a stream, or both, for as long as the calls take and three tensors have arrived.
+// The stream is under way before the first call is due. Returns how many bytes a nanosecond it moved.
+static double perf_load_phase(perf_load *load, bool calling, bool streaming) {
+    enum { TENSORS = 3, POLL_US = 1000 };
+    const perf_options *o = load->a->o;
+    const int64_t interval_ns = 1000000000 / o->rate, span_ns = o->iters * interval_ns;
+    load->issued = load->answered = load->late = load->arrived = 0;
+    load->streaming = streaming;
+    if (streaming) perf_load_stream(load);
+    while (streaming && load->arrived == 0) tprpc_poll(load->a->ctx, POLL_US, POLL_US);
+    for (int64_t begin = perf_now_ns();;) {
+        int64_t now = perf_now_ns(), due = begin + load->issued * interval_ns, wait_us = POLL_US;
+        bool over = now - begin >= span_ns && (!streaming || load->arrived >= TENSORS);
+        if (over && (!calling || load->answered >= o->iters)) break;
+        if (calling && now >= due) perf_load_issue(load, now - due, interval_ns), due += interval_ns;
+        if (calling) wait_us = due > now ? (due - now) / 1000 : 0;
+        tprpc_poll(load->a->ctx, wait_us, wait_us > 0 ? wait_us : 1);
+    }
+    load->streaming = false;
+    const int64_t arrived = load->arrived, took_ns = load->last_ns - load->first_ns;
+    while (load->flying || load->answered < load->issued) tprpc_poll(load->a->ctx, POLL_US, POLL_US);
+    return streaming ? (double)o->size * (double)(arrived - 1) / (double)took_ns : NAN;
+}
+
+static void perf_load_distribution(const perf_load *load, int64_t *durations, perf_result *r) {
+    for (int64_t i = 0; i < load->a->o->iters; i++) durations[i] = load->calls[i].took_ns;
+    perf_distribution(r, durations, load->a->o->iters);
+}
+
+static void perf_measure_loaded(const perf_options *o, const char *init_method, pid_t other, perf_result *r) {
+    perf_agent a = {.quit = false};
+    perf_load load = {.a = &a};
+    perf_result alone = perf_result_empty();
+    int64_t ignored = 0, *durations = (int64_t *)perf_memory(sizeof(int64_t) * (size_t)o->iters);
+    unsigned char *data = perf_pattern_memory((size_t)o->size);
+    a.message = load.call = (tprpc_message){.metadata = data, .metadata_size = PERF_CALL_BYTES};
+    a.tensor = (tprpc_tensor){.data = data, .size = (size_t)o->size, .device = {TPRPC_CPU, 0}};
+    load.bulk = (tprpc_message){.tensors = &a.tensor, .tensor_count = 1, .release = perf_nothing};
+    load.calls = (perf_load_call *)perf_memory(sizeof(perf_load_call) * (size_t)(o->iters + 1));
+    for (int64_t i = 0; i <= o->iters; i++) load.calls[i].load = &load;
+    perf_agent_begin(&a, o, init_method, 1);
+    perf_agent_join(&a);
+    load.echo = perf_agent_method(&a, "echo");
+    load.drain = perf_agent_method(&a, "drain");
+    for (int64_t i = 0; i < o->warmup; i++) perf_one_call(&a, load.echo, &ignored);
+    perf_load_phase(&load, true, false);
+    perf_load_distribution(&load, durations, &alone);
+    r->unloaded_gbps = perf_load_phase(&load, false, true);
+    double cpu = perf_cpu_s(other);
+    r->bandwidth_gbps = perf_load_phase(&load, true, true);
+    r->cpu_s = perf_cpu_s(other) - cpu;
+    perf_load_distribution(&load, durations, r);
+    r->idle_p50_us = alone.p50_us;
+    r->idle_p99_us = alone.p99_us;
+    r->late = (double)load.late;
+    perf_agent_path(&a, r);
+    perf_one_call(&a, perf_agent_method(&a, "quit"), &ignored);
+    perf_agent_end(&a);
+}
+
+// ---- the two ends between agents ------------------------------------------------------------------------------------
 
 static int perf_tcp_listen(struct sockaddr_in *address) {
     socklen_t size = sizeof *address;
@@ -1178,26 +1614,31 @@ static int perf_tcp_listen(struct sockaddr_in *address) {
     return fd;
 }
 
-static void perf_run_calls(const perf_options *o, perf_result *r) {
+static void perf_run_agents(const perf_options *o, perf_result *r) {
+    const perf_body serve = o->test == PERF_LOADED ? perf_loaded_serve : perf_agent_serve;
+    void (*measure)(const perf_options *options, const char *init_method, pid_t other, perf_result *result) =
+        o->test == PERF_LOADED ? perf_measure_loaded : perf_measure_calls;
     char init_method[256];
     const char *address = o->listen ? o->listen : o->connect;
     if (address) {
         perf_full_address(address, init_method);
-        if (strncmp(init_method, "tcp://", 6) != 0) perf_refuse("--test rpc needs the address as host:port.");
+        if (strncmp(init_method, "tcp://", 6) != 0)
+            perf_refuse("--test %s needs the address as host:port.", perf_test_names[o->test]);
         perf_pin(o, o->listen ? 1 : 0);
-        if (o->listen) perf_agent_serve(o, init_method);
-        else perf_measure_calls(o, init_method, 0, r);
+        if (o->listen) serve(o, init_method);
+        else measure(o, init_method, 0, r);
         return;
     }
-    struct sockaddr_in free_port;    // the store's: given back here, taken again by the child
+    struct sockaddr_in free_port;    // the store's: given back here, taken again by the other end
+    perf_other other;
     close(perf_tcp_listen(&free_port));
     snprintf(init_method, sizeof init_method, "tcp://127.0.0.1:%d", (int)ntohs(free_port.sin_port));
-    pid_t child = perf_fork(o, perf_agent_serve, init_method);
-    perf_measure_calls(o, init_method, child, r);
-    perf_join(child);
+    perf_start(&other, o, serve, init_method);
+    measure(o, init_method, other.pid, r);
+    perf_join(&other);
 }
 
-// ---- raw: the bare medium -------------------------------------------------------------------------------------------
+// ---- raw: a cache line and a socket ---------------------------------------------------------------------------------
 
 enum { PERF_ADAPTIVE_NS = 50000 };   // as the library's default
 // A socket is given and asked for at most this much at once. A call for all of 64 MiB would be a weaker reference: 3.7
@@ -1225,16 +1666,17 @@ static void perf_raw_line(const perf_options *o, int64_t *stamps, perf_result *r
     void *shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     perf_line *lines = (perf_line *)shared;
     if (shared == MAP_FAILED) perf_die("mmap", NULL);
-    pid_t child = perf_fork(o, perf_raw_line_serve, lines);
+    perf_other other;
+    perf_start(&other, o, perf_raw_line_serve, lines);
     double cpu = 0;
     for (uint32_t i = 1; i <= perf_raw_rounds(o); i++) {
         __atomic_store_n(&lines[0].value, i, __ATOMIC_RELEASE);
-        if (i == (uint32_t)o->warmup) cpu = perf_cpu_s(child);
+        if (i == (uint32_t)o->warmup) cpu = perf_cpu_s(other.pid);
         if (i >= (uint32_t)o->warmup) stamps[i - (uint32_t)o->warmup] = perf_now_ns();
         perf_line_wait(&lines[1], i);
     }
-    r->cpu_s = perf_cpu_s(child) - cpu;
-    perf_join(child);
+    r->cpu_s = perf_cpu_s(other.pid) - cpu;
+    perf_join(&other);
 }
 
 // Receives all of it, spinning or sleeping as --spin says. False: the other end has closed.
@@ -1308,26 +1750,184 @@ static int64_t perf_raw_one_way(const perf_options *o, int fd, unsigned char *da
 static void perf_raw_socket(const perf_options *o, int64_t *stamps, perf_result *r) {
     struct sockaddr_in address;
     int listener = perf_tcp_listen(&address);
-    pid_t child = perf_fork(o, perf_raw_socket_serve, &listener);
+    perf_other other;
+    perf_start(&other, o, perf_raw_socket_serve, &listener);
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     unsigned char *data = (unsigned char *)perf_memory((size_t)o->size);
     if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) != 0) perf_die("connect", NULL);
     perf_raw_no_delay(fd);
     if (perf_raw_stream(o)) perf_raw_one_way(o, fd, data, o->warmup);
     else perf_raw_echo(o, fd, data, stamps, o->warmup);
-    double cpu = perf_cpu_s(child);
+    double cpu = perf_cpu_s(other.pid);
     if (perf_raw_stream(o)) perf_throughput(r, perf_raw_one_way(o, fd, data, o->iters), o->iters, o->size);
     else perf_raw_echo(o, fd, data, stamps, o->iters);
-    r->cpu_s = perf_cpu_s(child) - cpu;
+    r->cpu_s = perf_cpu_s(other.pid) - cpu;
     close(fd);
-    perf_join(child);
+    perf_join(&other);
+}
+
+// ---- raw: copies ----------------------------------------------------------------------------------------------------
+//
+// Of --size bytes into one of two buffers, as the ends of --test bw have them. How much is copied at a time is chosen
+// before measuring begins, by trying; process_vm_readv is given all of it, for it goes page by page anyhow.
+
+typedef struct perf_copy perf_copy;
+
+struct perf_copy {
+    const perf_options *o;
+    unsigned char *from, *to[2];
+    size_t         size, chunk;
+    pid_t          owner;            // readv: whose memory `from` is, at that address
+    int            tell;             // to whom it says that it has written there
+    pthread_t      helper;           // readv2: the second thread, which reads the upper half
+    unsigned char *helper_to;        // where to; NULL: it shall end
+    uint32_t       asked, done;      // how often it was asked to, and has
+};
+
+#ifdef __SSE2__
+static void perf_copy_nontemporal(unsigned char *to, const unsigned char *from, size_t size) {
+    size_t whole = size & ~(size_t)63;               // cache lines; both begin one
+    for (size_t i = 0; i < whole; i += 64) {
+        __m128i a = _mm_load_si128((const __m128i *)(const void *)(from + i));
+        __m128i b = _mm_load_si128((const __m128i *)(const void *)(from + i + 16));
+        __m128i c = _mm_load_si128((const __m128i *)(const void *)(from + i + 32));
+        __m128i d = _mm_load_si128((const __m128i *)(const void *)(from + i + 48));
+        _mm_stream_si128((__m128i *)(void *)(to + i), a);
+        _mm_stream_si128((__m128i *)(void *)(to + i + 16), b);
+        _mm_stream_si128((__m128i *)(void *)(to + i + 32), c);
+        _mm_stream_si128((__m128i *)(void *)(to + i + 48), d);
+    }
+    _mm_sfence();
+    memcpy(to + whole, from + whole, size - whole);
+}
+#else
+static void perf_copy_nontemporal(unsigned char *to, const unsigned char *from, size_t size) {
+    memcpy(to, from, size);          // never asked for: perf_check_raw
+}
+#endif
+
+static void perf_copy_readv(const perf_copy *copy, unsigned char *to, size_t at, size_t size) {
+    while (size) {
+        struct iovec here = {to + at, size}, there = {copy->from + at, size};
+        ssize_t got = process_vm_readv(copy->owner, &here, 1, &there, 1, 0);
+        if (got <= 0) perf_die("process_vm_readv", NULL);
+        at += (size_t)got;
+        size -= (size_t)got;
+    }
+}
+
+// Waits until the other thread has counted that far. It has a core to itself, or else is let run.
+static void perf_copy_until(const uint32_t *counter, uint32_t value) {
+    while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) != value) sched_yield();
+}
+
+static void *perf_copy_help(void *user) {
+    perf_copy *copy = (perf_copy *)user;
+    perf_pin(copy->o, 1);
+    for (uint32_t i = 1;; i++) {
+        perf_copy_until(&copy->asked, i);
+        if (!copy->helper_to) return NULL;
+        perf_copy_readv(copy, copy->helper_to, copy->size / 2, copy->size - copy->size / 2);
+        __atomic_store_n(&copy->done, i, __ATOMIC_RELEASE);
+    }
+}
+
+static void perf_copy_ask(perf_copy *copy, unsigned char *to) {
+    copy->helper_to = to;
+    __atomic_store_n(&copy->asked, copy->asked + 1, __ATOMIC_RELEASE);
+}
+
+static void perf_copy_once(perf_copy *copy, unsigned char *to) {
+    const perf_medium medium = copy->o->medium;
+    if (medium == PERF_READV) perf_copy_readv(copy, to, 0, copy->size);
+    else if (medium == PERF_READV2) {
+        perf_copy_ask(copy, to);
+        perf_copy_readv(copy, to, 0, copy->size / 2);
+        perf_copy_until(&copy->done, copy->asked);
+    } else for (size_t at = 0; at < copy->size; at += copy->chunk) {
+        size_t some = copy->size - at < copy->chunk ? copy->size - at : copy->chunk;
+        if (medium == PERF_MEMCPY) memcpy(to + at, copy->from + at, some);
+        else perf_copy_nontemporal(to + at, copy->from + at, some);
+    }
+}
+
+static int64_t perf_copy_many(perf_copy *copy, int64_t count) {
+    int64_t begin = perf_now_ns();
+    for (int64_t i = 0; i < count; i++) perf_copy_once(copy, copy->to[i & 1]);
+    return perf_now_ns() - begin;
+}
+
+// The chunk that is fastest: the best of some tries of each.
+static size_t perf_copy_choose(perf_copy *copy) {
+    const size_t chunks[] = {copy->size, 4 * PERF_MIB, PERF_MIB, 256 * PERF_KIB, 64 * PERF_KIB};
+    int64_t best_ns = INT64_MAX, tries = copy->size >= PERF_GIB ? 1 : 3;
+    size_t best = copy->size;
+    for (size_t i = 0; i < sizeof chunks / sizeof *chunks; i++) {
+        copy->chunk = chunks[i];
+        if (copy->chunk > copy->size) continue;
+        for (int64_t k = 0; k < tries; k++) {
+            int64_t took_ns = perf_copy_many(copy, 2);
+            if (took_ns < best_ns) best_ns = took_ns, best = copy->chunk;
+        }
+    }
+    return best;
+}
+
+// The owner of the memory: makes its pages its own, says so, and stays until this process ends.
+static void perf_copy_own(const perf_options *o, void *user) {
+    const perf_copy *copy = (const perf_copy *)user;
+    (void)o;
+    memcpy(copy->from, perf_pattern_memory(copy->size), copy->size);
+    if (write(copy->tell, "", 1) != 1) perf_die("pipe", NULL);
+    for (;;) pause();
+}
+
+static void perf_copy_start_owner(perf_copy *copy) {
+    perf_other other;
+    int tell[2];
+    char ready;
+    if (pipe(tell) != 0) perf_die("pipe", NULL);
+    copy->tell = tell[1];
+    perf_start(&other, copy->o, perf_copy_own, copy);
+    close(tell[1]);
+    if (read(tell[0], &ready, 1) != 1) perf_die("the owner of the memory", NULL);
+    close(tell[0]);
+    copy->owner = other.pid;
+}
+
+static void perf_raw_copies(const perf_options *o, perf_result *r) {
+    perf_copy copy = {.o = o, .size = (size_t)o->size, .chunk = (size_t)o->size};
+    bool other_process = o->medium == PERF_READV || o->medium == PERF_READV2;
+    copy.from = other_process ? (unsigned char *)perf_memory(copy.size) : perf_pattern_memory(copy.size);
+    for (int i = 0; i < 2; i++) copy.to[i] = (unsigned char *)perf_memory(copy.size);
+    if (other_process) perf_copy_start_owner(&copy);
+    else perf_pin(o, 0), copy.chunk = perf_copy_choose(&copy);
+    if (o->medium == PERF_READV2) {
+        errno = pthread_create(&copy.helper, NULL, perf_copy_help, &copy);
+        if (errno) perf_die("pthread_create", NULL);
+    }
+    perf_copy_many(&copy, o->warmup);
+    double cpu = perf_cpu_s(0);
+    perf_throughput(r, perf_copy_many(&copy, o->iters), o->iters, o->size);
+    r->cpu_s = perf_cpu_s(0) - cpu;
+    r->chunk = (double)copy.chunk;
+    errno = EBADMSG;
+    if (!perf_sample(copy.to[0], copy.size)) perf_die("a copy has other bytes", NULL);
+    if (o->medium == PERF_READV2) {
+        perf_copy_ask(&copy, NULL);
+        pthread_join(copy.helper, NULL);
+    }
 }
 
 static void perf_run_raw(const perf_options *o, perf_result *r) {
-    bool line = !o->transport || strcmp(o->transport, "shm") == 0;
+    bool line = o->medium == PERF_LINE;
     int64_t most = o->iters > o->warmup ? o->iters : o->warmup;
+    snprintf(r->transport, sizeof r->transport, "%s", perf_medium_names[o->medium]);
+    if (perf_copies(o)) {
+        perf_raw_copies(o, r);
+        return;
+    }
     int64_t *stamps = (int64_t *)perf_memory(sizeof(int64_t) * (size_t)(most + 1));
-    snprintf(r->transport, sizeof r->transport, "%s", line ? "shm" : "tcp");
     if (line) perf_raw_line(o, stamps, r);
     else perf_raw_socket(o, stamps, r);
     if (!line && perf_raw_stream(o)) return;
@@ -1340,11 +1940,11 @@ static void perf_run_raw(const perf_options *o, perf_result *r) {
 int main(int argc, char **argv) {
     perf_options o = perf_parse(argc, argv);
     perf_result r = perf_result_empty();
-    perf_raise_descriptors();
+    perf_raise_descriptors(&o);
     // An unknown backend is a bad argument too: found out before there is a second process to say it again.
     if (o.test != PERF_RAW && (o.transport || o.channel)) tprpc_context_destroy(perf_context(&o));
     if (o.test == PERF_RAW) perf_run_raw(&o, &r);
-    else if (o.test == PERF_RPC) perf_run_calls(&o, &r);
+    else if (perf_between_agents(&o)) perf_run_agents(&o, &r);
     else if (o.listen) {
         perf_serving serving = {.tell = -1, .address = o.listen};
         perf_pin(&o, 1);
