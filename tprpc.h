@@ -112,7 +112,7 @@
 //   copied      `release` is NULL. All is copied before the function returns: the array may be on the stack.
 //   borrowed    `release` is set. Structs, arrays and strings are copied, the bytes are not; they must stay as they are
 //               until release(release_user) runs, exactly once, whatever becomes of the message. If the function
-//               returns an error, release has run already.
+//               returns an error, release has run already. What happens where they are freed sooner is undefined.
 //   given       `release` is set, and TPRPC_MESSAGE_GIVE in `flags`. As borrowed; and where the receiver is in this
 //               process and has no memory of his own for it, he may get this memory itself instead of a copy (channel
 //               xth), and write to it, until he is done with the message: only then release runs. A request that he
@@ -162,9 +162,9 @@
 //
 // Tensors of 256 KiB and more travel over a connection of their own beside the pipe's, a lane, which is made when the
 // first of them is sent: so a call does not wait behind megabytes in one socket. While small messages are about, bulk
-// moves 16 KiB at a time, else 256 KiB. On a network where one connection does not get all there is (a limit per flow,
-// several links bonded) set .lanes at both ends: mpt then spreads a tensor over that many. On one path that is no
-// faster, and it is not used unless asked for.
+// moves 16 KiB at a time through memory, 64 KiB through sockets, else 256 KiB. On a network where one connection does
+// not get all there is (a limit per flow, several links bonded) set .lanes at both ends: mpt then spreads a tensor over
+// that many. On one path that is no faster, and it is not used unless asked for.
 //
 // tprpc_context_desc.transports and .channels say which pipes may use, in order of preference ("shm,tcp"); a store on
 // tcp:// works all the same. Backends of your own are tables of functions, given in .backends: see the public part.
@@ -4000,7 +4000,8 @@ enum {
     TPR_LOOP_SOURCES = 32,
     TPR_LOOP_TURNS = 64,               // of an unbudgeted poll
     TPR_LOOP_IDLE_TURNS = 16,          // between looks at the clock
-    TPR_LOOP_QUICK_CHUNK = 16 << 10,   // bytes of bulk moved in one go while small messages are about,
+    TPR_LOOP_QUICK_COPY = 16 << 10,    // bytes of bulk copied in one go while small messages are about (3 us),
+    TPR_LOOP_QUICK_SEND = 64 << 10,    // or handed to a socket, or taken from one,
     TPR_LOOP_QUICK_US = 10000,         // which they are for so long after the last one
     TPR_LOOP_LET_PASS_US = 1000        // that others have to take the lock
 };
@@ -4082,10 +4083,11 @@ static inline int64_t tpr_loop_clock(tpr_loop *loop) {
 
 static inline void tpr_loop_saw_small(tpr_loop *loop) { loop->quick_us = loop->now_us; }
 
-// How many bytes of bulk may be moved in one go, at most `most`: a small message that comes meanwhile waits for them.
-static inline size_t tpr_loop_chunk(const tpr_loop *loop, size_t most) {
-    const bool quick = loop->quick_us && loop->now_us - loop->quick_us < TPR_LOOP_QUICK_US;
-    return quick && most > TPR_LOOP_QUICK_CHUNK ? (size_t)TPR_LOOP_QUICK_CHUNK : most;
+// How many bytes of bulk may be moved in one go: a small message that comes meanwhile waits for them. At most `most`,
+// or `quick` while such messages are about.
+static inline size_t tpr_loop_chunk(const tpr_loop *loop, size_t most, size_t quick) {
+    const bool about = loop->quick_us && loop->now_us - loop->quick_us < TPR_LOOP_QUICK_US;
+    return about && most > quick ? quick : most;
 }
 
 TPR_COLD static void tpr_loop_contend(tpr_loop *loop) {
@@ -7229,7 +7231,8 @@ static size_t tpr_batch_cut(tpr_batch_worker *worker, uint64_t at, size_t size, 
 }
 
 static size_t tpr_batch_chunk_size(const tpr_batch_queue *queue) {
-    return tpr_loop_chunk(&queue->host->context->loops[queue->host->loop], TPR_BATCH_CHUNK);
+    const tpr_loop *loop = &queue->host->context->loops[queue->host->loop];
+    return tpr_loop_chunk(loop, TPR_BATCH_CHUNK, TPR_LOOP_QUICK_COPY);
 }
 
 // Takes a chunk and fetches it, lowering *left. Returns whether there may be more.
@@ -8947,6 +8950,12 @@ static inline size_t tpr_pipe_conn_send(tpr_pipe_conn *conn, const tprpc_span *s
     return n;
 }
 
+// How many bytes a connection moves in one go, at most.
+static inline size_t tpr_pipe_quantum(const tpr_pipe_conn *conn, size_t most) {
+    const bool copies = (tpr_pipe_table(conn)->flags & TPRPC_TRANSPORT_LOCAL_COPY) != 0;
+    return tpr_loop_chunk(conn->pipe->loop, most, copies ? TPR_LOOP_QUICK_COPY : TPR_LOOP_QUICK_SEND);
+}
+
 // Cuts the next chunk for a connection: of the first bulk that may go over it, which is the pipe's own while its lanes
 // are not there. lane: its number, 0: the pipe's own. False: there is none.
 static bool tpr_pipe_cut_chunk(tpr_pipe_conn *conn, uint32_t lane) {
@@ -8954,7 +8963,7 @@ static bool tpr_pipe_cut_chunk(tpr_pipe_conn *conn, uint32_t lane) {
     tpr_pipe_bulk *bulk = pipe->bulk;
     while (bulk && (!bulk->size || (lane ? bulk->lanes < lane : bulk->lanes && pipe->lanes_open))) bulk = bulk->next;
     if (!bulk) return false;
-    const size_t most = tpr_loop_chunk(pipe->loop, TPR_PIPE_CHUNK);
+    const size_t most = tpr_pipe_quantum(conn, TPR_PIPE_CHUNK);
     const uint32_t size = (uint32_t)(bulk->size < most ? bulk->size : most);
     tpr_wire_put_frame(conn->chunk_header, TPR_WIRE_DATA_HEADER + size, TPR_WIRE_DATA, 0, bulk->channel);
     tpr_base_store_le64(conn->chunk_header + TPR_WIRE_HEADER, bulk->transfer);
@@ -9024,7 +9033,7 @@ static void tpr_pipe_resume_later(tprpc_pipe *pipe) {
 
 // Sends what the connection takes: what was begun, control, messages that have credit, bulk.
 static void tpr_pipe_pump_out(tprpc_pipe *pipe) {
-    uint64_t stop = pipe->bytes_sent + tpr_loop_chunk(pipe->loop, TPR_PIPE_ROUND);
+    uint64_t stop = pipe->bytes_sent + (pipe->now.conn ? tpr_pipe_quantum(&pipe->now, TPR_PIPE_ROUND) : 0);
     pipe->refs++;
     while (pipe->state != TPR_PIPE_ENDED && pipe->now.conn) {
         if (pipe->bytes_sent >= stop) {
@@ -9056,7 +9065,7 @@ static void tpr_pipe_pump_out(tprpc_pipe *pipe) {
 static void tpr_pipe_lane_pump_out(tpr_pipe_lane *lane) {
     tpr_pipe_conn *conn = &lane->conn;
     tprpc_pipe *pipe = conn->pipe;
-    uint64_t stop = pipe->bytes_sent + tpr_loop_chunk(pipe->loop, TPR_PIPE_ROUND);
+    uint64_t stop = pipe->bytes_sent + tpr_pipe_quantum(conn, TPR_PIPE_ROUND);
     pipe->refs++;
     while (pipe->state != TPR_PIPE_ENDED && lane->open) {
         if (pipe->bytes_sent >= stop) {
@@ -10264,7 +10273,7 @@ static bool tpr_pipe_begin_frame(tpr_pipe_conn *conn) {
 static bool tpr_pipe_take_data(tpr_pipe_conn *conn) {
     tprpc_pipe *pipe = conn->pipe;
     uint32_t size = conn->frame.size - TPR_WIRE_DATA_HEADER, left = size - conn->body_have;
-    const size_t most = tpr_loop_chunk(pipe->loop, left);
+    const size_t most = tpr_pipe_quantum(conn, left);
     tpr_pipe_channel *channel = pipe->channels[conn->frame.channel];
     bool there = conn->dest != NULL;
     tprpc_span spans[2];
@@ -10369,9 +10378,9 @@ static bool tpr_pipe_take_whole(tprpc_pipe *pipe, tprpc_span span) {
 // Takes in what has come, up to a round. Where the loop was idle since the last time, one message: its callback comes
 // before a look at what follows it, a line of the peer's that costs a trip between the caches (70 ns there and back).
 static void tpr_pipe_pump_in(tprpc_pipe *pipe) {
-    uint64_t stop = pipe->bytes_received + tpr_loop_chunk(pipe->loop, TPR_PIPE_ROUND / 2);
+    if (pipe->pumping || !pipe->now.conn) return;
+    uint64_t stop = pipe->bytes_received + tpr_pipe_quantum(&pipe->now, TPR_PIPE_ROUND / 2);
     uint64_t last = pipe->messages_received;
-    if (pipe->pumping) return;
     last += pipe->idle_turns == pipe->loop->idle_turns ? (uint64_t)TPR_PIPE_BATCH : 1;
     pipe->idle_turns = pipe->loop->idle_turns;
     pipe->pumping = true;
@@ -10397,7 +10406,7 @@ static void tpr_pipe_pump_in(tprpc_pipe *pipe) {
 static void tpr_pipe_lane_pump_in(tpr_pipe_lane *lane) {
     tpr_pipe_conn *conn = &lane->conn;
     tprpc_pipe *pipe = conn->pipe;
-    uint64_t stop = pipe->bytes_received + tpr_loop_chunk(pipe->loop, TPR_PIPE_ROUND / 2);
+    uint64_t stop = pipe->bytes_received + tpr_pipe_quantum(conn, TPR_PIPE_ROUND / 2);
     pipe->refs++;
     while (pipe->state != TPR_PIPE_ENDED && lane->open) {
         if (pipe->bytes_received >= stop) {

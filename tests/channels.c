@@ -436,7 +436,7 @@ static void say_channel(tprpc_pipe *pipe, char *channel, size_t channel_size, ch
         if (strcmp(info.paths[i].name, "cma") == 0) snprintf(why, why_size, "%s", info.paths[i].why);
 }
 
-typedef struct peer { apart *shared; void (*forbid)(void); } peer;
+typedef struct peer { apart *shared; void (*forbid)(void); const char *channels; int times; } peer;
 
 /* Sends a tensor there, and gets it back. */
 static void there_and_back(side *s, tprpc_pipe *pipe, bool first) {
@@ -465,37 +465,36 @@ static void peer_main(void *arg) {
     side s;
     memset(&s, 0, sizeof s);
     self->forbid();
-    s.ctx = context_with("cma,basic", 0);
+    s.ctx = context_with(self->channels, 0);
     WAIT(&s, self->shared->listens, 1);
     s.pipe = connect_to(s.ctx, self->shared->address, 0, 0);
-    there_and_back(&s, s.pipe, false);
+    for (int i = 0; i < self->times; i++) there_and_back(&s, s.pipe, false);
     say_channel(s.pipe, self->shared->channel, sizeof self->shared->channel, self->shared->why,
                 sizeof self->shared->why);
     STORE(self->shared->done, 1);
     for (;;) work(&s);
 }
 
-/* Opens a pipe to a child that forbids; says which channel either end sends by, and why not by cma. */
-static void beside_one_that(void (*forbid)(void), apart *theirs, char *channel, size_t channel_size, char *why,
-                            size_t why_size) {
+/* Opens a pipe to a child, sends and gets tensors; tells of this end's pipe. */
+static void beside(peer other, apart *theirs, tprpc_pipe_info *info) {
     void *memory = mmap(NULL, sizeof(apart), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    peer other = {(apart *)memory, forbid};
+    other.shared = (apart *)memory;
     accepting accept;
     side s;
     REQUIRE(memory != MAP_FAILED);
     memset(&s, 0, sizeof s);
     memset(&accept, 0, sizeof accept);
     const pid_t child = test_fork_run(peer_main, &other);
-    s.ctx = context_with("cma,basic", 0);
+    s.ctx = context_with(other.channels, 0);
     s.listener = listen_on(s.ctx, "shm://", 0);
     snprintf(other.shared->address, sizeof other.shared->address, "%s", tprpc_listener_address(s.listener, NULL));
     CHECK_EQ_INT(tprpc_accept(s.listener, on_accepted, &accept), TPRPC_OK);
     STORE(other.shared->listens, 1);
     WAIT(&s, accept.o.runs, 1);
     REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
-    there_and_back(&s, accept.pipe, true);
+    for (int i = 0; i < other.times; i++) there_and_back(&s, accept.pipe, true);
     WAIT(&s, other.shared->done, 1);
-    say_channel(accept.pipe, channel, channel_size, why, why_size);
+    REQUIRE_EQ_INT(tprpc_pipe_get_info(accept.pipe, info, sizeof *info), TPRPC_OK);
     *theirs = *other.shared;
     kill(child, SIGKILL);
     CHECK_EQ_INT(test_wait_child(child, 5), 128 + SIGKILL);
@@ -504,7 +503,54 @@ static void beside_one_that(void (*forbid)(void), apart *theirs, char *channel, 
     munmap(memory, sizeof(apart));
 }
 
+static const char *why_not(const tprpc_pipe_info *info, const char *name) {
+    for (uint32_t i = 0; i < info->path_count; i++)
+        if (strcmp(info->paths[i].name, name) == 0) return info->paths[i].chosen ? NULL : info->paths[i].why;
+    return "it is not there";
+}
+
+/* The same with a child that forbids; says which channel either end sends by, and why not by cma. */
+static void beside_one_that(void (*forbid)(void), apart *theirs, char *channel, size_t channel_size, char *why,
+                            size_t why_size) {
+    const peer other = {NULL, forbid, "cma,basic", 1};
+    tprpc_pipe_info info;
+    beside(other, theirs, &info);
+    snprintf(channel, channel_size, "%s", info.channel);
+    if (why_not(&info, "cma")) snprintf(why, why_size, "%s", why_not(&info, "cma"));
+}
+
 static void forbid_nothing(void) {}
+
+/* Of bulk and cma the pipe stays with the faster, whichever that is here; not before both were tried. */
+TEST(the_faster_is_chosen) {
+    static const char faster[] = "another channel was faster with large tensors", first[] = "another channel comes first";
+    for (int times = 1; times <= 8; times += 7) {
+        const peer other = {NULL, forbid_nothing, NULL, times};
+        tprpc_pipe_info info;
+        apart theirs;
+        beside(other, &theirs, &info);
+        const char *bulk = why_not(&info, "bulk"), *cma = why_not(&info, "cma");
+        CHECK(!bulk != !cma);
+        if (times == 1) CHECK(!bulk && strcmp(cma, first) == 0);
+        else CHECK_STR(bulk ? bulk : cma, faster);
+        CHECK_STR(why_not(&info, "basic"), first);
+        CHECK_EQ_INT(info.fallbacks, 0);
+        CHECK_STR(info.channel, bulk ? "cma" : "bulk");
+    }
+}
+
+/* The user's order is kept, whatever is faster. */
+TEST(a_given_order_is_kept) {
+    static const char *const orders[] = {"cma,bulk,basic", "bulk,cma,basic", "basic,bulk,cma"};
+    for (size_t i = 0; i < COUNT(orders); i++) {
+        const peer other = {NULL, forbid_nothing, orders[i], 8};
+        tprpc_pipe_info info;
+        apart theirs;
+        beside(other, &theirs, &info);
+        CHECK(strncmp(orders[i], info.channel, strlen(info.channel)) == 0);
+        CHECK(strncmp(orders[i], theirs.channel, strlen(theirs.channel)) == 0);
+    }
+}
 
 TEST(another_process_is_read) {
     apart theirs;
