@@ -2958,6 +2958,7 @@ enum {
     TPR_WIRE_MAJOR = 1, TPR_WIRE_MINOR = 2,
     TPR_WIRE_HEADER = 8,                  // u32 size of the body, u8 kind, u8 handles, u16 channel
     TPR_WIRE_DATA_HEADER = 16,            // u64 transfer, u64 offset; the bytes follow
+    TPR_WIRE_MOVE_BYTES = 36, TPR_WIRE_LANE_BYTES = 40,   // a LANE's body is that of a MOVE, then the lane's u32
     TPR_WIRE_MESSAGE_HEADER = 16,
     TPR_WIRE_FIRST = 4096,                // the most that is read of a peer before it is known
     TPR_WIRE_CONTROL = 16384,             // the largest body of a frame that is neither message nor data
@@ -3201,7 +3202,6 @@ static bool tpr_wire_read_hello(const uint8_t *bytes, size_t size, tpr_wire_hell
 }
 
 typedef struct tpr_wire_move { uint8_t token[16], nonce[16]; } tpr_wire_move;   // the answer gives the nonce back
-enum { TPR_WIRE_MOVE_BYTES = 36, TPR_WIRE_LANE_BYTES = 40 };   // of a LANE's body: that of a MOVE, then the lane's u32
 
 static void tpr_wire_write_move(tpr_wire_writer *w, const tpr_wire_move *move) {
     tpr_wire_write_u32(w, (uint32_t)TPR_WIRE_MAGIC);
