@@ -604,7 +604,7 @@ check "without: all" compiles gcc c99 "$all" "$implement" "$include"
 for compiler in $compilers; do
     check "without: all $compiler c++17" compiles $compiler c++17 "$all" "$implement" "$include"
 done
-for macro in TCP SHM XTH THREADS DLOPEN FILES GETENV; do
+for macro in TCP SHM XTH CMA BULK MPT THREADS DLOPEN FILES GETENV; do
     check "can be left out: $macro" grep -qw "TPRPC_NO_$macro" "$header"
 done
 check "symbols without threads" leaves_none -DTPRPC_NO_THREADS '(pthread|thrd|mtx|cnd|tss)_.*'
@@ -622,6 +622,7 @@ check "runs without TCP" left_out_runs -DTPRPC_NO_TCP shm://
 check "runs without SHM" left_out_runs -DTPRPC_NO_SHM tcp://127.0.0.1:0
 check "runs without XTH" left_out_runs -DTPRPC_NO_XTH tcp://127.0.0.1:0 shm://
 check "runs without CMA" left_out_runs -DTPRPC_NO_CMA tcp://127.0.0.1:0 shm://
+check "runs without BULK, MPT" left_out_runs '-DTPRPC_NO_BULK -DTPRPC_NO_MPT' tcp://127.0.0.1:0 shm://
 check "runs without THREADS" left_out_runs -DTPRPC_NO_THREADS tcp://127.0.0.1:0 shm://
 check "runs without TCP, SHM" left_out_runs '-DTPRPC_NO_TCP -DTPRPC_NO_SHM'
 check "runs without: all but TCP" left_out_runs "$(echo "$all" | sed 's/-DTPRPC_NO_TCP//')" tcp://127.0.0.1:0
