@@ -53,6 +53,7 @@ typedef struct perf_options {
     const char *transport, *channel;         // NULL: the library chooses
     const char *listen, *connect;            // NULL both: this process runs the two ends
     int64_t     size, iters, count, warmup;  // -1 where not given, until perf_fill_in
+    int64_t     lanes;                       // 0: the library's default
     perf_spin   spin;
     bool        tensor, json, pin;
 } perf_options;
@@ -68,6 +69,7 @@ static const char perf_usage[] =
     "                   raw    the bare medium: a cache line (--transport shm) or a socket (--transport tcp)\n"
     "  --transport L    transports allowed, in order of preference: shm,tcp (default: the library's choice)\n"
     "  --channel L      channels allowed, likewise; rtt and rpc then send a tensor\n"
+    "  --lanes N        connections over which mpt spreads a large tensor, up to 8, at both ends (default: 1)\n"
     "  --size N         bytes of a message; K, M and G are powers of 1024 (default: 64; bw and frame: 64M)\n"
     "                   up to 64K a message's bytes are its metadata, beyond that one tensor\n"
     "  --iters N        how many are measured (default: as many as take about a second)\n"
@@ -144,6 +146,7 @@ static void perf_set_option(perf_options *o, const char *name, const char *value
     else if (strcmp(name, "--size") == 0) o->size = perf_parse_number(name, value, true);
     else if (strcmp(name, "--iters") == 0) o->iters = perf_parse_number(name, value, false);
     else if (strcmp(name, "--count") == 0) o->count = perf_parse_number(name, value, false);
+    else if (strcmp(name, "--lanes") == 0) o->lanes = perf_parse_number(name, value, false);
     else if (strcmp(name, "--spin") == 0) o->spin = perf_parse_spin(value);
     else if (strcmp(name, "--device") == 0) perf_parse_device(name, value);
     else if (strcmp(name, "--peer-device") == 0) perf_parse_device(name, value);
@@ -457,6 +460,7 @@ static tprpc_context *perf_context(const perf_options *o) {
     tprpc_context_desc desc = {.transports = o->transport, .channels = o->channel};
     if (o->spin == PERF_SPIN_ALWAYS) desc.spin_us = 10 * 1000000;
     if (o->spin == PERF_SPIN_NEVER) desc.spin_us = TPRPC_NOW;
+    desc.lanes = o->lanes > 8 ? 9 : (int32_t)o->lanes;                      // 9 is refused with a sentence
     if (o->count > 16000) desc.limits.pipes = (uint32_t)o->count + 1000;
     tprpc_status status = tprpc_context_create(&desc, &ctx, &error);
     if (status == TPRPC_ERROR_INVALID) perf_refuse("%s", error.text);       // an unknown --transport or --channel
