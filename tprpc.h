@@ -16388,8 +16388,9 @@ static void tpr_report_info(tpr_report *report, const tprpc_pipe_info *info) {
                     (unsigned long long)info->bytes_received, (unsigned long long)info->tensor_bytes_sent,
                     (unsigned long long)info->tensor_bytes_received);
     for (uint32_t i = 0; i < info->path_count && i < TPR_COUNT(info->paths); i++) {
-        if (info->paths[i].chosen) continue;
-        tpr_report_line(report, "    not %s: %s\n", info->paths[i].name, info->paths[i].why);
+        const tprpc_path *path = &info->paths[i];
+        if (!path->chosen || path->why[0])
+            tpr_report_line(report, "    %s%s: %s\n", path->chosen ? "" : "not ", path->name, path->why);
     }
 }
 

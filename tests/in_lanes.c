@@ -11,6 +11,7 @@
 enum { LARGE = 600000, PIECE = 100000 };
 
 static int64_t clock_ahead;
+static int context_lanes;              /* 0: the default */
 static int64_t clock_us(void *user) { (void)user; return test_now_us() + clock_ahead; }
 
 /* ---- a peer ---- */
@@ -65,6 +66,7 @@ static void peer_context(peer *p) {
     memset(&desc, 0, sizeof desc);
     desc.transports = "tcp";
     desc.channels = "basic";
+    desc.lanes = context_lanes;
     desc.clock_us = clock_us;
     desc.log = print_log;
     desc.limits.memory_bytes = 64 << 20;
@@ -306,6 +308,35 @@ TEST(asks_before_the_pipe_is_open) {
     CHECK_EQ_INT(ask(&p, &word), -1);
     CHECK(alive(&p));
     close(early);
+    peer_close(&p);
+}
+
+/* Where there are lanes, but not the first, basic's bulk goes over the pipe's own connection. */
+TEST(other_lanes_alone) {
+    static frame f;
+    peer p;
+    tprpc_tensor t;
+    tprpc_message m;
+    context_lanes = 4;
+    peer_open(&p, TPR_WIRE_MINOR);
+    tpr_wire_lane second = lane_word(&p, 2, 1), fourth = lane_word(&p, 4, 2), fifth = lane_word(&p, 5, 3);
+    const int fds[2] = {ask(&p, &second), ask(&p, &fourth)};
+    CHECK(fds[0] >= 0 && fds[1] >= 0);
+    CHECK_EQ_INT(ask(&p, &fifth), -1);
+    memset(&t, 0, sizeof t);
+    memset(&m, 0, sizeof m);
+    t.size = LARGE;
+    t.data = calloc(1, LARGE);
+    m.tensors = &t;
+    m.tensor_count = 1;
+    REQUIRE_EQ_INT(tprpc_pipe_write(p.pipe, &m, on_written, &p.wrote), TPRPC_OK);
+    REQUIRE(peer_until(&p, p.fd, TPR_WIRE_MESSAGE, &f));
+    say_control(&p, TPR_BATCH_READY, 1);
+    for (size_t came = 0; came < LARGE; came += f.head.size - TPR_WIRE_DATA_HEADER)
+        REQUIRE(peer_until(&p, p.fd, TPR_WIRE_DATA, &f));
+    WAIT(&p.s, p.wrote.runs, 1);
+    for (int i = 0; i < 2; i++) close(fds[i]);
+    free(t.data);
     peer_close(&p);
 }
 

@@ -581,7 +581,7 @@ static void closes_when_done(const setting *set, bool by_connector) {
         status = small_one.status;
     }
     CHECK_EQ_INT(status, TPRPC_ERROR_PEER);
-    CHECK(LOAD(*from) == NULL);
+    while (LOAD(*from)) work(&e.p.s);
     parcel_free(x);
     ends_close(&e);
 }
@@ -612,7 +612,8 @@ TEST(slow_after_the_close) {
     }
     WAIT(&e.p.s, x->got.runs, 1);
     CHECK_EQ_INT(x->got.status, TPRPC_OK);
-    CHECK(e.p.b == NULL && matches(x->back, x->size, x->seed));
+    CHECK(matches(x->back, x->size, x->seed));
+    while (e.p.b) work(&e.p.s);
     parcel_free(x);
     ends_close(&e);
 }
