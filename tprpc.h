@@ -8171,6 +8171,7 @@ enum {
     TPR_PIPE_RATED_AGAIN = 64,         // one of so many, by another than the fastest
     TPR_PIPE_LANE_MS = 2000,           // that one may take to come; after a failure another is tried after
     TPR_PIPE_LANE_RETRY_US = 1000000,  // this time, which doubles up to six times
+    TPR_PIPE_DRAIN = 64 << 20,         // bytes that may have come before it ended
     TPR_PIPE_STACK = 1024,             // frames up to here are built and parsed on the stack
     TPR_PIPE_ROUND = 1 << 20,          // bytes handled in one go before others have a turn
     TPR_PIPE_SHORT = 256,              // metadata up to here, without tensors, takes the short path
@@ -10857,16 +10858,18 @@ TPR_COLD static void tpr_pipe_lane_ended(tpr_pipe_lane *lane, const char *why) {
     }
     lane->until = pipe->receives;
     lane->state = was == TPR_PIPE_LANE_CONNECTING ? TPR_PIPE_LANE_NONE : TPR_PIPE_LANE_ENDED;
+    if (lane->state == TPR_PIPE_LANE_ENDED && !pipe->parting) tpr_pipe_say_lost(lane);
     tpr_pipe_lane_close(lane, was == TPR_PIPE_LANE_OPEN ? TPRPC_OK : TPRPC_ERROR_CANCELLED);
     if (pipe->parting && !pipe->lanes_open) tpr_pipe_parted(pipe);
-    if (lane->state == TPR_PIPE_LANE_ENDED && !pipe->parting) tpr_pipe_say_lost(lane);
     tpr_pipe_resume_later(pipe);       // bulk that waited for it
 }
 
-// Reads what came before it ended.
+// Reads what came before it ended, but not all that a peer may still write to memory that both share.
 TPR_COLD static void tpr_pipe_lane_drain(tpr_pipe_lane *lane) {
     const tprpc_pipe *pipe = lane->conn.pipe;
-    while (lane->state == TPR_PIPE_LANE_OPEN && tpr_pipe_table(&lane->conn)->peek(lane->conn.conn).size) {
+    const uint64_t stop = pipe->bytes_received + TPR_PIPE_DRAIN;
+    while (lane->state == TPR_PIPE_LANE_OPEN && pipe->bytes_received < stop &&
+           tpr_pipe_table(&lane->conn)->peek(lane->conn.conn).size) {
         const uint64_t before = pipe->bytes_received;
         tpr_pipe_lane_pump_in(lane);
         if (pipe->bytes_received == before) break;

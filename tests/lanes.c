@@ -395,6 +395,49 @@ TEST_LIMIT(dies_in_a_transfer, 120) {
             for (int by = 0; by < 2; by++) dies_in_a_transfer(set, how, by);
 }
 
+/* The sockets that this process has, and how many. */
+static int sockets_of(int *fds, int most) {
+    int count = 0;
+    for (int fd = 3; fd < 200; fd++) {
+        struct stat info;
+        if (fstat(fd, &info) == 0 && S_ISSOCK(info.st_mode) && count < most) fds[count++] = fd;
+    }
+    return count;
+}
+
+/* Over shared memory: the socket beside it ends. */
+static void dies_in_shm(const setting *set, bool by_connector, int turns) {
+    int before[64], after[64];
+    ends e;
+    ends_open(&e, set);
+    carry(&e, 100, true);
+    const int count = sockets_of(before, 64);
+    carry_until(&e, 1, by_connector);
+    idle(&e.p.s, 5000);
+    REQUIRE_EQ_INT(sockets_of(after, 64), count + 2);
+    int lane = 0;
+    while (lane < count && after[lane] == before[lane]) lane++;
+    parcel *x = parcel_new(HUGE_ONE, 4);
+    parcel_begin(x, &e.p.s, by_connector ? e.p.b : e.p.a, by_connector ? e.p.a : e.p.b);
+    for (int i = 0; i < turns; i++) tprpc_poll(i & 1 ? e.p.s.ctx : e.p.s.also, TPRPC_NOW, 1);
+    REQUIRE(shutdown(after[lane], SHUT_RDWR) == 0);
+    const tprpc_status status = parcel_wait(x, &e.p.s);
+    if (status) CHECK_EQ_INT(status, TPRPC_ERROR_PEER);
+    if (status) CHECK_CONTAINS(x->got.text, "a connection of the pipe was lost: lane 1");
+    if (turns == 16) CHECK_EQ_INT(status, TPRPC_ERROR_PEER);
+    parcel_free(x);
+    carry(&e, 100, !by_connector);
+    carry(&e, LARGE, by_connector);
+    carry_until(&e, 1, by_connector);
+    ends_close(&e);
+}
+
+TEST(dies_in_shm) {
+    static const setting shm[] = {{"shm", "basic", 0, 0, 1}, {"shm", "bulk", 0, 0, 1}};
+    for (int i = 0; i < 4; i++)
+        for (int turns = 0; turns <= 32; turns = turns ? turns * 2 : 1) dies_in_shm(&shm[i / 2], i & 1, turns);
+}
+
 /* One end alone hears that a lane has ended on which nothing was: nothing fails, and nothing waits for ever. */
 static void dies_idle(const setting *set, int how, bool by_connector) {
     ends e;
@@ -606,12 +649,22 @@ TEST(slow_after_the_close) {
     WAIT(&e.p.s, x->described.runs, 1);
     STORE(e.way.slow_us, 10000);
     REQUIRE_EQ_INT(tprpc_pipe_read(e.p.a, &x->to, on_read, &x->got), TPRPC_OK);
+    while (e.p.b) work(&e.p.s);
+    idle(&e.p.s, 20000);
+    parcel *back[2] = {parcel_new(10, 1), parcel_new(LARGE, 2)};   /* to who is gone, though not all of him came */
+    tprpc_status status[2];
+    for (int i = 0; i < 2; i++) status[i] = tprpc_pipe_write(e.p.a, &back[i]->m, on_written, &back[i]->wrote);
     for (int i = 0; i < 40 && !x->got.runs; i++) {
         idle(&e.p.s, 50000);
         ADD(clock_ahead, 5000000);
     }
     WAIT(&e.p.s, x->got.runs, 1);
     CHECK_EQ_INT(x->got.status, TPRPC_OK);
+    for (int i = 0; i < 2; i++) {
+        if (status[i] == TPRPC_OK) WAIT(&e.p.s, back[i]->wrote.runs, 1);
+        CHECK_EQ_INT(back[i]->wrote.releases, 1);
+        parcel_free(back[i]);
+    }
     CHECK(matches(x->back, x->size, x->seed));
     while (e.p.b) work(&e.p.s);
     parcel_free(x);
