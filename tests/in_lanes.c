@@ -524,6 +524,36 @@ TEST(lost_with_bytes_on_it) {
         }
 }
 
+/* What is begun after this end has said that a lane ended is none of what was on it. */
+TEST(begun_after_it_was_lost) {
+    static frame f;
+    peer p;
+    peer_open(&p, TPR_WIRE_MINOR);
+    tpr_wire_lane word = lane_word(&p, 1, 1);
+    const int fd = ask(&p, &word);
+    uint8_t *memory = (uint8_t *)malloc(2 * LARGE);
+    REQUIRE(fd >= 0 && memory);
+    offer(&p, 5, memory, LARGE);
+    close(fd);
+    REQUIRE(peer_until(&p, p.fd, TPR_WIRE_LOST, &f));
+    peer *second = (peer *)calloc(1, sizeof *second);
+    REQUIRE(second != NULL);
+    *second = p;                       /* whose reads end apart from the first's */
+    offer(second, 6, memory + LARGE, LARGE);
+    word.sent = 1;
+    say_lane(&p, p.fd, TPR_WIRE_LOST, &word);
+    WAIT(&p.s, p.got.runs, 1);
+    CHECK_EQ_INT(p.got.status, TPRPC_ERROR_PEER);
+    idle(&p.s, 3000);
+    CHECK_EQ_INT(second->got.runs, 0);
+    say_data(&p, p.fd, 0, 6, 0, LARGE, 7);
+    WAIT(&p.s, second->got.runs, 1);
+    CHECK_EQ_INT(second->got.status, TPRPC_OK);
+    free(second);
+    free(memory);
+    peer_close(&p);
+}
+
 /* The word on the one before may come with the next, ahead of the frame that says it. */
 TEST(next_lane_settles) {
     peer p;

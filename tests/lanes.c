@@ -85,7 +85,7 @@ static bool way_move(proxy *p, way *w, int from) {
         if (n <= 0) return moved;
         w->gone[from] += (size_t)n;
         w->have[from] -= (size_t)n;
-        w->passed[from] += (uint64_t)n;
+        ADD(w->passed[from], (uint64_t)n);
         moved = true;
     }
     return moved;
@@ -374,7 +374,7 @@ static void dies_in_a_transfer(const setting *set, int how, bool by_connector) {
     parcel *x = parcel_new(HUGE_ONE, 77);
     STORE(e.way.slow_us, 300);
     e.way.cut_how = how;
-    e.way.cut_after = (int64_t)(e.way.ways[1]->passed[0] + e.way.ways[1]->passed[1]) + (1 << 20);
+    e.way.cut_after = (int64_t)(LOAD(e.way.ways[1]->passed[0]) + LOAD(e.way.ways[1]->passed[1])) + (1 << 20);
     STORE(e.way.cut, 1);
     parcel_begin(x, &e.p.s, by_connector ? e.p.b : e.p.a, by_connector ? e.p.a : e.p.b);
     CHECK_EQ_INT(parcel_wait(x, &e.p.s), TPRPC_ERROR_PEER);

@@ -322,6 +322,7 @@ static void say_lane(uint8_t kind, uint8_t how) {
     if (how & 4) lane.move.nonce[fuzz_below(16)] ^= fuzz_u8();
     if (how & 8) lane.move.token[fuzz_below(16)] ^= fuzz_u8();
     if (how & 16) lane.sent = fuzz_number();
+    if (kind == TPR_WIRE_LANE && !(how & 32)) lane.move.nonce[15] = ++known.lane.move.nonce[15];
     tpr_wire_writer w = frame_body();
     tpr_wire_write_lane(&w, &lane);
     if (kind == TPR_WIRE_WANT) tpr_base_store_le32(frame + TPR_WIRE_HEADER, lane.number);
@@ -1169,6 +1170,24 @@ static void shake_hands(void) {
     polite = before;
 }
 
+/* A lane on a line of its own, asked for as it should be, but for what is changed of it. */
+static void lane_deed(void) {
+    const uint8_t how = fuzz_u8();
+    const bool asks = live.role == LISTENS || live.role == SERVES, before = polite;
+    if (!asks) {
+        say_lane(TPR_WIRE_WANT, 2);
+        turn(1);
+    }
+    line_begin(FUZZ_SHM, 0);
+    if (asks) say_lane(TPR_WIRE_LANE, how);
+    polite = !(how & 64);
+    for (int i = 0; i < 3; i++) {
+        turn(1);
+        hear(now);
+    }
+    polite = before;
+}
+
 /* Writes into the shared memory, now or at a moment to come. */
 static void scribble_deed(void) {
     uint8_t where = fuzz_u8(), how = fuzz_u8();
@@ -1295,7 +1314,8 @@ static void deed(void) {
     case 26: scribble_deed(); break;
     case 27: socket_deed(); break;
     case 28: say_flood(); break;
-    case 30: case 31: { uint8_t kind = (uint8_t)(TPR_WIRE_LANE + fuzz_u8() % 4); say_lane(kind, fuzz_u8()); } break;
+    case 31: lane_deed(); break;
+    case 30: { uint8_t kind = (uint8_t)(TPR_WIRE_LANE + fuzz_u8() % 4); say_lane(kind, fuzz_u8()); } break;
     default: look_sum += tprpc_context_arm(live.ctx, &deadline_us); break;
     }
 }
