@@ -10951,10 +10951,8 @@ static void tpr_pipe_lane_event(tpr_pipe_lane *lane, uint32_t events, const tprp
 static void tpr_pipe_lane_timed_out(tprpc_work *work) {
     tpr_pipe_lane *lane = TPR_CONTAINER(work, tpr_pipe_lane, timer);
     tprpc_pipe *pipe = lane->conn.pipe;
-    pipe->refs++;                      // the answer may be there, if nobody has polled for so long
-    if (lane->state == TPR_PIPE_LANE_ASKED) tpr_pipe_lane_answered(lane);
-    if (lane->state == TPR_PIPE_LANE_CONNECTING || lane->state == TPR_PIPE_LANE_ASKED)
-        tpr_pipe_lane_ended(lane, "it did not come in time");
+    pipe->refs++;
+    tpr_pipe_lane_ended(lane, "it did not come in time");
     tpr_pipe_unref(pipe);
 }
 

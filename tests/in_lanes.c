@@ -614,6 +614,62 @@ TEST(broken_words) {
     }
 }
 
+/* ---- closing ---- */
+
+/* To a peer that has closed, and whose lane still brings what is being received, nothing more is sent: over tcp that
+   could cost what comes. */
+TEST(sends_nothing_to_who_has_closed) {
+    enum { MUCH = 24 << 20 };
+    static frame f;
+    static uint8_t sink[1 << 20];
+    peer p;
+    tprpc_tensor t;
+    tprpc_message m;
+    outcome last;
+    uint8_t bye[64];
+    tpr_wire_writer w = tpr_wire_writer_of(bye, sizeof bye);
+    ssize_t n;
+    size_t came = 0;
+    peer_open(&p, TPR_WIRE_MINOR);
+    tpr_wire_lane word = lane_word(&p, 1, 1);
+    const int fd = ask(&p, &word);
+    uint8_t *memory = (uint8_t *)malloc(LARGE);
+    REQUIRE(fd >= 0 && memory);
+    memset(&t, 0, sizeof t);
+    memset(&m, 0, sizeof m);
+    t.size = MUCH;
+    t.data = calloc(1, MUCH);
+    m.tensors = &t;
+    m.tensor_count = 1;
+    m.release = on_release;
+    m.release_user = &p.wrote;
+    REQUIRE_EQ_INT(tprpc_pipe_write(p.pipe, &m, on_written, &p.wrote), TPRPC_OK);
+    REQUIRE(peer_until(&p, p.fd, TPR_WIRE_MESSAGE, &f));
+    offer(&p, 5, memory, LARGE);
+    say_control(&p, TPR_BATCH_READY, 1);
+    idle(&p.s, 20000);
+    tpr_wire_write_bye(&w, TPRPC_ERROR_CLOSED, "");
+    say(&p, p.fd, TPR_WIRE_BYE, 0, bye, (size_t)(w.at - bye));
+    idle(&p.s, 20000);
+    CHECK(p.got.runs == 0 && p.wrote.runs == 0);
+    for (int i = 0; i < 200; i++) {
+        while ((n = recv(fd, sink, sizeof sink, MSG_DONTWAIT)) > 0) came += (size_t)n;
+        tprpc_poll(p.s.ctx, 1000, 0);
+    }
+    CHECK_LE_INT(came, MUCH - 1);
+    say_data(&p, fd, 0, 5, 0, LARGE, 7);
+    WAIT(&p.s, p.got.runs, 1);
+    CHECK(p.got.status == TPRPC_OK && all_are(memory, LARGE, 7));
+    close(fd);
+    WAIT(&p.s, p.wrote.runs, 1);
+    CHECK_EQ_INT(p.wrote.status, TPRPC_ERROR_PEER);
+    memset(&last, 0, sizeof last);
+    CHECK_EQ_INT(tprpc_pipe_read(p.pipe, NULL, on_read, &last), TPRPC_ERROR_PEER);
+    free(t.data);
+    free(memory);
+    peer_close(&p);
+}
+
 /* ---- wanting ---- */
 
 /* However often and however many are wanted, a context opens as many as it was told, and tries seldom. */
