@@ -161,10 +161,12 @@
 // after all.
 //
 // Tensors of 256 KiB and more travel over a connection of their own beside the pipe's, a lane, which is made when the
-// first of them is sent: so a call does not wait behind megabytes in one socket. While small messages are about, bulk
-// moves 16 KiB at a time through memory, 64 KiB through sockets, else 256 KiB. On a network where one connection does
-// not get all there is (a limit per flow, several links bonded) set .lanes at both ends: mpt then spreads a tensor over
-// that many. On one path that is no faster, and it is not used unless asked for.
+// first of them is sent: so a call does not wait behind megabytes in one socket. Where it cannot be made they travel
+// with the rest, and tprpc_path.why says why it is missing. A lane that is lost fails the tensors that it carried, with
+// PEER, not the pipe. While small messages are about, bulk moves 16 KiB at a time through memory, 64 KiB through
+// sockets, else 256 KiB. On a network where one connection does not get all there is (a limit per flow, several links
+// bonded) set .lanes at both ends: mpt then spreads a tensor over that many. On one path that is no faster, and it is
+// not used unless asked for.
 //
 // tprpc_context_desc.transports and .channels say which pipes may use, in order of preference ("shm,tcp"); a store on
 // tcp:// works all the same. Backends of your own are tables of functions, given in .backends: see the public part.
@@ -657,7 +659,7 @@ typedef struct tprpc_path {          // one backend as a pipe sees it
     char    name[16];
     bool    channel;                 // false: a transport
     bool    chosen;
-    char    why[110];                // when not chosen: why not
+    char    why[110];                // when not chosen: why not; of the chosen channel: why a lane is missing
 } tprpc_path;
 
 typedef struct tprpc_pipe_info {
@@ -2958,7 +2960,7 @@ enum {
     TPR_WIRE_MAJOR = 1, TPR_WIRE_MINOR = 2,
     TPR_WIRE_HEADER = 8,                  // u32 size of the body, u8 kind, u8 handles, u16 channel
     TPR_WIRE_DATA_HEADER = 16,            // u64 transfer, u64 offset; the bytes follow
-    TPR_WIRE_MOVE_BYTES = 36, TPR_WIRE_LANE_BYTES = 40,   // a LANE's body is that of a MOVE, then the lane's u32
+    TPR_WIRE_MOVE_BYTES = 36, TPR_WIRE_LANE_BYTES = 48,   // of the bodies of these
     TPR_WIRE_MESSAGE_HEADER = 16,
     TPR_WIRE_FIRST = 4096,                // the most that is read of a peer before it is known
     TPR_WIRE_CONTROL = 16384,             // the largest body of a frame that is neither message nor data
@@ -2979,8 +2981,9 @@ enum {
     TPR_WIRE_CREDIT,
     TPR_WIRE_BYE,
     TPR_WIRE_LANE,                        // since 1.2: a connection's first frame, it becomes a pipe's lane;
-    TPR_WIRE_LANED,                       // the answer; and that who listened wants so many lanes (u32)
-    TPR_WIRE_WANT
+    TPR_WIRE_LANED,                       // the answer;
+    TPR_WIRE_WANT,                        // who listened wants so many lanes (u32);
+    TPR_WIRE_LOST                         // a lane has ended at who says it
 };
 
 typedef struct tpr_wire_reader { const uint8_t *at, *end; bool failed; } tpr_wire_reader;
@@ -3121,6 +3124,7 @@ static inline bool tpr_wire_get_frame(const uint8_t *in, uint64_t message_limit,
     case TPR_WIRE_HELLO: case TPR_WIRE_MOVE: case TPR_WIRE_MOVED: case TPR_WIRE_LANE: case TPR_WIRE_LANED:
         return out->size <= TPR_WIRE_FIRST;
     case TPR_WIRE_AGREE: case TPR_WIRE_CHANNEL: case TPR_WIRE_CREDIT: case TPR_WIRE_BYE: case TPR_WIRE_WANT:
+    case TPR_WIRE_LOST:
         return out->size <= TPR_WIRE_CONTROL;
     default: return false;
     }
@@ -3218,10 +3222,24 @@ TPR_COLD static bool tpr_wire_read_move(const uint8_t *bytes, size_t size, tpr_w
     return !r.failed;
 }
 
-// The lane that a LANE or LANED names, from 1 on; 0: it is broken.
-TPR_COLD static uint32_t tpr_wire_read_lane(const uint8_t *bytes, size_t size, tpr_wire_move *out) {
-    if (size < TPR_WIRE_LANE_BYTES || !tpr_wire_read_move(bytes, size, out)) return 0;
-    return tpr_base_load_le32(bytes + TPR_WIRE_MOVE_BYTES);
+// The body of LANE, LANED and LOST. A lane is known by its number, from 1 on, and a nonce that none before it had.
+typedef struct tpr_wire_lane {
+    tpr_wire_move move;               // token: of the end it is said to, which it had from the other's hello
+    uint32_t number;
+    uint64_t sent;                    // bytes of bulk that who says it sent over it; in LANE: over the one before
+} tpr_wire_lane;
+
+static void tpr_wire_write_lane(tpr_wire_writer *w, const tpr_wire_lane *lane) {
+    tpr_wire_write_move(w, &lane->move);
+    tpr_wire_write_u32(w, lane->number);
+    tpr_wire_write_u64(w, lane->sent);
+}
+
+TPR_COLD static bool tpr_wire_read_lane(const uint8_t *bytes, size_t size, tpr_wire_lane *out) {
+    if (size < TPR_WIRE_LANE_BYTES || !tpr_wire_read_move(bytes, size, &out->move)) return false;
+    out->number = tpr_base_load_le32(bytes + TPR_WIRE_MOVE_BYTES);
+    out->sent = tpr_base_load_le64(bytes + TPR_WIRE_MOVE_BYTES + 4);
+    return true;
 }
 
 // Four frames prove the channels that both ends have: the connector's challenges; the acceptor's challenges and
@@ -8440,6 +8458,7 @@ enum {
     TPR_PIPE_RATED_AGAIN = 64,         // one of so many, by another than the fastest
     TPR_PIPE_LANE_MS = 2000,           // that one may take to come; after a failure another is tried after
     TPR_PIPE_LANE_RETRY_US = 1000000,  // this time, which doubles up to six times
+    TPR_PIPE_DRAIN = 64 << 20,         // bytes that may have come before it ended
     TPR_PIPE_STACK = 1024,             // frames up to here are built and parsed on the stack
     TPR_PIPE_ROUND = 1 << 20,          // bytes handled in one go before others have a turn
     TPR_PIPE_SHORT = 256,              // metadata up to here, without tensors, takes the short path
@@ -8488,7 +8507,8 @@ typedef struct tpr_pipe_transfer {     // a channel's transfer of one message
     const tpr_context_backend *holder; // of an incoming message: the channel that shows the sender's memory in place
     void    *hold;                     // until it is let go; NULL: it shows none
     uint16_t channel;
-    bool large, torn;                  // of a receive: its bulk may come over lanes; one of them was lost
+    bool large, torn;                  // of a receive: its bulk may come over lanes; some of that was lost
+    uint64_t place;                    // of a receive: how many the pipe began before
     int64_t  begun_us;                 // of a send that is rated, when it began; else 0
     uint64_t bytes;                    // likewise
 } tpr_pipe_transfer;
@@ -8596,6 +8616,7 @@ typedef struct tpr_pipe_conn {         // one connection of a pipe, with the fra
     const uint8_t *data;
     uint8_t  chunk_header[TPR_WIRE_HEADER + TPR_WIRE_DATA_HEADER];
     uint32_t chunk_size, chunk_sent;   // of the chunk on its way, header included
+    uint64_t bulk_sent, bulk_received;   // bytes in chunks that were cut, or came whole
     // in
     uint8_t  header[TPR_WIRE_HEADER + TPR_WIRE_DATA_HEADER];
     uint32_t header_have, body_have;
@@ -8604,11 +8625,21 @@ typedef struct tpr_pipe_conn {         // one connection of a pipe, with the fra
     uint64_t data_transfer, data_offset;
 } tpr_pipe_conn;
 
+typedef enum tpr_pipe_lane_state {
+    TPR_PIPE_LANE_NONE,                // or both ends have said that it ended: another may be made
+    TPR_PIPE_LANE_CONNECTING,          // connector: LANE is not said yet; the other end knows nothing of it
+    TPR_PIPE_LANE_ASKED,               // connector: LANE is said
+    TPR_PIPE_LANE_OPEN,
+    TPR_PIPE_LANE_ENDED                // LOST is said, the other end's is awaited
+} tpr_pipe_lane_state;
+
 typedef struct tpr_pipe_lane {         // a connection beside the pipe's own, for large bulk; lives as long as the pipe
     tpr_pipe_conn conn;                // first
     uint32_t   number;                 // from 1 on
-    bool       open;                   // both ends know of it
-    tprpc_work timer;                  // until it is
+    tpr_pipe_lane_state state;
+    uint8_t    nonce[16];              // of the one that is there, or was last
+    uint64_t   until;                  // of one that ended: receives that the pipe had begun
+    tprpc_work timer;                  // until it is open
     uint8_t    answer[TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES];
 } tpr_pipe_lane;
 
@@ -8655,7 +8686,9 @@ struct tprpc_pipe {
     uint32_t        channel_count;
     // lanes
     tpr_pipe_lane  *lanes[TPR_CONTEXT_LANES];   // NULL: never there
-    uint32_t        lanes_open, lanes_wanted, lanes_failed;   // failed: in a row
+    uint32_t        lanes_open, lanes_wanted;   // a bit each
+    uint32_t        lanes_failed;      // in a row
+    uint64_t        lanes_made, receives;   // lanes that it tried to make; transfers that it began to receive
     uint16_t        peer_minor;
     uint8_t         peer_token[16];
     int64_t         lanes_retry_us;    // none is tried before
@@ -8723,6 +8756,7 @@ static void tpr_pipe_take_conn(tprpc_pipe *pipe, const tpr_context_backend *entr
 static void tpr_pipe_set_timer(tprpc_pipe *pipe, int64_t ms);
 static void tpr_pipe_process_ended(tpr_process_watch *watch);
 static void tpr_pipe_lanes_want(tprpc_pipe *pipe, uint32_t count);
+static bool tpr_pipe_on_lost(tprpc_pipe *pipe, const uint8_t *body, size_t size);
 static void tpr_pipe_lanes_end(tprpc_pipe *pipe, tprpc_status cause);
 static void tpr_pipe_part(tprpc_pipe *pipe, tprpc_status status, int32_t os_code, const char *text);
 static void tpr_pipe_rate(tpr_pipe_transfer *transfer);
@@ -8956,13 +8990,19 @@ static inline size_t tpr_pipe_quantum(const tpr_pipe_conn *conn, size_t most) {
     return tpr_loop_chunk(conn->pipe->loop, most, copies ? TPR_LOOP_QUICK_COPY : TPR_LOOP_QUICK_SEND);
 }
 
+// Those of the first `count` lanes that are open, a bit each.
+static inline uint32_t tpr_pipe_lanes_open(const tprpc_pipe *pipe, uint32_t count) {
+    return pipe->lanes_open & ((1u << count) - 1);
+}
+
 // Cuts the next chunk for a connection: of the first bulk that may go over it, which is the pipe's own while its lanes
 // are not there. lane: its number, 0: the pipe's own. False: there is none.
 static bool tpr_pipe_cut_chunk(tpr_pipe_conn *conn, uint32_t lane) {
     tprpc_pipe *pipe = conn->pipe;
     tpr_pipe_bulk *bulk = pipe->bulk;
-    while (bulk && (!bulk->size || (lane ? bulk->lanes < lane : bulk->lanes && pipe->lanes_open))) bulk = bulk->next;
-    if (!bulk) return false;
+    while (bulk && (!bulk->size || (lane ? bulk->lanes < lane : tpr_pipe_lanes_open(pipe, bulk->lanes) != 0)))
+        bulk = bulk->next;
+    if (!bulk || pipe->parting) return false;   // to send to who has closed could cost what still comes from there
     const size_t most = tpr_pipe_quantum(conn, TPR_PIPE_CHUNK);
     const uint32_t size = (uint32_t)(bulk->size < most ? bulk->size : most);
     tpr_wire_put_frame(conn->chunk_header, TPR_WIRE_DATA_HEADER + size, TPR_WIRE_DATA, 0, bulk->channel);
@@ -8976,6 +9016,7 @@ static bool tpr_pipe_cut_chunk(tpr_pipe_conn *conn, uint32_t lane) {
     bulk->offset += size;
     bulk->size -= size;
     bulk->chunks++;
+    conn->bulk_sent += size;
     return true;
 }
 
@@ -9065,9 +9106,10 @@ static void tpr_pipe_pump_out(tprpc_pipe *pipe) {
 static void tpr_pipe_lane_pump_out(tpr_pipe_lane *lane) {
     tpr_pipe_conn *conn = &lane->conn;
     tprpc_pipe *pipe = conn->pipe;
+    if (lane->state != TPR_PIPE_LANE_OPEN) return;
     uint64_t stop = pipe->bytes_sent + tpr_pipe_quantum(conn, TPR_PIPE_ROUND);
     pipe->refs++;
-    while (pipe->state != TPR_PIPE_ENDED && lane->open) {
+    while (pipe->state != TPR_PIPE_ENDED && lane->state == TPR_PIPE_LANE_OPEN) {
         if (pipe->bytes_sent >= stop) {
             tpr_pipe_resume_later(pipe);
             break;
@@ -9212,7 +9254,7 @@ static void tpr_pipe_transfer_ended(tpr_channel_transfer *base, tprpc_status sta
     tprpc_error torn;
     tpr_base_list_remove(&transfer->node);
     if (transfer->in) tpr_pipe_forget_dest(&pipe->now, transfer);
-    for (uint32_t i = 0; transfer->large && i < TPR_CONTEXT_LANES; i++)
+    for (uint32_t i = 0; transfer->in && i < TPR_CONTEXT_LANES; i++)
         if (pipe->lanes[i]) tpr_pipe_forget_dest(&pipe->lanes[i]->conn, transfer);
     if (status != TPRPC_OK && pipe->state == TPR_PIPE_ENDED) {   // what ended the pipe is the cause
         status = pipe->status;
@@ -10116,6 +10158,7 @@ static void tpr_pipe_in_read(tpr_pipe_in *in, const tprpc_message *allocation, b
             if (in->slots[i].transfer == k) buffers[n++] = tpr_pipe_item(&in->message, i);
         transfer->in = in;
         for (size_t i = 0; i < n; i++) transfer->large |= buffers[i].size >= TPR_PIPE_LARGE;
+        transfer->place = pipe->receives++;
         in->pending++;
         tpr_pipe_transfer_begin(pipe, transfer, in->wire[k].id, in->wire[k].channel);
         tprpc_status got =
@@ -10207,6 +10250,9 @@ static void tpr_pipe_on_frame(tprpc_pipe *pipe, const uint8_t *body) {
         if (frame.size < 4 || !pipe->connector || pipe->state != TPR_PIPE_OPEN) break;
         tpr_pipe_lanes_want(pipe, tpr_base_load_le32(body));
         return;
+    case TPR_WIRE_LOST:
+        if (pipe->state != TPR_PIPE_OPEN || !tpr_pipe_on_lost(pipe, body, frame.size)) break;
+        return;
     default: break;
     }
     tpr_pipe_end(pipe, TPRPC_ERROR_PROTOCOL, 0, "the peer sent a broken frame of kind %u", (unsigned)frame.kind);
@@ -10293,6 +10339,7 @@ static bool tpr_pipe_take_data(tpr_pipe_conn *conn) {
     if (conn->body_have < size) return n == most;   // there may be more of it
     uint64_t transfer = conn->data_transfer, offset = conn->data_offset;
     tpr_pipe_frame_over(conn);
+    conn->bulk_received += size;
     conn->header_have = (uint32_t)ahead;
     if (there) channel->entry->backend->channel->bulk_done(channel->end, transfer, offset, size);
     return conn->header_have < TPR_WIRE_HEADER || (pipe->state != TPR_PIPE_ENDED && tpr_pipe_begin_frame(conn));
@@ -10406,9 +10453,10 @@ static void tpr_pipe_pump_in(tprpc_pipe *pipe) {
 static void tpr_pipe_lane_pump_in(tpr_pipe_lane *lane) {
     tpr_pipe_conn *conn = &lane->conn;
     tprpc_pipe *pipe = conn->pipe;
+    if (lane->state != TPR_PIPE_LANE_OPEN) return;
     uint64_t stop = pipe->bytes_received + tpr_pipe_quantum(conn, TPR_PIPE_ROUND / 2);
     pipe->refs++;
-    while (pipe->state != TPR_PIPE_ENDED && lane->open) {
+    while (pipe->state != TPR_PIPE_ENDED && lane->state == TPR_PIPE_LANE_OPEN) {
         if (pipe->bytes_received >= stop) {
             if (!(tpr_pipe_table(conn)->flags & TPRPC_TRANSPORT_REPEATS)) tpr_pipe_resume_later(pipe);
             break;
@@ -10425,7 +10473,7 @@ static void tpr_pipe_resume(tprpc_work *work) {
     tpr_pipe_pump_in(pipe);
     tpr_pipe_pump_out(pipe);
     for (uint32_t i = 0; i < TPR_CONTEXT_LANES && pipe->lanes_open; i++) {
-        if (!pipe->lanes[i] || !pipe->lanes[i]->open) continue;
+        if (!pipe->lanes[i]) continue;
         tpr_pipe_lane_pump_in(pipe->lanes[i]);
         tpr_pipe_lane_pump_out(pipe->lanes[i]);
     }
@@ -11073,8 +11121,12 @@ static void tpr_pipe_next_event(tprpc_pipe *pipe, uint32_t events, const tprpc_e
 //
 // Large bulk goes over lanes where the transport is worth having them, so that small messages do not wait for what one
 // connection holds. Who connected the pipe connects them, when a tensor first wants one or the other end says WANT;
-// what is under way meanwhile goes over the pipe's own connection. A lane that is lost fails what may have been on it,
-// and the next large tensor has it made anew.
+// what is under way meanwhile goes over the pipe's own connection, as do all tensors where there are none.
+//
+// The ends need not see at the same time that a lane ended, nor whether what was sent had come. So each that closes one
+// says LOST on the pipe's own connection, with the bytes that it sent over it, before anything that is asked for later;
+// and who has received fewer gives up what it was receiving when it closed its end. Only then may the lane be made
+// anew.
 
 // Whether anything is being received that a lane may carry.
 static bool tpr_pipe_receives_large(const tprpc_pipe *pipe) {
@@ -11083,11 +11135,29 @@ static bool tpr_pipe_receives_large(const tprpc_pipe *pipe) {
     return false;
 }
 
+// A frame about a lane, whole. Returns its size.
+static size_t tpr_pipe_put_lane(const tpr_pipe_lane *lane, uint8_t kind, uint8_t *out) {
+    tpr_wire_writer w = tpr_wire_writer_of(out + TPR_WIRE_HEADER, TPR_WIRE_LANE_BYTES);
+    tpr_wire_lane word;
+    memcpy(word.move.token, lane->conn.pipe->peer_token, 16);
+    memcpy(word.move.nonce, lane->nonce, 16);
+    word.number = lane->number;
+    word.sent = lane->conn.bulk_sent;
+    tpr_wire_put_frame(out, TPR_WIRE_LANE_BYTES, kind, 0, 0);
+    tpr_wire_write_lane(&w, &word);
+    return TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES;
+}
+
+static void tpr_pipe_say_lost(const tpr_pipe_lane *lane) {
+    uint8_t frame[TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES];
+    tpr_pipe_put_lane(lane, TPR_WIRE_LOST, frame);
+    tpr_pipe_control(lane->conn.pipe, TPR_WIRE_LOST, 0, frame + TPR_WIRE_HEADER, TPR_WIRE_LANE_BYTES, NULL, 0);
+}
+
 // Closes a lane, whatever became of it; its chunk is over.
 static void tpr_pipe_lane_close(tpr_pipe_lane *lane, tprpc_status cause) {
     tprpc_pipe *pipe = lane->conn.pipe;
-    if (lane->open) pipe->lanes_open--;
-    lane->open = false;
+    pipe->lanes_open &= ~(1u << (lane->number - 1));
     tpr_timer_cancel(&pipe->loop->wheel, &lane->timer);
     tpr_pipe_disconnect(&lane->conn, cause);
     tpr_pipe_frame_over(&lane->conn);
@@ -11096,7 +11166,11 @@ static void tpr_pipe_lane_close(tpr_pipe_lane *lane, tprpc_status cause) {
 }
 
 static void tpr_pipe_lanes_end(tprpc_pipe *pipe, tprpc_status cause) {
-    for (uint32_t i = 0; i < TPR_CONTEXT_LANES; i++) if (pipe->lanes[i]) tpr_pipe_lane_close(pipe->lanes[i], cause);
+    for (uint32_t i = 0; i < TPR_CONTEXT_LANES; i++) {
+        if (!pipe->lanes[i]) continue;
+        pipe->lanes[i]->state = TPR_PIPE_LANE_NONE;
+        tpr_pipe_lane_close(pipe->lanes[i], cause);
+    }
     tpr_base_list_remove(&pipe->home_node);
     if (pipe->home) tpr_base_map_remove(&pipe->home->by_token, tpr_base_load_le64(pipe->token));
     pipe->home = NULL;
@@ -11119,106 +11193,115 @@ TPR_COLD static void tpr_pipe_parted(tprpc_pipe *pipe) {
     tpr_pipe_end(pipe, why.status, why.os_code, "%s", why.text);
 }
 
-// A lane did not come to be.
-TPR_COLD static void tpr_pipe_lane_failed(tpr_pipe_lane *lane, const char *why) {
+// A lane did not come to be, or ended.
+TPR_COLD static void tpr_pipe_lane_ended(tpr_pipe_lane *lane, const char *why) {
     tprpc_pipe *pipe = lane->conn.pipe;
-    const uint32_t doubled = pipe->lanes_failed < 6 ? pipe->lanes_failed : 6;
+    const tpr_pipe_lane_state was = lane->state;
     snprintf(pipe->lane_why, sizeof pipe->lane_why, "lane %u: %.99s", (unsigned)lane->number, why);
-    TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_INFO, "pipe", "", "no %s", pipe->lane_why);
-    pipe->lanes_failed++;
-    pipe->lanes_retry_us = tpr_loop_clock(pipe->loop) + (TPR_PIPE_LANE_RETRY_US << doubled);
-    tpr_pipe_lane_close(lane, TPRPC_ERROR_CANCELLED);
+    if (was != TPR_PIPE_LANE_OPEN) {
+        TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_INFO, "pipe", "", "no %s", pipe->lane_why);
+        const uint32_t doubled = pipe->lanes_failed < 6 ? pipe->lanes_failed : 6;
+        pipe->lanes_failed++;
+        pipe->lanes_retry_us = tpr_loop_clock(pipe->loop) + ((int64_t)TPR_PIPE_LANE_RETRY_US << doubled);
+    }
+    lane->until = pipe->receives;
+    lane->state = was == TPR_PIPE_LANE_CONNECTING ? TPR_PIPE_LANE_NONE : TPR_PIPE_LANE_ENDED;
+    if (lane->state == TPR_PIPE_LANE_ENDED && !pipe->parting) tpr_pipe_say_lost(lane);
+    tpr_pipe_lane_close(lane, was == TPR_PIPE_LANE_OPEN ? TPRPC_OK : TPRPC_ERROR_CANCELLED);
+    if (pipe->parting && !pipe->lanes_open) tpr_pipe_parted(pipe);
+    tpr_pipe_resume_later(pipe);       // bulk that waited for it
 }
 
-// A lane ended. What was being received over it will not be whole.
-TPR_COLD static void tpr_pipe_lane_lost(tpr_pipe_lane *lane, const tprpc_error *error) {
-    tprpc_pipe *pipe = lane->conn.pipe;
-    const bool was_open = lane->open;
-    char why[110];
-    snprintf(why, sizeof why, "%.109s", error ? error->text : "it was lost");
-    while (lane->open && tpr_pipe_table(&lane->conn)->peek(lane->conn.conn).size) {
-        uint64_t before = pipe->bytes_received;   // what came before is still read
+// Reads what came before it ended, but not all that a peer may still write to memory that both share.
+TPR_COLD static void tpr_pipe_lane_drain(tpr_pipe_lane *lane) {
+    const tprpc_pipe *pipe = lane->conn.pipe;
+    const uint64_t stop = pipe->bytes_received + TPR_PIPE_DRAIN;
+    while (lane->state == TPR_PIPE_LANE_OPEN && pipe->bytes_received < stop &&
+           tpr_pipe_table(&lane->conn)->peek(lane->conn.conn).size) {
+        const uint64_t before = pipe->bytes_received;
         tpr_pipe_lane_pump_in(lane);
         if (pipe->bytes_received == before) break;
     }
-    if (pipe->state == TPR_PIPE_ENDED) return;
-    if (!was_open) {
-        tpr_pipe_lane_failed(lane, why);
-        return;
-    }
-    tpr_pipe_lane_close(lane, TPRPC_OK);
-    if (pipe->parting) {
-        if (!pipe->lanes_open) tpr_pipe_parted(pipe);
-        return;
-    }
-    snprintf(pipe->lane_why, sizeof pipe->lane_why, "lane %u: %.99s", (unsigned)lane->number, why);
-    for (tpr_base_list *node = pipe->transfers.next, *next; node != &pipe->transfers; node = next) {
+}
+
+// Both ends have said that a lane ended. Where not all came of what was sent over it, what was being received then will
+// not be whole.
+TPR_COLD static void tpr_pipe_lane_settle(tpr_pipe_lane *lane, uint64_t sent) {
+    tprpc_pipe *pipe = lane->conn.pipe;
+    tpr_base_list *node = pipe->transfers.next;
+    lane->state = TPR_PIPE_LANE_NONE;
+    if (sent <= lane->conn.bulk_received) return;
+    while (node != &pipe->transfers && pipe->state != TPR_PIPE_ENDED) {
         tpr_pipe_transfer *transfer = TPR_CONTAINER(node, tpr_pipe_transfer, node);
-        next = node->next;
-        if (!transfer->large || transfer->torn) continue;
+        node = node->next;
+        if (!transfer->large || transfer->torn || transfer->place >= lane->until) continue;
         transfer->torn = true;         // it ends with lane_why
         tpr_pipe_abort(transfer, false);
-        next = pipe->transfers.next;   // it may have ended others
+        node = pipe->transfers.next;   // it may have ended others
     }
-    tpr_pipe_resume_later(pipe);       // bulk that waited for it
 }
 
 static void tpr_pipe_lane_opened(tpr_pipe_lane *lane) {
     tprpc_pipe *pipe = lane->conn.pipe;
     tpr_timer_cancel(&pipe->loop->wheel, &lane->timer);
-    lane->open = true;
-    pipe->lanes_open++;
+    lane->state = TPR_PIPE_LANE_OPEN;
+    pipe->lanes_open |= 1u << (lane->number - 1);
     pipe->lanes_failed = 0;
     tpr_pipe_resume_later(pipe);
 }
 
-// A LANE or its answer, whole. Returns its size.
-static size_t tpr_pipe_put_lane(uint8_t *out, uint8_t kind, const tpr_wire_move *move, uint32_t number) {
-    tpr_wire_writer w = tpr_wire_writer_of(out + TPR_WIRE_HEADER, TPR_WIRE_LANE_BYTES);
-    tpr_wire_put_frame(out, TPR_WIRE_LANE_BYTES, kind, 0, 0);
-    tpr_wire_write_move(&w, move);
-    tpr_wire_write_u32(&w, number);
-    return TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES;
+// The connector's lane is established: it is asked for.
+static void tpr_pipe_lane_ask(tpr_pipe_lane *lane) {
+    uint8_t frame[TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES];
+    tprpc_span span;
+    span.data = frame;
+    span.size = tpr_pipe_put_lane(lane, TPR_WIRE_LANE, frame);
+    if (tpr_pipe_table(&lane->conn)->send(lane->conn.conn, &span, 1, NULL, 0, false) != sizeof frame) {
+        tpr_pipe_lane_ended(lane, "it took no bytes");
+        return;
+    }
+    lane->conn.bulk_sent = lane->conn.bulk_received = 0;
+    lane->state = TPR_PIPE_LANE_ASKED;
 }
 
-// The connector's lane: established, then the answer with the right nonce.
-static void tpr_pipe_lane_event(tpr_pipe_lane *lane, uint32_t events, const tprpc_error *error) {
+// The answer, from who knows the token that this end told the pipe's peer alone.
+static void tpr_pipe_lane_answered(tpr_pipe_lane *lane) {
     tpr_pipe_conn *conn = &lane->conn;
-    tprpc_pipe *pipe = conn->pipe;
-    tpr_wire_move move;
-    if (events & TPRPC_EVENT_OPEN) {
-        uint8_t frame[TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES];
-        tprpc_span span;
-        memcpy(move.token, pipe->peer_token, 16);
-        memcpy(move.nonce, pipe->nonce, 16);
-        span.data = frame;
-        span.size = tpr_pipe_put_lane(frame, TPR_WIRE_LANE, &move, lane->number);
-        if (tpr_pipe_table(conn)->send(conn->conn, &span, 1, NULL, 0, false) != sizeof frame) {
-            tpr_pipe_lane_failed(lane, "it took no bytes");
-            return;
-        }
+    tprpc_error error = TPR_ZERO;
+    tpr_wire_lane word;
+    conn->body_have +=
+        (uint32_t)tpr_pipe_recv(conn, lane->answer + conn->body_have, sizeof lane->answer - conn->body_have);
+    if (conn->body_have < sizeof lane->answer) return;
+    conn->body_have = 0;
+    if (!tpr_wire_get_frame(lane->answer, 0, &conn->frame) || conn->frame.kind != TPR_WIRE_LANED ||
+        conn->frame.size != TPR_WIRE_LANE_BYTES ||
+        !tpr_wire_read_lane(lane->answer + TPR_WIRE_HEADER, TPR_WIRE_LANE_BYTES, &word) ||
+        word.number != lane->number || memcmp(word.move.nonce, lane->nonce, 16) != 0 ||
+        memcmp(word.move.token, conn->pipe->token, 16) != 0) {
+        tpr_pipe_lane_ended(lane, "its peer did not prove itself");
+    } else if (tpr_pipe_table(conn)->check_peer(conn->conn, &error) == TPRPC_ERROR_DENIED) {
+        tpr_pipe_lane_ended(lane, error.text);
+    } else {
+        tpr_pipe_lane_opened(lane);
     }
-    if ((events & TPRPC_EVENT_RECV) && !lane->open) {
-        conn->body_have += (uint32_t)tpr_pipe_recv(conn, lane->answer + conn->body_have,
-                                                   sizeof lane->answer - conn->body_have);
-        if (conn->body_have == sizeof lane->answer) {
-            conn->body_have = 0;
-            if (!tpr_wire_get_frame(lane->answer, 0, &conn->frame) || conn->frame.kind != TPR_WIRE_LANED ||
-                tpr_wire_read_lane(lane->answer + TPR_WIRE_HEADER, TPR_WIRE_LANE_BYTES, &move) != lane->number ||
-                memcmp(move.nonce, pipe->nonce, 16) != 0) {
-                tpr_pipe_lane_failed(lane, "its peer did not prove itself");
-                return;
-            }
-            tpr_pipe_lane_opened(lane);
-        }
-    }
+}
+
+static void tpr_pipe_lane_event(tpr_pipe_lane *lane, uint32_t events, const tprpc_error *error) {
+    if ((events & TPRPC_EVENT_OPEN) && lane->state == TPR_PIPE_LANE_CONNECTING) tpr_pipe_lane_ask(lane);
+    if ((events & TPRPC_EVENT_RECV) && lane->state == TPR_PIPE_LANE_ASKED) tpr_pipe_lane_answered(lane);
     if (events & TPRPC_EVENT_RECV) tpr_pipe_lane_pump_in(lane);
-    if (pipe->state != TPR_PIPE_ENDED && (events & TPRPC_EVENT_SEND)) tpr_pipe_lane_pump_out(lane);
-    if (pipe->state != TPR_PIPE_ENDED && (events & TPRPC_EVENT_LOST)) tpr_pipe_lane_lost(lane, error);
+    if (events & TPRPC_EVENT_SEND) tpr_pipe_lane_pump_out(lane);
+    if (!(events & TPRPC_EVENT_LOST) || !lane->conn.conn) return;
+    tpr_pipe_lane_drain(lane);
+    if (lane->conn.conn) tpr_pipe_lane_ended(lane, error ? error->text : "the connection was lost");
 }
 
 static void tpr_pipe_lane_timed_out(tprpc_work *work) {
-    tpr_pipe_lane_failed(TPR_CONTAINER(work, tpr_pipe_lane, timer), "it did not come in time");
+    tpr_pipe_lane *lane = TPR_CONTAINER(work, tpr_pipe_lane, timer);
+    tprpc_pipe *pipe = lane->conn.pipe;
+    pipe->refs++;
+    tpr_pipe_lane_ended(lane, "it did not come in time");
+    tpr_pipe_unref(pipe);
 }
 
 // The lane of that number, made when it is first asked for; NULL: no memory.
@@ -11235,31 +11318,60 @@ static tpr_pipe_lane *tpr_pipe_lane_of(tprpc_pipe *pipe, uint32_t number) {
     return lane;
 }
 
+// The other end says that a lane has ended. One that has not come here yet is not to come any more.
+TPR_COLD static bool tpr_pipe_on_lost(tprpc_pipe *pipe, const uint8_t *body, size_t size) {
+    tpr_wire_lane word;
+    if (!tpr_wire_read_lane(body, size, &word) || word.number == 0 || word.number > TPR_CONTEXT_LANES)
+        return false;
+    tpr_pipe_lane *lane = tpr_pipe_lane_of(pipe, word.number);
+    if (!lane) {
+        tpr_pipe_end(pipe, TPRPC_ERROR_MEMORY, 0, "no memory for a lane");
+        return true;
+    }
+    const bool known = memcmp(lane->nonce, word.move.nonce, 16) == 0;
+    if (!pipe->connector && lane->state == TPR_PIPE_LANE_NONE) {
+        memcpy(lane->nonce, word.move.nonce, 16);
+        lane->conn.bulk_sent = lane->conn.bulk_received = 0;
+        tpr_pipe_say_lost(lane);
+    }
+    if (!known || lane->state == TPR_PIPE_LANE_NONE) return true;
+    tpr_pipe_lane_drain(lane);
+    if (lane->state == TPR_PIPE_LANE_ASKED || lane->state == TPR_PIPE_LANE_OPEN)
+        tpr_pipe_lane_ended(lane, "the other end lost it");
+    if (lane->state == TPR_PIPE_LANE_ENDED) tpr_pipe_lane_settle(lane, word.sent);
+    return true;
+}
+
 static void tpr_pipe_lane_connect(tprpc_pipe *pipe, uint32_t number) {
     const tprpc_transport_table *table = tpr_pipe_table(&pipe->now);
     char name[16], peer[TPR_WIRE_ADDRESS];
     const char *address = tpr_transport_split(pipe->address, name);
     tprpc_error error = TPR_ZERO;
     tpr_pipe_lane *lane = tpr_pipe_lane_of(pipe, number);
-    if (!lane || lane->conn.conn) return;
+    if (!lane || lane->state != TPR_PIPE_LANE_NONE) return;
     if (table->flags & TPRPC_TRANSPORT_HOST_PORT) {   // by number: a name would have to be looked up, which may block
         table->peer(pipe->now.conn, peer, sizeof peer);
         address = peer;
     }
+    memcpy(lane->nonce, pipe->nonce, sizeof lane->nonce);
+    tpr_base_store_le64(lane->nonce, tpr_base_load_le64(pipe->nonce) + ++pipe->lanes_made);
+    lane->state = TPR_PIPE_LANE_CONNECTING;
     lane->conn.entry = pipe->now.entry;
     tpr_loop_timer(pipe->loop, &lane->timer, tpr_loop_clock(pipe->loop) + TPR_PIPE_LANE_MS * 1000);
     if (table->connect(pipe->now.entry->instances[pipe->loop->index], address, number, &lane->conn.owner,
                        &lane->conn.conn, &error) == TPRPC_OK) return;
     lane->conn.conn = NULL;
-    tpr_pipe_lane_failed(lane, error.text);
+    tpr_pipe_lane_ended(lane, error.text);
 }
 
 // A channel here, or the other end, would like to have so many lanes.
 static void tpr_pipe_lanes_want(tprpc_pipe *pipe, uint32_t count) {
     uint8_t body[4];
-    if (count > TPR_CONTEXT_LANES) count = TPR_CONTEXT_LANES;
-    if (pipe->state != TPR_PIPE_OPEN || pipe->lanes_open >= count || pipe->peer_minor < 2 ||
-        !(tpr_pipe_table(&pipe->now)->flags & TPRPC_TRANSPORT_LANES) ||
+    if (count > pipe->ctx->lanes) count = pipe->ctx->lanes;
+    const uint32_t all = (1u << count) - 1;
+    pipe->lanes_wanted |= all;
+    if (pipe->state != TPR_PIPE_OPEN || tpr_pipe_lanes_open(pipe, count) == all || pipe->peer_minor < 2 ||
+        pipe->parting || !(tpr_pipe_table(&pipe->now)->flags & TPRPC_TRANSPORT_LANES) ||
         (pipe->lanes_retry_us && tpr_loop_clock(pipe->loop) < pipe->lanes_retry_us)) return;
     pipe->lanes_retry_us = pipe->loop->now_us + TPR_PIPE_LANE_RETRY_US;   // an answer is awaited so long
     if (!pipe->connector) {
@@ -11327,6 +11439,7 @@ TPR_COLD static void tpr_pipe_timed_out(tprpc_work *work) {
     tpr_pipe_peer(pipe, peer, sizeof peer);
     if (pipe->orphaned && pipe->bytes_received != pipe->heard) tpr_pipe_set_timer(pipe, TPR_PIPE_MOURN_MS);
     else if (pipe->orphaned) tpr_pipe_end(pipe, TPRPC_ERROR_PEER, 0, "%s: its process died", peer);
+    else if (pipe->parting && pipe->bytes_received != pipe->heard) tpr_pipe_set_timer(pipe, TPR_PIPE_HANDSHAKE_MS);
     else if (pipe->parting) tpr_pipe_parted(pipe);
     else if (pipe->state == TPR_PIPE_MOVING) tpr_pipe_move_failed(pipe, "the better transport did not answer in time");
     else
@@ -11462,37 +11575,48 @@ TPR_COLD static void tpr_pipe_greeting_move(tpr_pipe_greeting *greeting, size_t 
     tpr_pipe_greeting_end(greeting, TPRPC_ERROR_LIMIT);
 }
 
-// The first frame said that this connection is a lane of a pipe that came in before.
+// The pipe's lane that a connection says it is; NULL: it may not become one.
+TPR_COLD static tpr_pipe_lane *tpr_pipe_greeting_lane_of(const tpr_pipe_greeting *greeting, size_t size,
+                                                         tpr_wire_lane *word) {
+    const tprpc_transport_table *table = greeting->entry->backend->transport;
+    if (!tpr_wire_read_lane(greeting->bytes + TPR_WIRE_HEADER, size, word)) return NULL;
+    tprpc_pipe *pipe =
+        (tprpc_pipe *)tpr_base_map_get(&greeting->listener->by_token, tpr_base_load_le64(word->move.token));
+    if (!pipe || memcmp(pipe->token, word->move.token, 16) != 0 || word->number == 0 ||
+        word->number > pipe->ctx->lanes || pipe->now.entry != greeting->entry ||
+        !(table->flags & TPRPC_TRANSPORT_LANES) || pipe->state != TPR_PIPE_OPEN || pipe->parting ||
+        table->check_peer(greeting->conn, NULL) == TPRPC_ERROR_DENIED)
+        return NULL;
+    tpr_pipe_lane *lane = tpr_pipe_lane_of(pipe, word->number);
+    return lane && memcmp(lane->nonce, word->move.nonce, 16) != 0 ? lane : NULL;
+}
+
+// The first frame said that this connection is a lane of a pipe that came in before. One that ended here has ended at
+// the other end, too, whose word on it may be still to come.
 TPR_COLD static void tpr_pipe_greeting_lane(tpr_pipe_greeting *greeting, size_t size) {
-    tprpc_listener *listener = greeting->listener;
     const tprpc_transport_table *table = greeting->entry->backend->transport;
     uint8_t frame[TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES];
-    tpr_wire_move move;
-    tpr_pipe_lane *lane = NULL;
+    tpr_wire_lane word;
     tprpc_span span;
-    uint32_t number = tpr_wire_read_lane(greeting->bytes + TPR_WIRE_HEADER, size, &move);
-    tprpc_pipe *pipe = (tprpc_pipe *)tpr_base_map_get(&listener->by_token, tpr_base_load_le64(move.token));
-    if (number == 0 || number > TPR_CONTEXT_LANES || !pipe || memcmp(pipe->token, move.token, 16) != 0 ||
-        pipe->now.entry != greeting->entry || !(table->flags & TPRPC_TRANSPORT_LANES) ||
-        table->check_peer(greeting->conn, NULL) == TPRPC_ERROR_DENIED ||
-        (lane = tpr_pipe_lane_of(pipe, number)) == NULL) {
-        tpr_pipe_greeting_end(greeting, TPRPC_ERROR_DENIED);
-        return;
+    tpr_pipe_lane *lane = tpr_pipe_greeting_lane_of(greeting, size, &word);
+    tprpc_pipe *pipe = lane ? lane->conn.pipe : NULL;
+    if (pipe) pipe->refs++;
+    if (pipe && lane->state == TPR_PIPE_LANE_ENDED) tpr_pipe_lane_settle(lane, word.sent);
+    if (pipe && lane->state == TPR_PIPE_LANE_NONE && pipe->state == TPR_PIPE_OPEN) {
+        memcpy(lane->nonce, word.move.nonce, 16);
+        lane->conn.bulk_sent = lane->conn.bulk_received = 0;
+        span.data = frame;
+        span.size = tpr_pipe_put_lane(lane, TPR_WIRE_LANED, frame);
+        if (table->send(greeting->conn, &span, 1, NULL, 0, false) == sizeof frame) {
+            lane->conn.entry = greeting->entry;
+            lane->conn.conn = greeting->conn;
+            table->own(greeting->conn, &lane->conn.owner);
+            greeting->conn = NULL;
+            tpr_pipe_lane_opened(lane);
+        }
     }
-    pipe->refs++;
-    if (lane->conn.conn) tpr_pipe_lane_lost(lane, NULL);   // the other end has noticed sooner
-    span.data = frame;
-    span.size = tpr_pipe_put_lane(frame, TPR_WIRE_LANED, &move, number);
-    if (pipe->state == TPR_PIPE_OPEN && !lane->conn.conn &&
-        table->send(greeting->conn, &span, 1, NULL, 0, false) == sizeof frame) {
-        lane->conn.entry = greeting->entry;
-        lane->conn.conn = greeting->conn;
-        table->own(greeting->conn, &lane->conn.owner);
-        greeting->conn = NULL;
-        tpr_pipe_lane_opened(lane);
-    }
-    tpr_pipe_greeting_end(greeting, TPRPC_ERROR_LIMIT);
-    tpr_pipe_unref(pipe);
+    tpr_pipe_greeting_end(greeting, TPRPC_ERROR_DENIED);
+    if (pipe) tpr_pipe_unref(pipe);
 }
 
 TPR_COLD static void tpr_pipe_greeting_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
@@ -11811,7 +11935,8 @@ static void tpr_pipe_info_of(tprpc_pipe *pipe, tprpc_pipe_info *info) {
         tpr_pipe_why(pipe, i, path);
         if (channel && channel->entry == &pipe->ctx->backends[i]) {
             path->chosen = true;
-            path->why[0] = 0;
+            const bool missing = (pipe->lanes_wanted & ~pipe->lanes_open) != 0;
+            snprintf(path->why, sizeof path->why, "%s", missing ? pipe->lane_why : "");
         }
     }
 }
@@ -16640,8 +16765,9 @@ static void tpr_report_info(tpr_report *report, const tprpc_pipe_info *info) {
         tpr_report_line(report, ", of which %llu not copied", (unsigned long long)info->tensor_bytes_adopted);
     tpr_report_line(report, "\n");
     for (uint32_t i = 0; i < info->path_count && i < TPR_COUNT(info->paths); i++) {
-        if (info->paths[i].chosen) continue;
-        tpr_report_line(report, "    not %s: %s\n", info->paths[i].name, info->paths[i].why);
+        const tprpc_path *path = &info->paths[i];
+        if (!path->chosen || path->why[0])
+            tpr_report_line(report, "    %s%s: %s\n", path->chosen ? "" : "not ", path->name, path->why);
     }
 }
 

@@ -292,6 +292,29 @@ TEST(bye) {
     CHECK(!tpr_wire_read_bye(bytes, (size_t)(w.at - bytes), &status, text, 12));
 }
 
+static bool lane_decode(const uint8_t *bytes, size_t size) {
+    tpr_wire_lane out;
+    return tpr_wire_read_lane(bytes, size, &out);
+}
+
+TEST(lane) {
+    tpr_wire_lane in, out;
+    uint8_t bytes[TPR_WIRE_LANE_BYTES];
+    tpr_wire_writer w = tpr_wire_writer_of(bytes, sizeof bytes);
+    memset(in.move.token, 3, 16);
+    memset(in.move.nonce, 4, 16);
+    in.number = 8;
+    in.sent = UINT64_C(0x123456789abcdef0);
+    tpr_wire_write_lane(&w, &in);
+    REQUIRE(!w.failed && w.at == bytes + sizeof bytes);
+    CHECK(tpr_wire_read_lane(bytes, sizeof bytes, &out));
+    CHECK_MEM(&in.move, &out.move, sizeof in.move);
+    CHECK(out.number == in.number && out.sent == in.sent);
+    decode_all(lane_decode, bytes, sizeof bytes);
+    bytes[0]++;
+    CHECK(!lane_decode(bytes, sizeof bytes));
+}
+
 TEST(frame_headers) {
     static const struct { uint8_t kind; uint32_t least, most;
     } kinds[] = {{TPR_WIRE_HELLO, 0, TPR_WIRE_FIRST},
@@ -305,7 +328,8 @@ TEST(frame_headers) {
                  {TPR_WIRE_BYE, 0, TPR_WIRE_CONTROL},
                  {TPR_WIRE_LANE, 0, TPR_WIRE_FIRST},
                  {TPR_WIRE_LANED, 0, TPR_WIRE_FIRST},
-                 {TPR_WIRE_WANT, 0, TPR_WIRE_CONTROL}};
+                 {TPR_WIRE_WANT, 0, TPR_WIRE_CONTROL},
+                 {TPR_WIRE_LOST, 0, TPR_WIRE_CONTROL}};
     uint8_t in[8];
     tpr_wire_frame out;
     uint32_t kind, i, handles;
@@ -329,7 +353,7 @@ TEST(frame_headers) {
         }
     }
     for (kind = 0; kind < 256; kind++) {         /* what is not known is refused */
-        bool known = kind >= TPR_WIRE_HELLO && kind <= TPR_WIRE_WANT;
+        bool known = kind >= TPR_WIRE_HELLO && kind <= TPR_WIRE_LOST;
         tpr_wire_put_frame(in, 20, (uint8_t)kind, 0, 0);
         CHECK_EQ_INT(tpr_wire_get_frame(in, 5000, &out), known);
     }

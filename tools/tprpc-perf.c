@@ -66,6 +66,7 @@ typedef struct perf_options {
     const char *transport, *channel;         // NULL: the library chooses
     const char *listen, *connect;            // NULL both: this process runs the two ends
     int64_t     size, iters, count, rate, warmup;    // -1 where not given, until perf_fill_in
+    int64_t     lanes;                       // 0: the library's default
     perf_spin   spin;
     perf_medium medium;                      // of --test raw
     bool        tensor, json, pin, in_process;
@@ -86,6 +87,7 @@ static const char perf_usage[] =
     "                          or copies: memcpy, nontemporal, readv, readv2 (process_vm_readv on 1, 2 threads)\n"
     "  --transport L    transports allowed, in order of preference: shm,tcp (default: the library's choice)\n"
     "  --channel L      channels allowed, likewise; rtt and rpc then send a tensor\n"
+    "  --lanes N        connections over which mpt spreads a large tensor, up to 8, at both ends (default: 1)\n"
     "  --size N         bytes of a message; K, M and G are powers of 1024 (default: 64; bw, frame and copies: 64M;\n"
     "                   loaded's tensors: 256M). Up to 64K they are a message's metadata, beyond that one tensor\n"
     "  --iters N        how many are measured (default: as many as take about a second; loaded: 10000 calls)\n"
@@ -173,6 +175,7 @@ static void perf_set_option(perf_options *o, const char *name, const char *value
     else if (strcmp(name, "--iters") == 0) o->iters = perf_parse_number(name, value, false);
     else if (strcmp(name, "--count") == 0) o->count = perf_parse_number(name, value, false);
     else if (strcmp(name, "--rate") == 0) o->rate = perf_parse_number(name, value, false);
+    else if (strcmp(name, "--lanes") == 0) o->lanes = perf_parse_number(name, value, false);
     else if (strcmp(name, "--spin") == 0) o->spin = perf_parse_spin(value);
     else if (strcmp(name, "--device") == 0) perf_parse_device(name, value);
     else if (strcmp(name, "--peer-device") == 0) perf_parse_device(name, value);
@@ -577,6 +580,7 @@ static tprpc_context *perf_context(const perf_options *o) {
     tprpc_context_desc desc = {.transports = o->transport, .channels = o->channel};
     if (o->spin == PERF_SPIN_ALWAYS) desc.spin_us = 10 * 1000000;
     if (o->spin == PERF_SPIN_NEVER) desc.spin_us = TPRPC_NOW;
+    desc.lanes = o->lanes > 8 ? 9 : (int32_t)o->lanes;                      // 9 is refused with a sentence
     if (o->count > 16000) desc.limits.pipes = (uint32_t)o->count + 1000;
     tprpc_status status = tprpc_context_create(&desc, &ctx, &error);
     if (status == TPRPC_ERROR_INVALID) perf_refuse("%s", error.text);       // an unknown --transport or --channel

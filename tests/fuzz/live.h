@@ -30,6 +30,7 @@ static bool polite;                    /* he answers a handshake as he should */
 /* What he learned of the live end. */
 static struct {
     uint8_t token[16], nonce[16], hello[TPR_WIRE_FIRST];
+    tpr_wire_lane lane;                /* that was asked for, or told of */
     uint32_t hello_size, step;
     uint64_t granted;
     bool open;
@@ -312,6 +313,22 @@ static void say_move(uint8_t kind, bool wrong) {
     say_frame(kind, body_size(&w), 0);
 }
 
+/* A frame about a lane: one that the live end has spoken of, or any. */
+static void say_lane(uint8_t kind, uint8_t how) {
+    tpr_wire_lane lane = known.lane;
+    memcpy(lane.move.token, known.token, 16);
+    if (how & 1) lane.number = (uint32_t)fuzz_number();
+    if (how & 2) lane.number = 1;
+    if (how & 4) lane.move.nonce[fuzz_below(16)] ^= fuzz_u8();
+    if (how & 8) lane.move.token[fuzz_below(16)] ^= fuzz_u8();
+    if (how & 16) lane.sent = fuzz_number();
+    if (kind == TPR_WIRE_LANE && !(how & 32)) lane.move.nonce[15] = ++known.lane.move.nonce[15];
+    tpr_wire_writer w = frame_body();
+    tpr_wire_write_lane(&w, &lane);
+    if (kind == TPR_WIRE_WANT) tpr_base_store_le32(frame + TPR_WIRE_HEADER, lane.number);
+    say_frame(kind, body_size(&w), 0);
+}
+
 static uint64_t pick_id(const uint64_t *ids, uint32_t count) {
     uint8_t how = fuzz_u8();
     return how & 1 && count ? ids[(how >> 1) % (count < IDS ? count : IDS)] : how & 2 ? fuzz_number() : how >> 2;
@@ -489,6 +506,7 @@ static void heard(const tpr_wire_frame *head, const uint8_t *body) {
     static tpr_wire_hello hello;
     static tpr_wire_agree agree;
     tpr_wire_move move;
+    tpr_wire_lane lane;
     switch (head->kind) {
     case TPR_WIRE_HELLO:
         if (head->size > sizeof known.hello || !tpr_wire_read_hello(body, head->size, &hello)) return;
@@ -505,6 +523,12 @@ static void heard(const tpr_wire_frame *head, const uint8_t *body) {
         memcpy(known.nonce, move.nonce, 16);
         memcpy(known.token, move.token, 16);
         if (polite) say_move(TPR_WIRE_MOVED, false);
+        return;
+    case TPR_WIRE_LANE: case TPR_WIRE_LANED: case TPR_WIRE_LOST:
+        if (!tpr_wire_read_lane(body, head->size, &lane)) return;
+        known.lane = lane;
+        if (polite && head->kind != TPR_WIRE_LANED)
+            say_lane(head->kind == TPR_WIRE_LANE ? TPR_WIRE_LANED : TPR_WIRE_LOST, 0);
         return;
     case TPR_WIRE_AGREE:
         memset(&agree, 0, sizeof agree);
@@ -1146,6 +1170,24 @@ static void shake_hands(void) {
     polite = before;
 }
 
+/* A lane on a line of its own, asked for as it should be, but for what is changed of it. */
+static void lane_deed(void) {
+    const uint8_t how = fuzz_u8();
+    const bool asks = live.role == LISTENS || live.role == SERVES, before = polite;
+    if (!asks) {
+        say_lane(TPR_WIRE_WANT, 2);
+        turn(1);
+    }
+    line_begin(FUZZ_SHM, 0);
+    if (asks) say_lane(TPR_WIRE_LANE, how);
+    polite = !(how & 64);
+    for (int i = 0; i < 3; i++) {
+        turn(1);
+        hear(now);
+    }
+    polite = before;
+}
+
 /* Writes into the shared memory, now or at a moment to come. */
 static void scribble_deed(void) {
     uint8_t where = fuzz_u8(), how = fuzz_u8();
@@ -1213,7 +1255,7 @@ static void deed(void) {
     uint8_t which = fuzz_u8();
     size_t size;
     int64_t deadline_us;
-    switch (which % 30) {
+    switch (which % 32) {
     case 0: turn(1 + fuzz_below(8)); break;
     case 1:
         size = fuzz_size(300);
@@ -1238,7 +1280,7 @@ static void deed(void) {
         break;
     }
     case 12: {
-        uint8_t kind = fuzz_u8() % 12;
+        uint8_t kind = fuzz_u8() % (TPR_WIRE_LOST + 1);
         size = fuzz_size(200);
         const uint8_t *bytes = fuzz_bytes(&size);
         if (size) memcpy(frame + TPR_WIRE_HEADER, bytes, size);
@@ -1246,7 +1288,7 @@ static void deed(void) {
         break;
     }
     case 13:
-        tpr_wire_put_frame(frame, (uint32_t)fuzz_number(), fuzz_u8() % 12, fuzz_u8() & 7, fuzz_u8() & 3);
+        tpr_wire_put_frame(frame, (uint32_t)fuzz_number(), fuzz_u8() % (TPR_WIRE_LOST + 1), fuzz_u8() & 7, fuzz_u8() & 3);
         say(frame, TPR_WIRE_HEADER);
         break;
     case 14: case 15: for (int i = 0; i < LINES; i++) hear(&lines[i]); break;
@@ -1272,6 +1314,8 @@ static void deed(void) {
     case 26: scribble_deed(); break;
     case 27: socket_deed(); break;
     case 28: say_flood(); break;
+    case 31: lane_deed(); break;
+    case 30: { uint8_t kind = (uint8_t)(TPR_WIRE_LANE + fuzz_u8() % 4); say_lane(kind, fuzz_u8()); } break;
     default: look_sum += tprpc_context_arm(live.ctx, &deadline_us); break;
     }
 }
