@@ -163,7 +163,7 @@
 // Tensors of 256 KiB and more travel over a connection of their own beside the pipe's, a lane, which is made when the
 // first of them is sent: so a call does not wait behind megabytes in one socket. Where it cannot be made they travel
 // with the rest, and tprpc_path.why says why it is missing. A lane that is lost fails the tensors that it carried, with
-// PEER, not the pipe. While small messages are about, bulk moves 16 KiB at a time through memory, 64 KiB through
+// PEER, not the pipe. While small messages are about, bulk moves 16 KiB at a time through memory, 32 KiB through
 // sockets, else 256 KiB. On a network where one connection does not get all there is (a limit per flow, several links
 // bonded) set .lanes at both ends: mpt then spreads a tensor over that many. On one path that is no faster, and it is
 // not used unless asked for.
@@ -4019,7 +4019,7 @@ enum {
     TPR_LOOP_TURNS = 64,               // of an unbudgeted poll
     TPR_LOOP_IDLE_TURNS = 16,          // between looks at the clock
     TPR_LOOP_QUICK_COPY = 16 << 10,    // bytes of bulk copied in one go while small messages are about (3 us),
-    TPR_LOOP_QUICK_SEND = 64 << 10,    // or handed to a socket, or taken from one,
+    TPR_LOOP_QUICK_SEND = 32 << 10,    // or handed to a socket, or taken from one,
     TPR_LOOP_QUICK_US = 10000,         // which they are for so long after the last one
     TPR_LOOP_LET_PASS_US = 1000        // that others have to take the lock
 };
