@@ -187,7 +187,8 @@ static void say_control(const peer *p, uint8_t kind, uint64_t id) {
 static int ask(peer *p, const tpr_wire_lane *word) {
     static frame f;
     tpr_wire_lane answer;
-    const int fd = socket_connect_to(p->address);
+    const int fd = socket_connect_to(p->address), on = 1;
+    CHECK_EQ_INT(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on), 0);
     say_lane(p, fd, TPR_WIRE_LANE, word);
     if (!peer_frame(p, fd, &f)) {
         close(fd);
@@ -196,6 +197,8 @@ static int ask(peer *p, const tpr_wire_lane *word) {
     REQUIRE(f.head.kind == TPR_WIRE_LANED && tpr_wire_read_lane(f.body, f.head.size, &answer));
     CHECK_EQ_INT(answer.number, word->number);
     CHECK_MEM(answer.move.nonce, word->move.nonce, 16);
+    say_lane(p, fd, TPR_WIRE_LANED, word);
+    idle(&p->s, 2000);
     return fd;
 }
 
