@@ -343,6 +343,36 @@ TEST(other_lanes_alone) {
     peer_close(&p);
 }
 
+/* Who listens sends nothing over a lane that the connector has not answered; it may have given it up. */
+TEST(carries_nothing_unanswered) {
+    static frame f;
+    peer p;
+    tprpc_tensor t;
+    tprpc_message m;
+    peer_open(&p, TPR_WIRE_MINOR);
+    tpr_wire_lane word = lane_word(&p, 1, 1);
+    const int fd = socket_connect_to(p.address);
+    say_lane(&p, fd, TPR_WIRE_LANE, &word);
+    REQUIRE(peer_frame(&p, fd, &f) && f.head.kind == TPR_WIRE_LANED);
+    memset(&t, 0, sizeof t);
+    memset(&m, 0, sizeof m);
+    t.size = LARGE;
+    t.data = calloc(1, LARGE);
+    m.tensors = &t;
+    m.tensor_count = 1;
+    REQUIRE_EQ_INT(tprpc_pipe_write(p.pipe, &m, on_written, &p.wrote), TPRPC_OK);
+    REQUIRE(peer_until(&p, p.fd, TPR_WIRE_MESSAGE, &f));
+    say_control(&p, TPR_BATCH_READY, 1);
+    for (size_t came = 0; came < LARGE; came += f.head.size - TPR_WIRE_DATA_HEADER)
+        REQUIRE(peer_until(&p, p.fd, TPR_WIRE_DATA, &f));
+    WAIT(&p.s, p.wrote.runs, 1);
+    CHECK_EQ_INT(recv(fd, f.body, 1, MSG_DONTWAIT), -1);
+    CHECK(alive(&p));
+    close(fd);
+    free(t.data);
+    peer_close(&p);
+}
+
 /* Cut anywhere, or never finished. */
 TEST(asks_in_pieces) {
     peer p;
