@@ -2981,7 +2981,7 @@ enum {
     TPR_WIRE_CREDIT,
     TPR_WIRE_BYE,
     TPR_WIRE_LANE,                        // since 1.2: a connection's first frame, it becomes a pipe's lane;
-    TPR_WIRE_LANED,                       // the answer;
+    TPR_WIRE_LANED,                       // the answer, and the answer to that;
     TPR_WIRE_WANT,                        // who listened wants so many lanes (u32);
     TPR_WIRE_LOST                         // a lane has ended at who says it
 };
@@ -8628,7 +8628,7 @@ typedef struct tpr_pipe_conn {         // one connection of a pipe, with the fra
 typedef enum tpr_pipe_lane_state {
     TPR_PIPE_LANE_NONE,                // or both ends have said that it ended: another may be made
     TPR_PIPE_LANE_CONNECTING,          // connector: LANE is not said yet; the other end knows nothing of it
-    TPR_PIPE_LANE_ASKED,               // connector: LANE is said
+    TPR_PIPE_LANE_ASKED,               // LANE is said, or who listened has said LANED: the other's LANED is awaited
     TPR_PIPE_LANE_OPEN,
     TPR_PIPE_LANE_ENDED                // LOST is said, the other end's is awaited
 } tpr_pipe_lane_state;
@@ -11250,21 +11250,26 @@ static void tpr_pipe_lane_opened(tpr_pipe_lane *lane) {
     tpr_pipe_resume_later(pipe);
 }
 
-// The connector's lane is established: it is asked for.
-static void tpr_pipe_lane_ask(tpr_pipe_lane *lane) {
+// Says a word over a lane that has carried nothing yet. False: it ended.
+static bool tpr_pipe_lane_say(tpr_pipe_lane *lane, uint8_t kind) {
     uint8_t frame[TPR_WIRE_HEADER + TPR_WIRE_LANE_BYTES];
     tprpc_span span;
     span.data = frame;
-    span.size = tpr_pipe_put_lane(lane, TPR_WIRE_LANE, frame);
-    if (tpr_pipe_table(&lane->conn)->send(lane->conn.conn, &span, 1, NULL, 0, false) != sizeof frame) {
-        tpr_pipe_lane_ended(lane, "it took no bytes");
-        return;
-    }
+    span.size = tpr_pipe_put_lane(lane, kind, frame);
+    if (tpr_pipe_table(&lane->conn)->send(lane->conn.conn, &span, 1, NULL, 0, false) == sizeof frame) return true;
+    tpr_pipe_lane_ended(lane, "it took no bytes");
+    return false;
+}
+
+// The connector's lane is established: it is asked for.
+static void tpr_pipe_lane_ask(tpr_pipe_lane *lane) {
+    if (!tpr_pipe_lane_say(lane, TPR_WIRE_LANE)) return;
     lane->conn.bulk_sent = lane->conn.bulk_received = 0;
     lane->state = TPR_PIPE_LANE_ASKED;
 }
 
-// The answer, from who knows the token that this end told the pipe's peer alone.
+// The answer, from who knows the token that this end told the pipe's peer alone. Who listened sends nothing before the
+// connector has answered, too: so one that comes too late for him has carried nothing.
 static void tpr_pipe_lane_answered(tpr_pipe_lane *lane) {
     tpr_pipe_conn *conn = &lane->conn;
     tprpc_error error = TPR_ZERO;
@@ -11281,7 +11286,7 @@ static void tpr_pipe_lane_answered(tpr_pipe_lane *lane) {
         tpr_pipe_lane_ended(lane, "its peer did not prove itself");
     } else if (tpr_pipe_table(conn)->check_peer(conn->conn, &error) == TPRPC_ERROR_DENIED) {
         tpr_pipe_lane_ended(lane, error.text);
-    } else {
+    } else if (!conn->pipe->connector || tpr_pipe_lane_say(lane, TPR_WIRE_LANED)) {
         tpr_pipe_lane_opened(lane);
     }
 }
@@ -11612,7 +11617,9 @@ TPR_COLD static void tpr_pipe_greeting_lane(tpr_pipe_greeting *greeting, size_t 
             lane->conn.conn = greeting->conn;
             table->own(greeting->conn, &lane->conn.owner);
             greeting->conn = NULL;
-            tpr_pipe_lane_opened(lane);
+            lane->state = TPR_PIPE_LANE_ASKED;
+            tpr_loop_timer(pipe->loop, &lane->timer,
+                           tpr_loop_clock(pipe->loop) + TPR_PIPE_HANDSHAKE_MS * INT64_C(1000));
         }
     }
     tpr_pipe_greeting_end(greeting, TPRPC_ERROR_DENIED);

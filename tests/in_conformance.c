@@ -1220,7 +1220,8 @@ static void channel_message(world *w, const channel_case *c, size_t count, size_
 }
 
 static void run_channel(const channel_case *c, int threads) {
-    static const size_t some[] = {1, 3, 8191, 8193, 9001, 65536, 65537, BIG};
+    static const size_t some[] = {1,     3,      8191,   8193,   9001,          65536,
+                                  65537, 262143, 262144, 262145, (1 << 20) + 1, BIG};
     world w;
     unsigned i;
     toys_begin(100);

@@ -187,7 +187,8 @@ static void say_control(const peer *p, uint8_t kind, uint64_t id) {
 static int ask(peer *p, const tpr_wire_lane *word) {
     static frame f;
     tpr_wire_lane answer;
-    const int fd = socket_connect_to(p->address);
+    const int fd = socket_connect_to(p->address), on = 1;
+    CHECK_EQ_INT(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on), 0);
     say_lane(p, fd, TPR_WIRE_LANE, word);
     if (!peer_frame(p, fd, &f)) {
         close(fd);
@@ -196,6 +197,8 @@ static int ask(peer *p, const tpr_wire_lane *word) {
     REQUIRE(f.head.kind == TPR_WIRE_LANED && tpr_wire_read_lane(f.body, f.head.size, &answer));
     CHECK_EQ_INT(answer.number, word->number);
     CHECK_MEM(answer.move.nonce, word->move.nonce, 16);
+    say_lane(p, fd, TPR_WIRE_LANED, word);
+    idle(&p->s, 2000);
     return fd;
 }
 
@@ -336,6 +339,36 @@ TEST(other_lanes_alone) {
         REQUIRE(peer_until(&p, p.fd, TPR_WIRE_DATA, &f));
     WAIT(&p.s, p.wrote.runs, 1);
     for (int i = 0; i < 2; i++) close(fds[i]);
+    free(t.data);
+    peer_close(&p);
+}
+
+/* Who listens sends nothing over a lane that the connector has not answered; it may have given it up. */
+TEST(carries_nothing_unanswered) {
+    static frame f;
+    peer p;
+    tprpc_tensor t;
+    tprpc_message m;
+    peer_open(&p, TPR_WIRE_MINOR);
+    tpr_wire_lane word = lane_word(&p, 1, 1);
+    const int fd = socket_connect_to(p.address);
+    say_lane(&p, fd, TPR_WIRE_LANE, &word);
+    REQUIRE(peer_frame(&p, fd, &f) && f.head.kind == TPR_WIRE_LANED);
+    memset(&t, 0, sizeof t);
+    memset(&m, 0, sizeof m);
+    t.size = LARGE;
+    t.data = calloc(1, LARGE);
+    m.tensors = &t;
+    m.tensor_count = 1;
+    REQUIRE_EQ_INT(tprpc_pipe_write(p.pipe, &m, on_written, &p.wrote), TPRPC_OK);
+    REQUIRE(peer_until(&p, p.fd, TPR_WIRE_MESSAGE, &f));
+    say_control(&p, TPR_BATCH_READY, 1);
+    for (size_t came = 0; came < LARGE; came += f.head.size - TPR_WIRE_DATA_HEADER)
+        REQUIRE(peer_until(&p, p.fd, TPR_WIRE_DATA, &f));
+    WAIT(&p.s, p.wrote.runs, 1);
+    CHECK_EQ_INT(recv(fd, f.body, 1, MSG_DONTWAIT), -1);
+    CHECK(alive(&p));
+    close(fd);
     free(t.data);
     peer_close(&p);
 }

@@ -527,8 +527,8 @@ static void heard(const tpr_wire_frame *head, const uint8_t *body) {
     case TPR_WIRE_LANE: case TPR_WIRE_LANED: case TPR_WIRE_LOST:
         if (!tpr_wire_read_lane(body, head->size, &lane)) return;
         known.lane = lane;
-        if (polite && head->kind != TPR_WIRE_LANED)
-            say_lane(head->kind == TPR_WIRE_LANE ? TPR_WIRE_LANED : TPR_WIRE_LOST, 0);
+        if (polite && (head->kind != TPR_WIRE_LANED || live.role == LISTENS || live.role == SERVES))
+            say_lane(head->kind == TPR_WIRE_LOST ? TPR_WIRE_LOST : TPR_WIRE_LANED, 0);
         return;
     case TPR_WIRE_AGREE:
         memset(&agree, 0, sizeof agree);
