@@ -420,10 +420,18 @@ static void on_take(tprpc_request request, const tprpc_message *message, void *u
     tprpc_reply(request, NULL);
 }
 
+static void with_lanes(side *s, tprpc_context_desc *context, tprpc_agent_desc *agent) {
+    (void)s; (void)agent;
+    context->lanes = 3;                /* for mpt, which is not used without */
+}
+
 static void no_time(const mode *with, const char *channels) {
     static const tprpc_method_desc methods[] = {{"take", on_take, NULL, NULL, NULL, 0}, {0}};
     side sides[2] = {{0}};
-    for (int i = 0; i < 2; i++) sides[i].channels = channels;
+    for (int i = 0; i < 2; i++) {
+        sides[i].channels = channels;
+        sides[i].tune = with_lanes;
+    }
     sides[0].mode = with;
     sides[0].main = client_has_no_time;
     sides[1].methods = methods;
@@ -433,6 +441,8 @@ static void no_time(const mode *with, const char *channels) {
 IN_MODES(no_time_basic, ALL_MODES) { no_time(with, "basic"); }
 IN_MODES(no_time_xth, 0x64) { no_time(with, "xth"); }
 IN_MODES(no_time_cma, 0x92) { no_time(with, "cma"); }
+IN_MODES(no_time_bulk, 0x92) { no_time(with, "bulk"); }
+IN_MODES(no_time_mpt, 0x49) { no_time(with, "mpt"); }
 
 /* ---- the request's own message as a late answer to a call that was cancelled: it goes with the request ---- */
 
