@@ -79,7 +79,7 @@ perf_all() {    # TRANSPORT
     perf rtt "$1" "$times cpu_s" "size=64 iters=200 channel=None" --iters 200
     perf rpc "$1" "$times cpu_s" "size=64 iters=200 channel=None" --iters 200
     perf rate "$1" "rate_mps cpu_s" "size=64 iters=20000" --iters 20000
-    perf bw "$1" "bandwidth_gbps cpu_s" "size=1048576 iters=8 channel=basic" --iters 8 --size 1M
+    perf bw "$1" "bandwidth_gbps cpu_s" "size=1048576 iters=8 channel=basic" --iters 8 --size 1M --channel basic
     perf pipes "$1" "$pipes" "count=20 size=None iters=None" --count 20
     perf frame "$1" "$times" "size=1048576" --iters 16 --size 1M
     perf raw "$1" "$times cpu_s" "size=64 iters=200 channel=None" --iters 200
@@ -347,6 +347,7 @@ for copy in memcpy readv readv2 $([ "$(uname -m)" != x86_64 ] || echo nontempora
             --size $size
     done
 done
+perf_as perf_lanes bw tcp "bandwidth_gbps cpu_s" "size=1048576 iters=8 channel=mpt" --iters 8 --size 1M --lanes 3
 perf_as perf_in_process rtt shm "$times cpu_s" "size=64 iters=200" --iters 200 --in-process
 perf_as perf_in_process_rpc rpc shm "$times cpu_s" "channel=xth" --iters 200 --channel xth --in-process
 perf_as perf_in_process_rate rate tcp "rate_mps cpu_s" "iters=20000" --iters 20000 --in-process

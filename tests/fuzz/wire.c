@@ -51,6 +51,18 @@ static void try_move(void) {
     FUZZ_CHECK(tpr_wire_read_move(bytes, sizeof bytes, &two) && memcmp(&one, &two, sizeof one) == 0);
 }
 
+static void try_lane(void) {
+    tpr_wire_lane one, two;
+    uint8_t bytes[TPR_WIRE_LANE_BYTES];
+    memset(&one, 0, sizeof one);
+    memset(&two, 0, sizeof two);
+    if (!tpr_wire_read_lane(block, block_size, &one)) return;
+    tpr_wire_writer w = tpr_wire_writer_of(bytes, sizeof bytes);
+    tpr_wire_write_lane(&w, &one);
+    FUZZ_CHECK(!w.failed && w.at == w.end);
+    FUZZ_CHECK(tpr_wire_read_lane(bytes, sizeof bytes, &two) && memcmp(&one, &two, sizeof one) == 0);
+}
+
 static void try_agree(void) {
     static tpr_wire_agree one, two;
     memset(&one, 0, sizeof one);
@@ -88,7 +100,7 @@ static void try_frame(void) {
     uint8_t head[TPR_WIRE_HEADER];
     if (block_size < TPR_WIRE_HEADER || !tpr_wire_get_frame(block, 1 << 20, &frame)) return;
     FUZZ_CHECK(frame.size <= (1u << 20) + TPR_WIRE_DATA_HEADER && frame.handles <= TPR_OS_HANDLES);
-    FUZZ_CHECK(frame.kind >= TPR_WIRE_HELLO && frame.kind <= TPR_WIRE_BYE);
+    FUZZ_CHECK(frame.kind >= TPR_WIRE_HELLO && frame.kind <= TPR_WIRE_LOST);
     tpr_wire_put_frame(head, frame.size, frame.kind, frame.handles, frame.channel);
     FUZZ_CHECK(memcmp(head, block, sizeof head) == 0);
 }
@@ -348,7 +360,7 @@ static void try_writers(void) {
 static void fuzz_one(void) {
     static void (*const all[])(void) = {
         try_hello, try_move, try_agree, try_bye, try_frame, try_short, try_message, try_call, try_error, try_intro,
-        try_worker, try_store_hello, try_store, try_records, try_writers,
+        try_worker, try_store_hello, try_store, try_records, try_writers, try_lane,
     };
     uint32_t which = fuzz_below(sizeof all / sizeof all[0]);
     block_take(SIZE_MAX);
