@@ -1042,7 +1042,8 @@ typedef struct tprpc_transport_table {
     uint32_t size;                   // sizeof *this
     uint32_t flags;                  // TPRPC_TRANSPORT_*
 
-    // An instance for one loop. An error means: not viable here, and its text is shown as the reason.
+    // An instance for one loop. An error means: not viable here, and its text is shown as the reason, and logged unless
+    // it is CANCELLED, for what the user has to ask for and did not.
     tprpc_status (*open)(const tprpc_host *host, void *user, void **instance, tprpc_error *error);
     void         (*close)(void *instance);       // all connections and listeners are closed by then
 
@@ -8049,7 +8050,7 @@ static const tpr_batch_method tpr_mpt_method = {"mpt", NULL, NULL, NULL, NULL, N
 static tprpc_status tpr_mpt_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
     (void)user;
     if (host->context->lanes < 2)
-        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "tprpc_context_desc.lanes is not above 1");
+        return tprpc_error_set(error, TPRPC_ERROR_CANCELLED, 0, "tprpc_context_desc.lanes is not above 1");
     return tpr_batch_open(host, &tpr_mpt_method, instance, error);
 }
 
@@ -8210,10 +8211,13 @@ static tprpc_status tpr_backends_open(tprpc_context *ctx, tpr_context_backend *e
         entry->hosts[i].size = (uint32_t)sizeof(tprpc_host);
         entry->hosts[i].loop = i;
         entry->hosts[i].context = ctx;
-        if ((t ? t->open(&entry->hosts[i], backend->user, instance, &why)
-               : c->open(&entry->hosts[i], backend->user, instance, &why)) != TPRPC_OK) {
+        const tprpc_status status = t ? t->open(&entry->hosts[i], backend->user, instance, &why)
+                                      : c->open(&entry->hosts[i], backend->user, instance, &why);
+        if (status != TPRPC_OK) {
             snprintf(entry->why, sizeof entry->why, "%.150s", why.text);
-            TPR_LOG(&ctx->env.logger, TPRPC_LOG_INFO, "backends", "", "%s is not used: %s", backend->name, entry->why);
+            if (status != TPRPC_ERROR_CANCELLED)
+                TPR_LOG(&ctx->env.logger, TPRPC_LOG_INFO, "backends", "", "%s is not used: %s", backend->name,
+                        entry->why);
             tpr_backends_close(ctx, entry);
             return TPRPC_OK;
         }

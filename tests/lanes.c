@@ -790,7 +790,7 @@ TEST_LIMIT(process_ends, 120) {
 /* A pipe, its listener or its context is closed while lanes come, work and go. */
 TEST_LIMIT(closed_at_any_time, 120) {
     EACH(set)
-        for (int turn = 0; turn < 24; turn++) {
+        for (int turn = 0; turn < 24; turn += TEST_SLOWDOWN > 1 ? 5 : 1) {
             ends e;
             parcel *x[2];
             ends_open(&e, set);

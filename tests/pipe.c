@@ -2605,7 +2605,8 @@ static void hook_log(const tprpc_log *entry, void *user) {
         && entry->file[0]);
     CHECK(entry->level >= TPRPC_LOG_PANIC && entry->level <= TPRPC_LOG_DEBUG);
     CHECK(entry->id != 0 && entry->line > 0);
-    if (h->ctx) tprpc_wake(h->ctx);              /* no lock is held */
+    tprpc_context *ctx = LOAD(h->ctx);
+    if (ctx) tprpc_wake(ctx);                    /* no lock is held */
     ADD(h->logged, 1);
 }
 
@@ -2631,7 +2632,7 @@ static void hooks_of(const way *w) {
     desc.user = h;
     int fds = test_count_fds();
     REQUIRE_EQ_INT(tprpc_context_create(&desc, &s.ctx, NULL), TPRPC_OK);
-    h->ctx = s.ctx;
+    STORE(h->ctx, s.ctx);
     s.threads = desc.threads;
     s.also = context(w->transports, desc.threads);
     pair p;
