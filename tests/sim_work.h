@@ -1387,11 +1387,14 @@ static void sim_live(sim_node *node) {
     sim_destroy(node);
     sim_joined -= work->joined;
     work->joined = false;
-    if (!sim_leaving) sim_after(sim_between(1, 500) * SIM_MS, sim_restart, node, node->life);
+    if (sim_leaving) return;
+    sim.to_come++;
+    sim_after(sim_between(1, 500) * SIM_MS, sim_restart, node, node->life);
 }
 
 static void sim_restart(void *arg, uint64_t life) {
     sim_node *node = (sim_node *)arg;
+    sim.to_come--;
     if (node->life != life || node->exists) return;
     if (sim_leaving) return;
     sim_count(SIM_fault_restart);

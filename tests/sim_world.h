@@ -132,7 +132,7 @@ typedef struct sim_world {
     sim_node  *nodes;
     int32_t    count;                  /* of nodes */
     int32_t   *runnable;
-    int32_t    runnable_count, alive;
+    int32_t    runnable_count, alive, to_come;   /* to_come: dead ones that will be started again */
     sim_node  *current;
     ucontext_t main;
     const void *main_stack;
@@ -479,7 +479,7 @@ static void sim_look_at_bells(void) {
 /* ---- the scheduler ---- */
 
 static void sim_run_until_over(void) {
-    while (sim.alive > 0) {
+    while (sim.alive > 0 || sim.to_come > 0) {
         if (++sim.steps > sim.most_steps) sim_fail("no end after %" PRIu64 " steps", sim.steps);
         if (sim.bells) sim_look_at_bells();
         if (sim.runnable_count) {
