@@ -115,7 +115,8 @@ def tensor_measurements(build, channels):
         for transport, names in CHANNELS.items():
             for channel in names:
                 if channel in channels:
-                    found[f"bw {transport} {channel} {size}"] = ours("bw", transport, size, "--channel", channel)
+                    lanes = ("--lanes", "4") if channel == "mpt" else ()      # it is not used without
+                    found[f"bw {transport} {channel} {size}"] = ours("bw", transport, size, "--channel", channel, *lanes)
             if size == LARGE:
                 found[f"bw {transport}"] = ours("bw", transport, size)
             found[f"ucx bw {transport} {size}"] = lambda transport=transport, size=size: take.ucx_bandwidth_gbps(
