@@ -43,7 +43,8 @@
 //   >>backends    the registry; contexts are created here
 //   >>pipe        agreement with the other end, and the messages
 //   >>store       where workers find each other
-//   >>agent       calls, requests, the group
+//   >>agent       calls and requests
+//   >>group       who is in the group: joining and leaving it
 //   >>report      what a person reads
 //   >>dlpack      DLPack tensors, when dlpack.h was included before
 //
@@ -13930,7 +13931,7 @@ TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const
 }
 
 // >>agent -------------------------------------------------------------------------------------------------------------
-// Calls by name: who is in the group and where, the calls begun here and their futures, the requests that came in.
+// Calls by name: the workers and their pipes, the calls begun here and their futures, the requests that came in.
 //
 // A caller has one pipe to each worker it calls, connected on the first call and again after a failure; the worker's
 // own calls come back over a pipe of its own. Calls are numbered by their future's id, so a late reply finds nothing.
@@ -15476,395 +15477,6 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
     return status;
 }
 
-// ---- the group: start and leave, through the store
-
-TPR_COLD static void tpr_agent_ready_run(tpr_loop_task *task) {
-    tprpc_agent *agent = TPR_CONTAINER(task, tprpc_agent, ready_task);
-    bool good = agent->ready_error.status == TPRPC_OK;
-    if (agent->on_ready)
-        agent->on_ready(agent->ready_error.status, NULL, good ? NULL : &agent->ready_error, agent->ready_user);
-}
-
-TPR_COLD static void tpr_agent_ready_over(tpr_loop_task *task) {
-    tprpc_agent *agent = TPR_CONTAINER(task, tprpc_agent, ready_task);
-    tpr_agent_on(agent, tpr_agent_home(agent))->sends--;
-}
-
-static void tpr_agent_set_state(tprpc_agent *agent, tpr_agent_state state) {
-    TPR_ATOMIC_STORE((uint32_t *)(void *)&agent->state, (uint32_t)state);
-}
-
-// The start has ended, well or not; under the first loop's lock.
-static void tpr_agent_started(tprpc_agent *agent) {
-    tpr_loop *home = tpr_agent_home(agent);
-    if (agent->starting_done) return;
-    agent->starting_done = true;
-    tpr_timer_cancel(&home->wheel, &agent->start_timer);
-    agent->ready_error = agent->start_error;
-    if (agent->state == TPR_AGENT_STARTING)
-        tpr_agent_set_state(agent, agent->start_error.status == TPRPC_OK ? TPR_AGENT_READY : TPR_AGENT_FAILED);
-    agent->ready_task.run = tpr_agent_ready_run;
-    agent->ready_task.done = tpr_agent_ready_over;
-    tpr_agent_on(agent, home)->sends++;
-    tpr_loop_post(home, &agent->ready_task);
-    tpr_loop_notify(home);
-    tpr_agent_held_go_all(agent);
-}
-
-TPR_COLD static void tpr_agent_start_failed(tprpc_agent *agent, tprpc_status status, const char *text) {
-    if (agent->start_error.status == TPRPC_OK)
-        tprpc_error_set(&agent->start_error, status, 0, "%s cannot join: %.200s", agent->name, text);
-}
-
-// Begins one operation of the group's at the store. False: refused, and the start has failed.
-static bool tpr_agent_ask(tprpc_agent *agent, int32_t kind, const char *key, const void *value, size_t size,
-                          int64_t deadline_us, void (*done)(tprpc_store_op *, void *), tpr_agent_start *slot) {
-    tprpc_store_request request;
-    tprpc_error error = TPR_ZERO;
-    memset(&request, 0, sizeof request);
-    request.size = (uint32_t)sizeof request;
-    request.kind = kind;
-    request.key = key;
-    request.value = value;
-    request.value_size = size;
-    request.deadline_us = deadline_us;
-    agent->start_pending++;
-    if (tpr_store_submit(agent->store, agent->ctx, 0, &request, done, slot, &slot->op, &error) == TPRPC_OK) return true;
-    agent->start_pending--;
-    slot->op = NULL;
-    tpr_agent_start_failed(agent, error.status, error.text);
-    return false;
-}
-
-static void tpr_agent_start_check(tprpc_agent *agent) {
-    if (!agent->start_pending) tpr_agent_started(agent);
-}
-
-// Another rank's word has come, or not.
-static void tpr_agent_start_peer(tprpc_store_op *op, void *arg) {
-    tpr_agent_start *slot = (tpr_agent_start *)arg;
-    tprpc_agent *agent = slot->agent;
-    tpr_wire_worker *where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *where);
-    char text[160];
-    slot->op = NULL;
-    agent->start_pending--;
-    if (op->status == TPRPC_ERROR_TIMEOUT) {
-        snprintf(text, sizeof text, "rank %u of %u did not come", (unsigned)slot->rank, (unsigned)agent->world_size);
-        tpr_agent_start_failed(agent, TPRPC_ERROR_TIMEOUT, text);
-    } else if (op->status != TPRPC_OK) {
-        tpr_agent_start_failed(agent, op->status, op->error.text);
-    } else if (!where || !tpr_wire_get_worker(op->value, op->value_size, where)) {
-        tpr_agent_start_failed(agent, where ? TPRPC_ERROR_PROTOCOL : TPRPC_ERROR_MEMORY,
-                               "a worker's entry in the store cannot be read");
-    } else {
-        tpr_agent_worker *worker = tpr_agent_worker_of(agent, where->name, true);
-        if (worker && !worker->where) {
-            worker->where = where;
-            worker->rank = where->rank;
-            worker->known = true;
-            where = NULL;
-        }
-        if (!worker) tpr_agent_start_failed(agent, TPRPC_ERROR_MEMORY, "no memory for a worker");
-    }
-    tpr_agent_free(agent, where, sizeof *where);
-    tpr_agent_start_check(agent);
-}
-
-// The claim of a key has come back with what it holds now: ours, or another's.
-static bool tpr_agent_claimed(tprpc_agent *agent, tprpc_store_op *op, const char *what) {
-    tpr_wire_worker *holder = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *holder);
-    char text[200] = "";
-    if (op->status != TPRPC_OK) tpr_agent_start_failed(agent, op->status, op->error.text);
-    else if (!holder || !tpr_wire_get_worker(op->value, op->value_size, holder))
-        tpr_agent_start_failed(agent, TPRPC_ERROR_PROTOCOL, "its own entry in the store cannot be read");
-    else if (holder->nonce != agent->nonce) {
-        snprintf(text, sizeof text, "%s is taken by worker %.40s; if that is dead, delete the key %.80s of the store",
-                 what, holder->name, op->request.key);
-        tpr_agent_start_failed(agent, TPRPC_ERROR_INVALID, text);
-    }
-    tpr_agent_free(agent, holder, sizeof *holder);
-    return agent->start_error.status == TPRPC_OK;
-}
-
-// The start's time is over, whatever the store's is: what is still asked ends. Again a second later, for what was asked
-// of a store whose answer was on its way.
-TPR_COLD static void tpr_agent_start_late(tprpc_work *work) {
-    tprpc_agent *agent = TPR_CONTAINER(work, tprpc_agent, start_timer);
-    for (uint32_t r = 0; r < (agent->is_static ? agent->world_size : 1); r++)
-        if (agent->starts[r].op) tpr_store_cancel_for(agent->store, agent->starts[r].op, TPRPC_ERROR_TIMEOUT);
-    tpr_loop_timer(tpr_agent_home(agent), work, tpr_loop_clock(tpr_agent_home(agent)) + 1000000);
-}
-
-static int64_t tpr_agent_start_deadline(tprpc_agent *agent) {
-    int64_t deadline = tpr_context_deadline(tprpc_now_us(agent->ctx), agent->start_timeout_ms);
-    return deadline == INT64_MAX ? TPRPC_FOREVER : deadline;
-}
-
-static void tpr_agent_start_ranked(tprpc_store_op *op, void *arg) {
-    tpr_agent_start *slot = (tpr_agent_start *)arg;
-    tprpc_agent *agent = slot->agent;
-    char what[64], key[64];
-    slot->op = NULL;
-    agent->start_pending--;
-    snprintf(what, sizeof what, "rank %u", (unsigned)agent->rank);
-    if (tpr_agent_claimed(agent, op, what)) {
-        int64_t deadline = tpr_agent_start_deadline(agent);
-        agent->gathering = true;
-        for (uint32_t r = 0; r < agent->world_size; r++) {
-            snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)r);
-            if (!tpr_agent_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline, tpr_agent_start_peer, &agent->starts[r]))
-                break;
-        }
-    }
-    tpr_agent_start_check(agent);
-}
-
-// The name first, then the rank: others go on once all ranks are there, so by then nothing more can be refused.
-static void tpr_agent_start_named(tprpc_store_op *op, void *arg) {
-    tpr_agent_start *slot = (tpr_agent_start *)arg;
-    tprpc_agent *agent = slot->agent;
-    uint8_t value[1400];
-    char key[64];
-    slot->op = NULL;
-    agent->start_pending--;
-    if (tpr_agent_claimed(agent, op, "the name") && agent->is_static) {
-        snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)agent->rank);
-        tpr_agent_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
-                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_agent_start_ranked, slot);
-    }
-    tpr_agent_start_check(agent);
-}
-
-// ---- where this worker listens
-
-// The host part of "tcp://host:port" or "[v6]:port". False: the url has none.
-static bool tpr_agent_url_host(const char *url, char *host, size_t size) {
-    const char *at = url ? strstr(url, "://") : NULL;
-    const char *end = at ? strrchr(at, ':') : NULL;
-    if (!at || end <= at + 2 || tpr_base_starts_with(url, "file://") || tpr_base_starts_with(url, "local://"))
-        return false;
-    at += 3;
-    if (*at == '[') at++;
-    if (end > at && end[-1] == ']') end--;
-    if (end <= at || (size_t)(end - at) >= size) return false;
-    memcpy(host, at, (size_t)(end - at));
-    host[end - at] = 0;
-    return true;
-}
-
-// The address to bind and publish, as text: the one named, what routes to the store, or loopback where the store has
-// no host; but an insecure group may be on several, and loopback would be a wrong answer there. Blocks for names.
-TPR_COLD
-static tprpc_status tpr_agent_find_host(tprpc_agent *agent, const char *store_url, char *out, size_t size,
-                                        tprpc_error *error) {
-    tpr_os_address address, store;
-    char host[TPR_AGENT_TEXT];
-    const char *why = NULL;
-    memset(&address, 0, sizeof address);
-    if (agent->address[0]) {
-        bool none = tpr_os_interface(agent->address, &address) != 0;
-        if (none && errno != ENODEV)
-            return tpr_base_os_error(error, errno, "looking for the interface", agent->address);
-        if (none) why = tpr_os_resolve(agent->address, 0, &address);
-        if (why)
-            return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
-                                   "address \"%.80s\" is neither an interface nor an address: %s", agent->address, why);
-    } else if (tpr_agent_url_host(store_url, host, sizeof host)) {
-        why = tpr_os_resolve(host, 1, &store);
-        if (why) return tprpc_error_set(error, TPRPC_ERROR_UNREACHABLE, 0, "the store's host %.80s: %s", host, why);
-        if (tpr_os_route(&store, &address) != 0) return tpr_base_os_error(error, errno, "finding a route to", host);
-    } else if (agent->insecure &&
-               (tpr_base_starts_with(store_url, "file://") || (agent->store && agent->store->table))) {
-        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
-                               "worker %s is `insecure`, and its store %.80s has no host that tells which interface "
-                               "to publish: give `address`, an interface or address", agent->name, store_url);
-    } else {
-        why = tpr_os_resolve("127.0.0.1", 0, &address);
-        if (why) return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "127.0.0.1: %s", why);
-    }
-    tpr_os_address_text(&address, false, out, size);
-    if (!tpr_os_is_loopback(&address) && !agent->insecure)
-        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
-                               "worker %s would be reachable at %s: beyond loopback a group needs "
-                               "a `secret` (which needs TLS, not in this build) or `insecure`",
-                               agent->name, out);
-    return TPRPC_OK;
-}
-
-static tprpc_status tpr_agent_listen(tprpc_agent *agent, const char *host, tprpc_error *error) {
-    tprpc_context *ctx = agent->ctx;
-    char texts[TPR_WIRE_ADDRESSES][160];
-    const char *addresses[TPR_WIRE_ADDRESSES];
-    tprpc_listener_desc desc = TPR_ZERO;
-    for (uint32_t i = 0; i < ctx->backend_count && desc.address_count < TPR_WIRE_ADDRESSES; i++) {
-        const tpr_context_backend *entry = &ctx->backends[i];
-        char *text = texts[desc.address_count];
-        if (!entry->viable || !entry->backend->transport) continue;
-        if (!(entry->backend->transport->flags & TPRPC_TRANSPORT_HOST_PORT))
-            snprintf(text, 160, "%s://", entry->backend->name);
-        else snprintf(text, 160, strchr(host, ':') ? "%s://[%s]:0" : "%s://%s:0", entry->backend->name, host);
-        addresses[desc.address_count++] = text;
-    }
-    desc.addresses = addresses;
-    desc.insecure = agent->insecure;
-    tprpc_status status =
-        tpr_pipe_listen_for(ctx, &desc, tpr_agent_home(agent), tpr_agent_serve, agent, &agent->listener, error);
-    if (status != TPRPC_OK) return status;
-    snprintf(agent->self.name, sizeof agent->self.name, "%s", agent->name);
-    agent->self.nonce = agent->nonce;
-    agent->self.rank = agent->rank;
-    agent->self.space = agent->ctx->process_space;
-    agent->self.process = (uint32_t)tpr_os_pid();
-    for (uint32_t i = 0; i < agent->listener->count && agent->self.address_count < TPR_WIRE_ADDRESSES; i++) {
-        if (!agent->listener->addresses[i].given) continue;
-        snprintf(agent->self.addresses[agent->self.address_count++], TPR_WIRE_ADDRESS, "%s",
-                 agent->listener->addresses[i].address);
-    }
-    return TPRPC_OK;
-}
-
-// What a start does before it waits: environment, store, address, listener. May block for names; no lock is held.
-static tprpc_status tpr_agent_prepare(tprpc_agent *agent, tprpc_error *error) {
-    char url[TPR_AGENT_TEXT], host[80];
-    tprpc_status status = TPRPC_OK;
-    snprintf(url, sizeof url, "%s", agent->store ? agent->store->name : agent->init_method);
-    if (!agent->store && strcmp(url, "env://") == 0) {
-        int32_t rank = 0, world = 0;
-        status = tpr_store_env(&rank, &world, url, sizeof url, error);
-        if (status != TPRPC_OK) return status;
-        if (!agent->is_static) {
-            agent->rank = (uint32_t)rank;
-            agent->world_size = (uint32_t)world;
-            agent->is_static = true;
-        }
-    }
-    uint32_t slots = agent->is_static ? agent->world_size : 1;
-    agent->starts = (tpr_agent_start *)tpr_agent_alloc(agent, slots * sizeof *agent->starts);
-    if (!agent->starts)
-        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a group of %u", (unsigned)slots);
-    for (uint32_t i = 0; i < slots; i++) {
-        agent->starts[i].agent = agent;
-        agent->starts[i].rank = i;
-    }
-    status = tpr_agent_find_host(agent, url, host, sizeof host, error);
-    if (status == TPRPC_OK) status = tpr_agent_listen(agent, host, error);
-    if (status != TPRPC_OK || agent->store) return status;
-    tprpc_store_desc desc = TPR_ZERO;
-    desc.url = url;
-    desc.serve = agent->is_static ? agent->rank == 0 : agent->serve_store;
-    desc.insecure = agent->insecure;
-    desc.timeout_ms = agent->start_timeout_ms;
-    status = tprpc_store_open(agent->ctx, &desc, &agent->store, error);
-    if (status != TPRPC_OK && strcmp(agent->init_method, "env://") == 0) tpr_store_env_taken(error);
-    agent->own_store = status == TPRPC_OK;
-    return status;
-}
-
-// Begins the start. On an error, which is put down in *error too, it is over.
-static tprpc_status tpr_agent_begin(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error) {
-    tpr_loop *home = tpr_agent_home(agent);
-    uint8_t value[1400];
-    char key[TPR_AGENT_NAME + 16];
-    tpr_loop_enter(home);
-    bool fresh = agent->state == TPR_AGENT_NEW;
-    if (fresh) tpr_agent_set_state(agent, TPR_AGENT_STARTING);
-    tpr_loop_leave(home);
-    if (!fresh) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s was started before", agent->name);
-    tprpc_status status = tpr_agent_prepare(agent, error);
-    tpr_loop_enter(home);
-    if (status == TPRPC_OK) {
-        agent->on_ready = on_ready;
-        agent->ready_user = user;
-        agent->start_pending = 1;
-        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
-        tpr_agent_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
-                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_agent_start_named,
-                      &agent->starts[0]);
-        agent->start_pending--;
-        int64_t due = tpr_agent_start_deadline(agent);
-        agent->start_timer.run = tpr_agent_start_late;
-        if (due != TPRPC_FOREVER) tpr_loop_timer(home, &agent->start_timer, due);
-        tpr_agent_start_check(agent);
-    } else {
-        tpr_agent_set_state(agent, TPR_AGENT_FAILED);
-        agent->ready_error = *error;   // for those who wait; on_ready does not run, the status is returned
-        agent->starting_done = true;
-        tpr_loop_notify(home);
-        tpr_agent_held_go_all(agent);
-    }
-    tpr_loop_leave(home);
-    return status;
-}
-
-// ---- leaving
-
-static bool tpr_agent_no_calls(void *arg) { return ((tpr_agent_loop *)arg)->active == 0; }
-static bool tpr_agent_step_over(void *arg) { return ((tprpc_agent *)arg)->start_pending == 0; }
-TPR_COLD static bool tpr_agent_start_over(void *arg) { return ((tprpc_agent *)arg)->starting_done; }
-
-TPR_COLD static void tpr_agent_left_peer(tprpc_store_op *op, void *arg) {
-    tpr_agent_start *slot = (tpr_agent_start *)arg;
-    tprpc_agent *agent = slot->agent;
-    char text[160];
-    slot->op = NULL;
-    agent->start_pending--;
-    if (op->status == TPRPC_ERROR_TIMEOUT && slot->rank != agent->rank) {   // its own word: the store says why
-        const char *name = "";
-        for (uint32_t i = 0; i < tpr_agent_workers(agent); i++)
-            if (tpr_agent_worker_at(agent, i)->rank == slot->rank) name = tpr_agent_worker_at(agent, i)->name;
-        snprintf(text, sizeof text, "worker %.100s (rank %u) has not left", name, (unsigned)slot->rank);
-        if (agent->start_error.status == TPRPC_OK)
-            tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "%s", text);
-    } else if (op->status != TPRPC_OK && agent->start_error.status == TPRPC_OK) {
-        agent->start_error = op->error;
-        agent->start_error.status = op->status;
-    }
-    if (!agent->start_pending) tpr_loop_notify(tpr_agent_home(agent));
-}
-
-// One step that all take: says `what` for this rank, and with `wait` waits until all ranks have.
-static tprpc_status tpr_agent_all(tprpc_agent *agent, const char *what, bool wait, int64_t deadline,
-                                  tprpc_error *error) {
-    tpr_loop *home = tpr_agent_home(agent);
-    char key[64];
-    tpr_loop_enter(home);
-    memset(&agent->start_error, 0, sizeof agent->start_error);
-    agent->start_pending = 0;
-    snprintf(key, sizeof key, "tprpc/%s/%u", what, (unsigned)agent->rank);
-    bool good = tpr_agent_ask(agent, TPRPC_STORE_SET, key, "1", 1, 0, tpr_agent_left_peer, &agent->starts[agent->rank]);
-    if (good) tpr_loop_wait(home, tpr_agent_step_over, agent, deadline);
-    for (uint32_t r = 0; good && wait && r < agent->world_size && agent->start_error.status == TPRPC_OK; r++) {
-        if (r == agent->rank) continue;
-        snprintf(key, sizeof key, "tprpc/%s/%u", what, (unsigned)r);
-        good = tpr_agent_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline == INT64_MAX ? TPRPC_FOREVER : deadline,
-                             tpr_agent_left_peer, &agent->starts[r]);
-    }
-    bool over = tpr_loop_wait(home, tpr_agent_step_over, agent, deadline == INT64_MAX ? deadline : deadline + 1000000);
-    if (!over) {
-        tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "the store does not answer");
-        for (uint32_t r = 0; r < agent->world_size; r++)
-            if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
-        tpr_loop_wait(home, tpr_agent_step_over, agent, tpr_loop_clock(home) + 1000000);
-    }
-    if (agent->start_error.status != TPRPC_OK && error) *error = agent->start_error;
-    tprpc_status status = agent->start_error.status;
-    tpr_loop_leave(home);
-    return status;
-}
-
-// Waits until no call of this worker's own is running.
-static tprpc_status tpr_agent_drain_calls(tprpc_agent *agent, int64_t deadline, tprpc_error *error) {
-    for (uint32_t i = 0; i < agent->ctx->loop_count; i++) {
-        tpr_loop *loop = &agent->ctx->loops[i];
-        tpr_loop_enter(loop);
-        tpr_agent_on(agent, loop)->drained = true;
-        bool none = tpr_loop_wait(loop, tpr_agent_no_calls, tpr_agent_on(agent, loop), deadline);
-        tpr_loop_leave(loop);
-        if (!none) return tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, "calls of %s are still running", agent->name);
-    }
-    return TPRPC_OK;
-}
-
 // ---- creation and destruction
 
 // Gives back what an agent has; nothing of it is running.
@@ -16017,15 +15629,6 @@ static bool tpr_agent_loop_rests(tpr_agent_loop *on) {
 static bool tpr_agent_loop_idle(void *arg) {
     tpr_agent_loop *on = (tpr_agent_loop *)arg;
     return !on->sends && tpr_agent_loop_rests(on);
-}
-
-// Ends what the agent waits for of its store, and lets nothing begin any more. Under the first loop's lock.
-static void tpr_agent_close(tprpc_agent *agent) {
-    if (agent->state == TPR_AGENT_STARTING) tpr_agent_start_failed(agent, TPRPC_ERROR_CLOSED, "it was destroyed");
-    tpr_agent_set_state(agent, TPR_AGENT_LEFT);
-    TPR_ATOMIC_STORE(&agent->closing, 1u);
-    for (uint32_t r = 0; agent->starts && r < (agent->is_static ? agent->world_size : 1); r++)
-        if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
 }
 
 // Ends everything of the agent's on one loop; what runs is waited for by the caller. Under the lock.
@@ -16249,45 +15852,6 @@ TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size
 }
 
 TPR_COLD
-TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent) {
-    if (!agent) return TPRPC_OK;
-    tprpc_context *ctx = agent->ctx;
-    bool inside = false;
-    if (!tpr_context_usable(ctx) || tpr_context_in_callback(ctx)) return TPRPC_ERROR_INVALID;
-    tpr_agent_method_runs(agent, NULL, &inside);
-    if (inside) return TPRPC_ERROR_INVALID;   // it would wait for the handler that it stands in
-    tpr_loop *home = tpr_agent_home(agent);
-    tpr_loop_enter(home);
-    uintptr_t callback_thread = home->callback_thread;
-    if (ctx->env.polled) home->callback_thread = tpr_os_thread_id();
-    tpr_agent_close(agent);
-    tpr_loop_leave(home);
-    if (agent->listener) tprpc_listener_close(agent->listener);
-    agent->listener = NULL;            // it may be destroyed again
-    for (uint32_t i = 0; i < ctx->loop_count; i++) {
-        tpr_loop_enter(&ctx->loops[i]);
-        tpr_agent_end_loop(agent, &ctx->loops[i]);
-        tpr_loop_leave(&ctx->loops[i]);
-    }
-    bool idle = true;
-    for (uint32_t i = 0; i < ctx->loop_count && idle; i++) {
-        tpr_loop *loop = &ctx->loops[i];
-        tpr_loop_enter(loop);
-        if (i == 0) while (!tpr_loop_wait(loop, tpr_agent_step_over, agent, tpr_loop_clock(loop) + 1000000)) { }
-        idle = tpr_agent_wait_idle(agent, loop);
-        tpr_loop_leave(loop);
-    }
-    if (idle) tpr_agent_stop_threads(agent);   // not before: what ran there may have waited for a callback of here
-    tpr_loop_enter(home);
-    if (ctx->env.polled) home->callback_thread = callback_thread;
-    tpr_loop_leave(home);
-    if (!idle) return TPRPC_ERROR_TIMEOUT;
-    if (agent->own_store) tprpc_store_close(agent->store);
-    tpr_agent_dispose(agent);
-    return TPRPC_OK;
-}
-
-TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_register(tprpc_agent *agent, const tprpc_method_desc *desc, tprpc_error *error) {
     TPRPC_ASSERT(agent && desc);
     if (!agent || !desc || !desc->handler || !tpr_context_usable(agent->ctx))
@@ -16344,85 +15908,6 @@ TPRPC_API tprpc_status tprpc_agent_unregister(tprpc_agent *agent, const char *na
     }
     tpr_agent_method_unref(agent, method);
     return inside ? TPRPC_PENDING : TPRPC_OK;
-}
-
-TPR_COLD
-TPRPC_API tprpc_status tprpc_agent_start(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error) {
-    TPRPC_ASSERT(agent);
-    if (!agent || !tpr_context_usable(agent->ctx))
-        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
-                               "tprpc_agent_start: no agent, or one inherited by a fork");
-    tprpc_error mine = TPR_ZERO;
-    tprpc_status status = tpr_agent_begin(agent, on_ready, user, &mine);
-    if (status != TPRPC_OK && error) *error = mine;
-    return status;
-}
-
-TPR_COLD
-TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error) {
-    TPRPC_ASSERT(agent);
-    if (!agent || !tpr_context_usable(agent->ctx))
-        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
-                               "tprpc_agent_wait_ready: no agent, or one inherited by a fork");
-    tpr_loop *home = tpr_agent_home(agent);
-    tprpc_status status = TPRPC_OK;
-    tpr_loop_enter(home);
-    bool fresh = agent->state == TPR_AGENT_NEW;
-    tpr_loop_leave(home);
-    if (fresh) status = tprpc_agent_start(agent, NULL, NULL, error);
-    if (status != TPRPC_OK) return status;
-    tpr_loop_enter(home);
-    int64_t most_ms = tpr_context_time(timeout_ms, agent->start_timeout_ms);
-    int64_t deadline = tpr_context_deadline(tpr_loop_clock(home), most_ms);
-    if (timeout_ms == 0 && deadline != INT64_MAX) deadline += 1000000;   // the start itself says who is missing
-    bool over = tpr_loop_wait(home, tpr_agent_start_over, agent, deadline);
-    status = over ? agent->ready_error.status : TPRPC_ERROR_TIMEOUT;
-    if (over && status != TPRPC_OK && error) *error = agent->ready_error;
-    if (!over) {
-        uint32_t missing = 0;
-        while (missing + 1 < agent->world_size && !(agent->starts && agent->starts[missing].op)) missing++;
-        tprpc_error_set(error, status, 0,
-                        agent->gathering ? "%s waited %lld ms for its group; rank %u has not come"
-                        : "%s waited %lld ms for its store", agent->name, (long long)most_ms, (unsigned)missing);
-    }
-    tpr_loop_leave(home);
-    return status;
-}
-
-TPR_COLD
-TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error) {
-    TPRPC_ASSERT(agent);
-    if (!agent || !tpr_context_usable(agent->ctx) || tpr_context_in_callback(agent->ctx))
-        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
-                               "tprpc_agent_leave: no agent, one inherited by a fork, or in a callback");
-    tpr_loop *home = tpr_agent_home(agent);
-    tpr_loop_enter(home);
-    bool ready = agent->state == TPR_AGENT_READY;
-    if (ready) tpr_agent_set_state(agent, TPR_AGENT_LEAVING);
-    int64_t deadline =
-        tpr_context_deadline(tpr_loop_clock(home), tpr_context_time(timeout_ms, agent->start_timeout_ms));
-    tpr_loop_leave(home);
-    if (!ready) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s is not in its group", agent->name);
-    tprpc_status status = tpr_agent_drain_calls(agent, deadline, error);
-    if (status == TPRPC_OK && agent->is_static) status = tpr_agent_all(agent, "leave", true, deadline, error);
-    if (status == TPRPC_OK && agent->is_static)
-        status = tpr_agent_all(agent, "left", agent->rank == 0, deadline, error);
-    if (!agent->is_static) {
-        char key[TPR_AGENT_NAME + 16];
-        tpr_loop_enter(home);
-        memset(&agent->start_error, 0, sizeof agent->start_error);
-        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
-        if (tpr_agent_ask(agent, TPRPC_STORE_DELETE, key, NULL, 0, 0, tpr_agent_left_peer, &agent->starts[0]))
-            tpr_loop_wait(home, tpr_agent_step_over, agent, deadline);
-        if (agent->start_pending)
-            tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "the store has not answered");
-        if (status == TPRPC_OK && agent->start_error.status != TPRPC_OK)
-            status = tprpc_error_set(error, agent->start_error.status, 0, "%s is still in the store: %.180s",
-                                     agent->name, agent->start_error.text);
-        tpr_loop_leave(home);
-    }
-    tpr_agent_set_state(agent, TPR_AGENT_LEFT);
-    return status;
 }
 
 TPR_COLD
@@ -16745,6 +16230,533 @@ TPRPC_API void *tprpc_request_stream(tprpc_request handle, tprpc_device device) 
     tpr_loop_leave(loop);
     if (stale) return NULL;
     return entry->backend->converter->stream(entry->backend->user, loop->context, device);
+}
+
+// >>group -------------------------------------------------------------------------------------------------------------
+// Membership: how an agent joins its group through the store, leaves it, and goes.
+//
+// Uses: atomic, os, base, wire, timer, loop, context, transport, pipe, store, agent.
+// Invariant: an agent's state is written here alone, under the first loop's lock. What is asked of the store is counted
+// in `start_pending`, and its end is awaited before the agent goes.
+
+// ---- start
+
+TPR_COLD static void tpr_group_ready_run(tpr_loop_task *task) {
+    tprpc_agent *agent = TPR_CONTAINER(task, tprpc_agent, ready_task);
+    bool good = agent->ready_error.status == TPRPC_OK;
+    if (agent->on_ready)
+        agent->on_ready(agent->ready_error.status, NULL, good ? NULL : &agent->ready_error, agent->ready_user);
+}
+
+TPR_COLD static void tpr_group_ready_over(tpr_loop_task *task) {
+    tprpc_agent *agent = TPR_CONTAINER(task, tprpc_agent, ready_task);
+    tpr_agent_on(agent, tpr_agent_home(agent))->sends--;
+}
+
+static void tpr_group_set_state(tprpc_agent *agent, tpr_agent_state state) {
+    TPR_ATOMIC_STORE((uint32_t *)(void *)&agent->state, (uint32_t)state);
+}
+
+// The start has ended, well or not; under the first loop's lock.
+static void tpr_group_started(tprpc_agent *agent) {
+    tpr_loop *home = tpr_agent_home(agent);
+    if (agent->starting_done) return;
+    agent->starting_done = true;
+    tpr_timer_cancel(&home->wheel, &agent->start_timer);
+    agent->ready_error = agent->start_error;
+    if (agent->state == TPR_AGENT_STARTING)
+        tpr_group_set_state(agent, agent->start_error.status == TPRPC_OK ? TPR_AGENT_READY : TPR_AGENT_FAILED);
+    agent->ready_task.run = tpr_group_ready_run;
+    agent->ready_task.done = tpr_group_ready_over;
+    tpr_agent_on(agent, home)->sends++;
+    tpr_loop_post(home, &agent->ready_task);
+    tpr_loop_notify(home);
+    tpr_agent_held_go_all(agent);
+}
+
+TPR_COLD static void tpr_group_start_failed(tprpc_agent *agent, tprpc_status status, const char *text) {
+    if (agent->start_error.status == TPRPC_OK)
+        tprpc_error_set(&agent->start_error, status, 0, "%s cannot join: %.200s", agent->name, text);
+}
+
+// Begins one operation of the group's at the store. False: refused, and the start has failed.
+static bool tpr_group_ask(tprpc_agent *agent, int32_t kind, const char *key, const void *value, size_t size,
+                          int64_t deadline_us, void (*done)(tprpc_store_op *, void *), tpr_agent_start *slot) {
+    tprpc_store_request request;
+    tprpc_error error = TPR_ZERO;
+    memset(&request, 0, sizeof request);
+    request.size = (uint32_t)sizeof request;
+    request.kind = kind;
+    request.key = key;
+    request.value = value;
+    request.value_size = size;
+    request.deadline_us = deadline_us;
+    agent->start_pending++;
+    if (tpr_store_submit(agent->store, agent->ctx, 0, &request, done, slot, &slot->op, &error) == TPRPC_OK) return true;
+    agent->start_pending--;
+    slot->op = NULL;
+    tpr_group_start_failed(agent, error.status, error.text);
+    return false;
+}
+
+static void tpr_group_start_check(tprpc_agent *agent) {
+    if (!agent->start_pending) tpr_group_started(agent);
+}
+
+// Another rank's word has come, or not.
+static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    tpr_wire_worker *where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *where);
+    char text[160];
+    slot->op = NULL;
+    agent->start_pending--;
+    if (op->status == TPRPC_ERROR_TIMEOUT) {
+        snprintf(text, sizeof text, "rank %u of %u did not come", (unsigned)slot->rank, (unsigned)agent->world_size);
+        tpr_group_start_failed(agent, TPRPC_ERROR_TIMEOUT, text);
+    } else if (op->status != TPRPC_OK) {
+        tpr_group_start_failed(agent, op->status, op->error.text);
+    } else if (!where || !tpr_wire_get_worker(op->value, op->value_size, where)) {
+        tpr_group_start_failed(agent, where ? TPRPC_ERROR_PROTOCOL : TPRPC_ERROR_MEMORY,
+                               "a worker's entry in the store cannot be read");
+    } else {
+        tpr_agent_worker *worker = tpr_agent_worker_of(agent, where->name, true);
+        if (worker && !worker->where) {
+            worker->where = where;
+            worker->rank = where->rank;
+            worker->known = true;
+            where = NULL;
+        }
+        if (!worker) tpr_group_start_failed(agent, TPRPC_ERROR_MEMORY, "no memory for a worker");
+    }
+    tpr_agent_free(agent, where, sizeof *where);
+    tpr_group_start_check(agent);
+}
+
+// The claim of a key has come back with what it holds now: ours, or another's.
+static bool tpr_group_claimed(tprpc_agent *agent, tprpc_store_op *op, const char *what) {
+    tpr_wire_worker *holder = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *holder);
+    char text[200] = "";
+    if (op->status != TPRPC_OK) tpr_group_start_failed(agent, op->status, op->error.text);
+    else if (!holder || !tpr_wire_get_worker(op->value, op->value_size, holder))
+        tpr_group_start_failed(agent, TPRPC_ERROR_PROTOCOL, "its own entry in the store cannot be read");
+    else if (holder->nonce != agent->nonce) {
+        snprintf(text, sizeof text, "%s is taken by worker %.40s; if that is dead, delete the key %.80s of the store",
+                 what, holder->name, op->request.key);
+        tpr_group_start_failed(agent, TPRPC_ERROR_INVALID, text);
+    }
+    tpr_agent_free(agent, holder, sizeof *holder);
+    return agent->start_error.status == TPRPC_OK;
+}
+
+// The start's time is over, whatever the store's is: what is still asked ends. Again a second later, for what was asked
+// of a store whose answer was on its way.
+TPR_COLD static void tpr_group_start_late(tprpc_work *work) {
+    tprpc_agent *agent = TPR_CONTAINER(work, tprpc_agent, start_timer);
+    for (uint32_t r = 0; r < (agent->is_static ? agent->world_size : 1); r++)
+        if (agent->starts[r].op) tpr_store_cancel_for(agent->store, agent->starts[r].op, TPRPC_ERROR_TIMEOUT);
+    tpr_loop_timer(tpr_agent_home(agent), work, tpr_loop_clock(tpr_agent_home(agent)) + 1000000);
+}
+
+static int64_t tpr_group_start_deadline(tprpc_agent *agent) {
+    int64_t deadline = tpr_context_deadline(tprpc_now_us(agent->ctx), agent->start_timeout_ms);
+    return deadline == INT64_MAX ? TPRPC_FOREVER : deadline;
+}
+
+static void tpr_group_start_ranked(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    char what[64], key[64];
+    slot->op = NULL;
+    agent->start_pending--;
+    snprintf(what, sizeof what, "rank %u", (unsigned)agent->rank);
+    if (tpr_group_claimed(agent, op, what)) {
+        int64_t deadline = tpr_group_start_deadline(agent);
+        agent->gathering = true;
+        for (uint32_t r = 0; r < agent->world_size; r++) {
+            snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)r);
+            if (!tpr_group_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline, tpr_group_start_peer, &agent->starts[r]))
+                break;
+        }
+    }
+    tpr_group_start_check(agent);
+}
+
+// The name first, then the rank: others go on once all ranks are there, so by then nothing more can be refused.
+static void tpr_group_start_named(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    uint8_t value[1400];
+    char key[64];
+    slot->op = NULL;
+    agent->start_pending--;
+    if (tpr_group_claimed(agent, op, "the name") && agent->is_static) {
+        snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)agent->rank);
+        tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
+                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_group_start_ranked, slot);
+    }
+    tpr_group_start_check(agent);
+}
+
+// ---- where this worker listens
+
+// The host part of "tcp://host:port" or "[v6]:port". False: the url has none.
+static bool tpr_group_url_host(const char *url, char *host, size_t size) {
+    const char *at = url ? strstr(url, "://") : NULL;
+    const char *end = at ? strrchr(at, ':') : NULL;
+    if (!at || end <= at + 2 || tpr_base_starts_with(url, "file://") || tpr_base_starts_with(url, "local://"))
+        return false;
+    at += 3;
+    if (*at == '[') at++;
+    if (end > at && end[-1] == ']') end--;
+    if (end <= at || (size_t)(end - at) >= size) return false;
+    memcpy(host, at, (size_t)(end - at));
+    host[end - at] = 0;
+    return true;
+}
+
+// The address to bind and publish, as text: the one named, what routes to the store, or loopback where the store has
+// no host; but an insecure group may be on several, and loopback would be a wrong answer there. Blocks for names.
+TPR_COLD
+static tprpc_status tpr_group_find_host(tprpc_agent *agent, const char *store_url, char *out, size_t size,
+                                        tprpc_error *error) {
+    tpr_os_address address, store;
+    char host[TPR_AGENT_TEXT];
+    const char *why = NULL;
+    memset(&address, 0, sizeof address);
+    if (agent->address[0]) {
+        bool none = tpr_os_interface(agent->address, &address) != 0;
+        if (none && errno != ENODEV)
+            return tpr_base_os_error(error, errno, "looking for the interface", agent->address);
+        if (none) why = tpr_os_resolve(agent->address, 0, &address);
+        if (why)
+            return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                                   "address \"%.80s\" is neither an interface nor an address: %s", agent->address, why);
+    } else if (tpr_group_url_host(store_url, host, sizeof host)) {
+        why = tpr_os_resolve(host, 1, &store);
+        if (why) return tprpc_error_set(error, TPRPC_ERROR_UNREACHABLE, 0, "the store's host %.80s: %s", host, why);
+        if (tpr_os_route(&store, &address) != 0) return tpr_base_os_error(error, errno, "finding a route to", host);
+    } else if (agent->insecure &&
+               (tpr_base_starts_with(store_url, "file://") || (agent->store && agent->store->table))) {
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "worker %s is `insecure`, and its store %.80s has no host that tells which interface "
+                               "to publish: give `address`, an interface or address", agent->name, store_url);
+    } else {
+        why = tpr_os_resolve("127.0.0.1", 0, &address);
+        if (why) return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "127.0.0.1: %s", why);
+    }
+    tpr_os_address_text(&address, false, out, size);
+    if (!tpr_os_is_loopback(&address) && !agent->insecure)
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                               "worker %s would be reachable at %s: beyond loopback a group needs "
+                               "a `secret` (which needs TLS, not in this build) or `insecure`",
+                               agent->name, out);
+    return TPRPC_OK;
+}
+
+static tprpc_status tpr_group_listen(tprpc_agent *agent, const char *host, tprpc_error *error) {
+    tprpc_context *ctx = agent->ctx;
+    char texts[TPR_WIRE_ADDRESSES][160];
+    const char *addresses[TPR_WIRE_ADDRESSES];
+    tprpc_listener_desc desc = TPR_ZERO;
+    for (uint32_t i = 0; i < ctx->backend_count && desc.address_count < TPR_WIRE_ADDRESSES; i++) {
+        const tpr_context_backend *entry = &ctx->backends[i];
+        char *text = texts[desc.address_count];
+        if (!entry->viable || !entry->backend->transport) continue;
+        if (!(entry->backend->transport->flags & TPRPC_TRANSPORT_HOST_PORT))
+            snprintf(text, 160, "%s://", entry->backend->name);
+        else snprintf(text, 160, strchr(host, ':') ? "%s://[%s]:0" : "%s://%s:0", entry->backend->name, host);
+        addresses[desc.address_count++] = text;
+    }
+    desc.addresses = addresses;
+    desc.insecure = agent->insecure;
+    tprpc_status status =
+        tpr_pipe_listen_for(ctx, &desc, tpr_agent_home(agent), tpr_agent_serve, agent, &agent->listener, error);
+    if (status != TPRPC_OK) return status;
+    snprintf(agent->self.name, sizeof agent->self.name, "%s", agent->name);
+    agent->self.nonce = agent->nonce;
+    agent->self.rank = agent->rank;
+    agent->self.space = agent->ctx->process_space;
+    agent->self.process = (uint32_t)tpr_os_pid();
+    for (uint32_t i = 0; i < agent->listener->count && agent->self.address_count < TPR_WIRE_ADDRESSES; i++) {
+        if (!agent->listener->addresses[i].given) continue;
+        snprintf(agent->self.addresses[agent->self.address_count++], TPR_WIRE_ADDRESS, "%s",
+                 agent->listener->addresses[i].address);
+    }
+    return TPRPC_OK;
+}
+
+// What a start does before it waits: environment, store, address, listener. May block for names; no lock is held.
+static tprpc_status tpr_group_prepare(tprpc_agent *agent, tprpc_error *error) {
+    char url[TPR_AGENT_TEXT], host[80];
+    tprpc_status status = TPRPC_OK;
+    snprintf(url, sizeof url, "%s", agent->store ? agent->store->name : agent->init_method);
+    if (!agent->store && strcmp(url, "env://") == 0) {
+        int32_t rank = 0, world = 0;
+        status = tpr_store_env(&rank, &world, url, sizeof url, error);
+        if (status != TPRPC_OK) return status;
+        if (!agent->is_static) {
+            agent->rank = (uint32_t)rank;
+            agent->world_size = (uint32_t)world;
+            agent->is_static = true;
+        }
+    }
+    uint32_t slots = agent->is_static ? agent->world_size : 1;
+    agent->starts = (tpr_agent_start *)tpr_agent_alloc(agent, slots * sizeof *agent->starts);
+    if (!agent->starts)
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a group of %u", (unsigned)slots);
+    for (uint32_t i = 0; i < slots; i++) {
+        agent->starts[i].agent = agent;
+        agent->starts[i].rank = i;
+    }
+    status = tpr_group_find_host(agent, url, host, sizeof host, error);
+    if (status == TPRPC_OK) status = tpr_group_listen(agent, host, error);
+    if (status != TPRPC_OK || agent->store) return status;
+    tprpc_store_desc desc = TPR_ZERO;
+    desc.url = url;
+    desc.serve = agent->is_static ? agent->rank == 0 : agent->serve_store;
+    desc.insecure = agent->insecure;
+    desc.timeout_ms = agent->start_timeout_ms;
+    status = tprpc_store_open(agent->ctx, &desc, &agent->store, error);
+    if (status != TPRPC_OK && strcmp(agent->init_method, "env://") == 0) tpr_store_env_taken(error);
+    agent->own_store = status == TPRPC_OK;
+    return status;
+}
+
+// Begins the start. On an error, which is put down in *error too, it is over.
+static tprpc_status tpr_group_begin(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    uint8_t value[1400];
+    char key[TPR_AGENT_NAME + 16];
+    tpr_loop_enter(home);
+    bool fresh = agent->state == TPR_AGENT_NEW;
+    if (fresh) tpr_group_set_state(agent, TPR_AGENT_STARTING);
+    tpr_loop_leave(home);
+    if (!fresh) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s was started before", agent->name);
+    tprpc_status status = tpr_group_prepare(agent, error);
+    tpr_loop_enter(home);
+    if (status == TPRPC_OK) {
+        agent->on_ready = on_ready;
+        agent->ready_user = user;
+        agent->start_pending = 1;
+        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
+        tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
+                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_group_start_named,
+                      &agent->starts[0]);
+        agent->start_pending--;
+        int64_t due = tpr_group_start_deadline(agent);
+        agent->start_timer.run = tpr_group_start_late;
+        if (due != TPRPC_FOREVER) tpr_loop_timer(home, &agent->start_timer, due);
+        tpr_group_start_check(agent);
+    } else {
+        tpr_group_set_state(agent, TPR_AGENT_FAILED);
+        agent->ready_error = *error;   // for those who wait; on_ready does not run, the status is returned
+        agent->starting_done = true;
+        tpr_loop_notify(home);
+        tpr_agent_held_go_all(agent);
+    }
+    tpr_loop_leave(home);
+    return status;
+}
+
+// ---- leaving
+
+static bool tpr_group_no_calls(void *arg) { return ((tpr_agent_loop *)arg)->active == 0; }
+static bool tpr_group_step_over(void *arg) { return ((tprpc_agent *)arg)->start_pending == 0; }
+TPR_COLD static bool tpr_group_start_over(void *arg) { return ((tprpc_agent *)arg)->starting_done; }
+
+TPR_COLD static void tpr_group_left_peer(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    char text[160];
+    slot->op = NULL;
+    agent->start_pending--;
+    if (op->status == TPRPC_ERROR_TIMEOUT && slot->rank != agent->rank) {   // its own word: the store says why
+        const char *name = "";
+        for (uint32_t i = 0; i < tpr_agent_workers(agent); i++)
+            if (tpr_agent_worker_at(agent, i)->rank == slot->rank) name = tpr_agent_worker_at(agent, i)->name;
+        snprintf(text, sizeof text, "worker %.100s (rank %u) has not left", name, (unsigned)slot->rank);
+        if (agent->start_error.status == TPRPC_OK)
+            tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "%s", text);
+    } else if (op->status != TPRPC_OK && agent->start_error.status == TPRPC_OK) {
+        agent->start_error = op->error;
+        agent->start_error.status = op->status;
+    }
+    if (!agent->start_pending) tpr_loop_notify(tpr_agent_home(agent));
+}
+
+// One step that all take: says `what` for this rank, and with `wait` waits until all ranks have.
+static tprpc_status tpr_group_all(tprpc_agent *agent, const char *what, bool wait, int64_t deadline,
+                                  tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    char key[64];
+    tpr_loop_enter(home);
+    memset(&agent->start_error, 0, sizeof agent->start_error);
+    agent->start_pending = 0;
+    snprintf(key, sizeof key, "tprpc/%s/%u", what, (unsigned)agent->rank);
+    bool good = tpr_group_ask(agent, TPRPC_STORE_SET, key, "1", 1, 0, tpr_group_left_peer, &agent->starts[agent->rank]);
+    if (good) tpr_loop_wait(home, tpr_group_step_over, agent, deadline);
+    for (uint32_t r = 0; good && wait && r < agent->world_size && agent->start_error.status == TPRPC_OK; r++) {
+        if (r == agent->rank) continue;
+        snprintf(key, sizeof key, "tprpc/%s/%u", what, (unsigned)r);
+        good = tpr_group_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline == INT64_MAX ? TPRPC_FOREVER : deadline,
+                             tpr_group_left_peer, &agent->starts[r]);
+    }
+    bool over = tpr_loop_wait(home, tpr_group_step_over, agent, deadline == INT64_MAX ? deadline : deadline + 1000000);
+    if (!over) {
+        tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "the store does not answer");
+        for (uint32_t r = 0; r < agent->world_size; r++)
+            if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
+        tpr_loop_wait(home, tpr_group_step_over, agent, tpr_loop_clock(home) + 1000000);
+    }
+    if (agent->start_error.status != TPRPC_OK && error) *error = agent->start_error;
+    tprpc_status status = agent->start_error.status;
+    tpr_loop_leave(home);
+    return status;
+}
+
+// Waits until no call of this worker's own is running.
+static tprpc_status tpr_group_drain_calls(tprpc_agent *agent, int64_t deadline, tprpc_error *error) {
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++) {
+        tpr_loop *loop = &agent->ctx->loops[i];
+        tpr_loop_enter(loop);
+        tpr_agent_on(agent, loop)->drained = true;
+        bool none = tpr_loop_wait(loop, tpr_group_no_calls, tpr_agent_on(agent, loop), deadline);
+        tpr_loop_leave(loop);
+        if (!none) return tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, "calls of %s are still running", agent->name);
+    }
+    return TPRPC_OK;
+}
+
+// ---- the end
+
+// Ends what the agent waits for of its store, and lets nothing begin any more. Under the first loop's lock.
+static void tpr_group_close(tprpc_agent *agent) {
+    if (agent->state == TPR_AGENT_STARTING) tpr_group_start_failed(agent, TPRPC_ERROR_CLOSED, "it was destroyed");
+    tpr_group_set_state(agent, TPR_AGENT_LEFT);
+    TPR_ATOMIC_STORE(&agent->closing, 1u);
+    for (uint32_t r = 0; agent->starts && r < (agent->is_static ? agent->world_size : 1); r++)
+        if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
+}
+
+// ---- public
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_start(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error) {
+    TPRPC_ASSERT(agent);
+    if (!agent || !tpr_context_usable(agent->ctx))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "tprpc_agent_start: no agent, or one inherited by a fork");
+    tprpc_error mine = TPR_ZERO;
+    tprpc_status status = tpr_group_begin(agent, on_ready, user, &mine);
+    if (status != TPRPC_OK && error) *error = mine;
+    return status;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error) {
+    TPRPC_ASSERT(agent);
+    if (!agent || !tpr_context_usable(agent->ctx))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "tprpc_agent_wait_ready: no agent, or one inherited by a fork");
+    tpr_loop *home = tpr_agent_home(agent);
+    tprpc_status status = TPRPC_OK;
+    tpr_loop_enter(home);
+    bool fresh = agent->state == TPR_AGENT_NEW;
+    tpr_loop_leave(home);
+    if (fresh) status = tprpc_agent_start(agent, NULL, NULL, error);
+    if (status != TPRPC_OK) return status;
+    tpr_loop_enter(home);
+    int64_t most_ms = tpr_context_time(timeout_ms, agent->start_timeout_ms);
+    int64_t deadline = tpr_context_deadline(tpr_loop_clock(home), most_ms);
+    if (timeout_ms == 0 && deadline != INT64_MAX) deadline += 1000000;   // the start itself says who is missing
+    bool over = tpr_loop_wait(home, tpr_group_start_over, agent, deadline);
+    status = over ? agent->ready_error.status : TPRPC_ERROR_TIMEOUT;
+    if (over && status != TPRPC_OK && error) *error = agent->ready_error;
+    if (!over) {
+        uint32_t missing = 0;
+        while (missing + 1 < agent->world_size && !(agent->starts && agent->starts[missing].op)) missing++;
+        tprpc_error_set(error, status, 0,
+                        agent->gathering ? "%s waited %lld ms for its group; rank %u has not come"
+                        : "%s waited %lld ms for its store", agent->name, (long long)most_ms, (unsigned)missing);
+    }
+    tpr_loop_leave(home);
+    return status;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error) {
+    TPRPC_ASSERT(agent);
+    if (!agent || !tpr_context_usable(agent->ctx) || tpr_context_in_callback(agent->ctx))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "tprpc_agent_leave: no agent, one inherited by a fork, or in a callback");
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_loop_enter(home);
+    bool ready = agent->state == TPR_AGENT_READY;
+    if (ready) tpr_group_set_state(agent, TPR_AGENT_LEAVING);
+    int64_t deadline =
+        tpr_context_deadline(tpr_loop_clock(home), tpr_context_time(timeout_ms, agent->start_timeout_ms));
+    tpr_loop_leave(home);
+    if (!ready) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s is not in its group", agent->name);
+    tprpc_status status = tpr_group_drain_calls(agent, deadline, error);
+    if (status == TPRPC_OK && agent->is_static) status = tpr_group_all(agent, "leave", true, deadline, error);
+    if (status == TPRPC_OK && agent->is_static)
+        status = tpr_group_all(agent, "left", agent->rank == 0, deadline, error);
+    if (!agent->is_static) {
+        char key[TPR_AGENT_NAME + 16];
+        tpr_loop_enter(home);
+        memset(&agent->start_error, 0, sizeof agent->start_error);
+        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
+        if (tpr_group_ask(agent, TPRPC_STORE_DELETE, key, NULL, 0, 0, tpr_group_left_peer, &agent->starts[0]))
+            tpr_loop_wait(home, tpr_group_step_over, agent, deadline);
+        if (agent->start_pending)
+            tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "the store has not answered");
+        if (status == TPRPC_OK && agent->start_error.status != TPRPC_OK)
+            status = tprpc_error_set(error, agent->start_error.status, 0, "%s is still in the store: %.180s",
+                                     agent->name, agent->start_error.text);
+        tpr_loop_leave(home);
+    }
+    tpr_group_set_state(agent, TPR_AGENT_LEFT);
+    return status;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent) {
+    if (!agent) return TPRPC_OK;
+    tprpc_context *ctx = agent->ctx;
+    bool inside = false;
+    if (!tpr_context_usable(ctx) || tpr_context_in_callback(ctx)) return TPRPC_ERROR_INVALID;
+    tpr_agent_method_runs(agent, NULL, &inside);
+    if (inside) return TPRPC_ERROR_INVALID;   // it would wait for the handler that it stands in
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_loop_enter(home);
+    uintptr_t callback_thread = home->callback_thread;
+    if (ctx->env.polled) home->callback_thread = tpr_os_thread_id();
+    tpr_group_close(agent);
+    tpr_loop_leave(home);
+    if (agent->listener) tprpc_listener_close(agent->listener);
+    agent->listener = NULL;            // it may be destroyed again
+    for (uint32_t i = 0; i < ctx->loop_count; i++) {
+        tpr_loop_enter(&ctx->loops[i]);
+        tpr_agent_end_loop(agent, &ctx->loops[i]);
+        tpr_loop_leave(&ctx->loops[i]);
+    }
+    bool idle = true;
+    for (uint32_t i = 0; i < ctx->loop_count && idle; i++) {
+        tpr_loop *loop = &ctx->loops[i];
+        tpr_loop_enter(loop);
+        if (i == 0) while (!tpr_loop_wait(loop, tpr_group_step_over, agent, tpr_loop_clock(loop) + 1000000)) { }
+        idle = tpr_agent_wait_idle(agent, loop);
+        tpr_loop_leave(loop);
+    }
+    if (idle) tpr_agent_stop_threads(agent);   // not before: what ran there may have waited for a callback of here
+    tpr_loop_enter(home);
+    if (ctx->env.polled) home->callback_thread = callback_thread;
+    tpr_loop_leave(home);
+    if (!idle) return TPRPC_ERROR_TIMEOUT;
+    if (agent->own_store) tprpc_store_close(agent->store);
+    tpr_agent_dispose(agent);
+    return TPRPC_OK;
 }
 
 // >>report ------------------------------------------------------------------------------------------------------------
