@@ -14084,14 +14084,14 @@ typedef struct tpr_agent_frame {       // a user's function of a method that may
 typedef struct tpr_agent_times { tpr_base_histogram call, queue, handler; } tpr_agent_times;
 
 typedef struct tpr_agent_counts {      // by a method's name, on one loop, under its lock
-    uint64_t active, ended, failed, timed_out, cancelled;     // calls
-    uint64_t unanswered, answered, requests_failed;           // requests
+    uint64_t begun, ended, failed, timed_out, cancelled;      // calls
+    uint64_t received, answered, requests_failed;             // requests
     tpr_agent_times *times;            // NULL: they are not measured
     uint64_t apart[7];                 // loops do not write to each other's lines
 } tpr_agent_counts;
 
 typedef struct tpr_agent_flow {        // calls in one direction, and the pipes they went over that have ended
-    uint64_t active, ended, errors, pipes, bytes_sent, bytes_received, tensor_sent, tensor_received;
+    uint64_t begun, ended, errors, pipes, bytes_sent, bytes_received, tensor_sent, tensor_received;
 } tpr_agent_flow;
 
 typedef struct tpr_agent_peer {        // a worker as it is counted, under the agent's lock
@@ -14205,6 +14205,7 @@ typedef struct tpr_agent_request {
     tpr_loop_task task;                // the handler, or its submission
     tpr_agent_frame frame;
     struct tpr_agent_request *next_job;
+    tpr_agent_counts *counts;          // of its method
     int64_t       since_us;            // where times are measured: it was whole, later its handler began
 } tpr_agent_request;
 
@@ -14396,7 +14397,7 @@ TPR_COLD static void tpr_agent_name_free(tprpc_agent *agent, const char *text) {
 }
 
 TPR_COLD static void tpr_agent_flow_add(tpr_agent_flow *to, const tpr_agent_flow *from) {
-    to->active += from->active;
+    to->begun += from->begun;
     to->ended += from->ended;
     to->errors += from->errors;
     to->pipes += from->pipes;
@@ -14439,13 +14440,21 @@ static inline tpr_agent_counts *tpr_agent_call_counts(const tpr_agent_call *call
     return &tpr_agent_name_of(call->method_name)->counts[call->worker->loop->index];
 }
 
-// A call begins; or it ends, or is taken back for it did not leave.
-static inline void tpr_agent_count_active(tpr_agent_call *call, bool begins) {
-    const uint64_t one = begins ? 1 : UINT64_MAX;
+static inline void tpr_agent_count_call(tpr_agent_call *call) {
     tpr_agent_counts *counts = tpr_agent_call_counts(call);
-    counts->active += one;
-    call->worker->to.active += one;
-    if (TPR_UNLIKELY(begins && counts->times)) call->begun_us = tpr_loop_clock(call->worker->loop);
+    counts->begun++;
+    call->worker->to.begun++;
+    if (TPR_UNLIKELY(counts->times != NULL)) call->begun_us = tpr_loop_clock(call->worker->loop);
+}
+
+// It did not leave, and so was none.
+TPR_COLD static void tpr_agent_count_undone(const tpr_agent_call *call) {
+    tpr_agent_call_counts(call)->begun--;
+    call->worker->to.begun--;
+}
+
+TPR_APART static void tpr_agent_measure_call(const tpr_agent_call *call, tpr_agent_times *times) {
+    tpr_base_histogram_add(&times->call, tpr_loop_clock(call->worker->loop) - call->begun_us);
 }
 
 static inline void tpr_agent_count_outcome(const tpr_agent_call *call) {
@@ -14459,61 +14468,64 @@ static inline void tpr_agent_count_outcome(const tpr_agent_call *call) {
         counts->timed_out += status == TPRPC_ERROR_TIMEOUT;
         counts->cancelled += status == TPRPC_ERROR_CANCELLED;
     }
-    if (TPR_UNLIKELY(counts->times != NULL))
-        tpr_base_histogram_add(&counts->times->call, tpr_loop_clock(call->worker->loop) - call->begun_us);
+    if (TPR_UNLIKELY(counts->times != NULL)) tpr_agent_measure_call(call, counts->times);
 }
 
 // A request that is not taken; method NULL: there is none.
 TPR_COLD static void tpr_agent_count_refused(tpr_agent_server *server, const tpr_agent_method *method) {
+    server->from.begun++;
     server->from.ended++;
     server->from.errors++;
     if (!method) return;
+    method->counts[server->loop->index].received++;
     method->counts[server->loop->index].answered++;
     method->counts[server->loop->index].requests_failed++;
 }
 
-static inline tpr_agent_counts *tpr_agent_request_counts(const tpr_agent_request *request) {
-    return &request->method->counts[request->server->loop->index];
-}
-
 static inline void tpr_agent_count_request(tpr_agent_request *request) {
-    request->server->from.active++;
-    tpr_agent_request_counts(request)->unanswered++;
+    request->counts = &request->method->counts[request->server->loop->index];
+    request->counts->received++;
+    request->server->from.begun++;
 }
 
 TPR_COLD static void tpr_agent_count_failed(tpr_agent_request *request) {
+    request->counts->requests_failed++;
     request->server->from.errors++;
-    tpr_agent_request_counts(request)->requests_failed++;
 }
 
 static inline void tpr_agent_count_whole(tpr_agent_request *request) {
-    if (TPR_UNLIKELY(tpr_agent_request_counts(request)->times != NULL))
-        request->since_us = tpr_loop_clock(request->server->loop);
+    if (TPR_UNLIKELY(request->counts->times != NULL)) request->since_us = tpr_loop_clock(request->server->loop);
+}
+
+TPR_APART static void tpr_agent_measure_queue(tpr_agent_request *request) {
+    int64_t now = tpr_loop_clock(request->server->loop);
+    if (!request->frame.live) return;
+    tpr_base_histogram_add(&request->counts->times->queue, now - request->since_us);
+    request->since_us = now;
+}
+
+TPR_APART static void tpr_agent_measure_handler(tpr_agent_request *request) {
+    if (request->frame.live)
+        tpr_base_histogram_add(&request->counts->times->handler,
+                               tpr_loop_clock(request->server->loop) - request->since_us);
 }
 
 // Its handler begins.
 static inline void tpr_agent_count_begun(tpr_agent_request *request) {
-    tpr_agent_times *times = tpr_agent_request_counts(request)->times;
-    if (TPR_LIKELY(!times) || !request->frame.live) return;
-    int64_t now = tpr_loop_clock(request->server->loop);
-    tpr_base_histogram_add(&times->queue, now - request->since_us);
-    request->since_us = now;
+    if (TPR_UNLIKELY(request->counts->times != NULL)) tpr_agent_measure_queue(request);
 }
 
-static void tpr_agent_count_handled(tpr_agent_request *request) {
-    tpr_agent_times *times = tpr_agent_request_counts(request)->times;
-    if (TPR_UNLIKELY(times != NULL) && request->frame.live)
-        tpr_base_histogram_add(&times->handler, tpr_loop_clock(request->server->loop) - request->since_us);
+// Its handler has returned; one that was kept is handled when it is answered.
+static inline void tpr_agent_count_returned(tpr_agent_request *request) {
+    if (TPR_UNLIKELY(request->counts->times != NULL) && request->answered) tpr_agent_measure_handler(request);
 }
 
 // It needs no answer any more.
 static inline void tpr_agent_count_answered(tpr_agent_request *request) {
-    tpr_agent_counts *counts = tpr_agent_request_counts(request);
-    counts->unanswered--;
-    counts->answered++;
-    request->server->from.active--;
+    request->counts->answered++;
     request->server->from.ended++;
-    if (TPR_UNLIKELY(request->kept && !request->running)) tpr_agent_count_handled(request);
+    if (TPR_UNLIKELY(request->counts->times != NULL) && request->kept && !request->running)
+        tpr_agent_measure_handler(request);
 }
 
 // ---- methods
@@ -14904,7 +14916,6 @@ TPR_COLD static void tpr_agent_abort_in(tpr_pipe_in *in) {
 // What a profiler sees of a call; a span's id is its own among all agents of the process, as long as it lasts.
 static void tpr_agent_call_active(tpr_agent_call *call, tpr_agent_loop *on, bool begins) {
     on->active = begins ? on->active + 1 : on->active - 1;
-    tpr_agent_count_active(call, begins);
     if (begins) {
         TPRPC_SPAN_BEGIN("tprpc call", (uint64_t)(uintptr_t)call);
     } else {
@@ -15291,6 +15302,7 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *m
     call->timeout_ms = tpr_context_time(options->timeout_ms, agent->timeout_ms);
     tpr_base_list_add(&worker->calls, &call->node);
     on->started++;
+    tpr_agent_count_call(call);
     tpr_agent_call_active(call, on, true);
     *out = call;
     return TPRPC_OK;
@@ -15339,6 +15351,7 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
         tpr_base_list_remove(&call->node);
         call->refs = 1;
         tpr_agent_on(agent, loop)->started--;
+        tpr_agent_count_undone(call);
         tpr_agent_call_active(call, tpr_agent_on(agent, loop), false);
         tpr_agent_call_unref(agent, call);
         return status;
@@ -15474,7 +15487,7 @@ static void tpr_agent_handler_over(tpr_loop_task *task) {
                  request->method->name);
         tpr_agent_request_fail(request, TPRPC_ERROR_REMOTE, 0, text);
     }
-    if (request->answered) tpr_agent_count_handled(request);   // else when it is
+    tpr_agent_count_returned(request);
     tpr_agent_request_unref(request);
 }
 
@@ -16223,13 +16236,13 @@ static void tpr_agent_method_stats_of(tprpc_agent *agent, const tpr_agent_name *
     for (uint32_t i = 0; i < agent->ctx->loop_count; i++) {
         const tpr_agent_counts *counts = &name->counts[i];
         tpr_loop_enter(&agent->ctx->loops[i]);
-        out->client_active_calls += counts->active;
-        out->calls += counts->active + counts->ended;
+        out->client_active_calls += counts->begun - counts->ended;
+        out->calls += counts->begun;
         out->calls_failed += counts->failed;
         out->calls_timed_out += counts->timed_out;
         out->calls_cancelled += counts->cancelled;
-        out->server_active_calls += counts->unanswered;
-        out->requests += counts->unanswered + counts->answered;
+        out->server_active_calls += counts->received - counts->answered;
+        out->requests += counts->received;
         out->requests_failed += counts->requests_failed;
         if (counts->times) tpr_base_histogram_merge(&all.call, &counts->times->call);
         if (counts->times) tpr_base_histogram_merge(&all.queue, &counts->times->queue);
@@ -16243,8 +16256,8 @@ static void tpr_agent_method_stats_of(tprpc_agent *agent, const tpr_agent_name *
 
 static tprpc_flow tpr_agent_flow_of(const tpr_agent_flow *flow, uint64_t pipes_open) {
     tprpc_flow out;
-    out.active_calls = flow->active;
-    out.calls = flow->active + flow->ended;
+    out.active_calls = flow->begun - flow->ended;
+    out.calls = flow->begun;
     out.errors = flow->errors;
     out.pipes = flow->pipes;
     out.pipes_open = pipes_open;

@@ -177,7 +177,7 @@ IN_KINDS(callers_beyond_the_limit, ONE | 0x10) {
     CHECK(tpr_agent_peer_in(&stranger));
     REQUIRE(stranger.peer);
     CHECK_EQ_INT(two[1].agent->caller_count, 1);
-    stranger.from.ended = 7;
+    stranger.from.begun = 7;
     CHECK_EQ_INT(tprpc_agent_get_peer_stats(two[1].agent, "stranger", &peer, sizeof peer), TPRPC_OK);
     CHECK_EQ_INT(peer.from.calls, 7);
     tpr_agent_peer_out(&stranger);
