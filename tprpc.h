@@ -215,6 +215,19 @@
 // reload: after it returned no code of that method runs.
 //
 //
+// METRICS
+//
+// An agent counts its calls and requests, in all (tprpc_agent_get_stats), by method (tprpc_agent_get_methods) and by
+// peer and direction, with bytes, errors and pipes (tprpc_agent_get_peers). With tprpc_agent_desc.metrics it also
+// measures, by method, how long calls take, how long requests wait for their handler, and how long handlers take:
+// number, sum, average, maximum, and p50, p90 and p99 out of a histogram of 224 buckets, up to 1,006 s. That takes
+// 5.4 KiB for each method and loop, allocated when its name is first registered or called. All counts are of the time
+// since the agent was created; what a monitor wants of the last minute it gets from two readings of count and sum.
+//
+// tprpc_agent_each_metric gives the same as pairs of a name and a value, for a log or an overlay, and
+// tprpc_agent_prometheus as a page for Prometheus: serve it under text/plain; version=0.0.4, a page for each agent.
+//
+//
 // ERRORS AND DEATHS
 //
 // Functions return a status; TPRPC_OK is 0. tprpc_error adds the system's code and a sentence that names the peer, the
@@ -312,6 +325,9 @@
 //   where an agent finds its group, in bytes          init_method, address                  255 each
 //   threads of an agent for blocking handlers         tprpc_agent_desc.worker_threads       1,024
 //   what tprpc_fail says, in bytes                    -                                     199
+//   names of methods that an agent counts apart       -                                     4,096, later ones in all
+//                                                                                           alone
+//   callers that it counts apart                      -                                     65,536, likewise
 //   keys of a store, in bytes                         -                                     1 to 255
 //   values of a store, in bytes                       -                                     65,536
 //   gets of one store client that wait                -                                     4,096
@@ -804,6 +820,8 @@ typedef struct tprpc_agent_desc {
     int32_t        worker_threads;   // for blocking handlers (default: 0, inline)
     int64_t        timeout_ms;       // of calls (default: 60,000)
     int64_t        start_timeout_ms; // of start and of leave (default: 60,000)
+    bool           metrics;          // measure how long each method's calls, requests' waits and handlers take, which
+                                     // costs some 0.1 us a call (default: false, all is counted, nothing timed)
 } tprpc_agent_desc;
 
 typedef struct tprpc_method_desc {
@@ -890,12 +908,58 @@ typedef struct tprpc_stats {
     uint64_t memory_bytes;           // of the context, allocated now, as limits.memory_bytes counts it
     uint32_t workers, pipes;         // known; open, both directions
     uint64_t tensor_bytes_adopted;   // of tensor_bytes_received: the senders' own memory, given and not copied
+    uint32_t thread_pool_size, num_idle_threads;   // worker_threads; those of them without a job
+    uint64_t queued_jobs;            // blocking handlers that wait for such a thread, or for the engine's
 } tprpc_stats;
 // Fills `out` (`size`: sizeof *out of the caller). Any thread.
 TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *out, size_t size);
 // The pipe that calls to `worker` go over. NO_WORKER; UNREACHABLE when none is open. Any thread.
 TPRPC_API tprpc_status tprpc_agent_get_peer_info(tprpc_agent *agent, const char *worker, tprpc_pipe_info *out,
                                                  size_t size);
+
+typedef struct tprpc_times {         // how long things of one kind took, since the agent was created; zeros where
+                                     // tprpc_agent_desc.metrics is not set
+    uint64_t count, sum_us, max_us;
+    uint64_t p50_us, p90_us, p99_us; // that many percent took no longer; less than an eighth above the exact value
+    double   average_us;             // of many: also of what is shorter than the clock's microsecond
+} tprpc_times;
+
+typedef struct tprpc_method_stats {  // by a method's name, since the agent was created, also while it is not registered
+    const char *name;                // valid until the agent is destroyed
+    uint64_t client_active_calls;    // begun here, to whichever worker, and not ended
+    uint64_t calls, calls_failed, calls_timed_out, calls_cancelled;   // begun here
+    uint64_t server_active_calls;    // requests here not answered
+    uint64_t requests, requests_failed;   // received here
+    tprpc_times call_time;           // of calls: from the call to its outcome
+    tprpc_times queue_time;          // of requests: from when they are whole until their handler begins
+    tprpc_times handler_time;        // from then until the handler has returned; of a kept request until it is
+                                     // answered, if that is later
+} tprpc_method_stats;
+// Fills `out` (`size`: sizeof *out of the caller). NO_METHOD: a name that was neither called nor registered here. Any
+// thread.
+TPRPC_API tprpc_status tprpc_agent_get_method_stats(tprpc_agent *agent, const char *method, tprpc_method_stats *out,
+                                                    size_t size);
+// The same for all names, in the order of their first use: fills the first `capacity` of `out` (`size`: sizeof *out of
+// the caller). Returns how many there are; 0 for a size that is none. Any thread.
+TPRPC_API size_t tprpc_agent_get_methods(tprpc_agent *agent, tprpc_method_stats *out, size_t capacity, size_t size);
+
+typedef struct tprpc_flow {          // calls in one direction, since the agent was created, and the pipes they go over
+    uint64_t active_calls;           // not ended
+    uint64_t calls, errors;          // begun; failed, for whatever reason
+    uint64_t pipes, pipes_open;      // ever; now
+    uint64_t bytes_sent, bytes_received;  // from here and to here, of calls and replies alike, on the wire
+    uint64_t tensor_bytes_sent, tensor_bytes_received;
+} tprpc_flow;
+
+typedef struct tprpc_peer_stats {    // of a worker that is known here, or that has called here
+    const char *name;                // valid until the agent is destroyed
+    tprpc_flow to, from;             // calls begun here, over pipes that this agent opened; its calls, over its pipes
+} tprpc_peer_stats;
+// Fills `out` (`size`: sizeof *out of the caller). NO_WORKER: neither known nor heard of. Any thread.
+TPRPC_API tprpc_status tprpc_agent_get_peer_stats(tprpc_agent *agent, const char *worker, tprpc_peer_stats *out,
+                                                  size_t size);
+// The same for all, in the order in which they became known: as tprpc_agent_get_methods.
+TPRPC_API size_t tprpc_agent_get_peers(tprpc_agent *agent, tprpc_peer_stats *out, size_t capacity, size_t size);
 
 // Calls `method` on `worker`. message NULL: an empty one; options NULL: defaults; out (NULL allowed): a future that
 // the caller releases, {NULL, 0} on an error, which the functions of futures take. on_done runs on the callback
@@ -957,7 +1021,17 @@ TPRPC_API void        *tprpc_request_stream(tprpc_request request, tprpc_device 
 // another, a line each; at most `size` bytes with the final 0. Returns the bytes of a whole report, without it.
 // Any thread.
 TPRPC_API size_t tprpc_agent_report(tprpc_agent *agent, char *out, size_t size);
-// The same for one pipe's info.
+// All figures as pairs of a name and a value: "agent." and a field of tprpc_stats ("agent.client_active_calls");
+// "method.", its name, a dot and a field ("method.echo.calls", "method.echo.call_time.p50_us"); "peer.", its name and
+// likewise ("peer.bob.to.bytes_sent"). each runs on the calling thread, without a lock; the name is valid meanwhile.
+// Any thread.
+TPRPC_API void   tprpc_agent_each_metric(tprpc_agent *agent, void (*each)(const char *name, double value, void *user),
+                                         void *user);
+// The same as a page for Prometheus, in its text format 0.0.4: names begin with tprpc_, labels say which worker (this
+// one), method, peer and direction (to, from), times are summaries in seconds. At most `size` bytes with the final 0.
+// Returns the bytes of the whole page, without it, which by the next call may be a little more. Any thread.
+TPRPC_API size_t tprpc_agent_prometheus(tprpc_agent *agent, char *out, size_t size);
+// As tprpc_agent_report, for one pipe's info.
 TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_t size);
 
 // ---- backends: what one's own transports, channels and converters are made of ---------------------------------------
@@ -2834,6 +2908,54 @@ static void tpr_base_slab_clear(tpr_base_slab *slab) {
     tpr_base_free(slab->memory, slab->chunks, slab->chunk_capacity * sizeof *slab->chunks, tag);
     slab->chunks = NULL;
     slab->chunk_count = slab->chunk_capacity = slab->free_head = slab->used = 0;
+}
+
+// ---- histograms: durations in microseconds
+
+enum { TPR_BASE_HISTOGRAM_BUCKETS = 224 };   // the last one has all from 1,006 s on
+typedef struct tpr_base_histogram {
+    uint64_t count, sum, most, buckets[TPR_BASE_HISTOGRAM_BUCKETS];
+} tpr_base_histogram;
+
+// The bucket of a duration: up to 15 us each has its own, then eight share every power of two.
+static inline uint32_t tpr_base_histogram_at(uint64_t us) {
+    if (us < 16) return (uint32_t)us;
+    uint32_t shift = 60 - (uint32_t)__builtin_clzll((unsigned long long)us);   // leaves 8 to 15
+    uint32_t at = shift * 8 + (uint32_t)(us >> shift);
+    return at < TPR_BASE_HISTOGRAM_BUCKETS ? at : TPR_BASE_HISTOGRAM_BUCKETS - 1;
+}
+
+// The longest duration of a bucket, but for the last one, which has no end.
+static inline uint64_t tpr_base_histogram_end(uint32_t at) {
+    return at < 16 ? at : ((uint64_t)(at % 8 + 9) << (at / 8 - 1)) - 1;
+}
+
+static inline void tpr_base_histogram_add(tpr_base_histogram *histogram, int64_t us) {
+    uint64_t value = us > 0 ? (uint64_t)us : 0;   // a user's clock may go back
+    histogram->count++;
+    histogram->sum += value;
+    if (value > histogram->most) histogram->most = value;
+    histogram->buckets[tpr_base_histogram_at(value)]++;
+}
+
+static void tpr_base_histogram_merge(tpr_base_histogram *to, const tpr_base_histogram *from) {
+    to->count += from->count;
+    to->sum += from->sum;
+    if (from->most > to->most) to->most = from->most;
+    for (uint32_t i = 0; i < TPR_BASE_HISTOGRAM_BUCKETS; i++) to->buckets[i] += from->buckets[i];
+}
+
+// What `percent` of the durations were not longer than: the end of the bucket that the exact one is in, which is less
+// than an eighth more, or the longest of all.
+static uint64_t tpr_base_histogram_percentile(const tpr_base_histogram *histogram, uint32_t percent) {
+    uint64_t rank = histogram->count / 100 * percent + (histogram->count % 100 * percent + 99) / 100, seen = 0;
+    for (uint32_t at = 0; at < TPR_BASE_HISTOGRAM_BUCKETS - 1; at++) {
+        seen += histogram->buckets[at];
+        if (seen < rank) continue;
+        uint64_t end = tpr_base_histogram_end(at);
+        return end < histogram->most ? end : histogram->most;
+    }
+    return histogram->most;
 }
 
 // ---- bytes and names
@@ -13938,6 +14060,7 @@ TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const
 enum { TPR_AGENT_NAME = 129, TPR_AGENT_TEXT = 256, TPR_AGENT_TAG = 0x746e6761 };   // "agnt"
 enum { TPR_AGENT_SLICE_US = 200 };     // of a wait that more than one loop must be driven for
 enum { TPR_AGENT_PATIENCE_US = 30000000 };   // of destroy, with receivers that keep what was given to them
+enum { TPR_AGENT_METHODS = 4096, TPR_AGENT_CALLERS = 65536 };   // counted one by one: names of methods, and callers
 enum { TPR_AGENT_CHUNK = 16, TPR_AGENT_CHUNKS = 24 };   // workers in the first chunk of the table; each next has twice
 enum { TPR_AGENT_LOOP_SHIFT = 56, TPR_AGENT_INDEX_SHIFT = 32, TPR_AGENT_INDEX_MASK = 0xffffff };
 
@@ -13951,11 +14074,40 @@ typedef struct tpr_agent_frame {       // a user's function of a method that may
     bool      live;                    // the method was there when it began
 } tpr_agent_frame;
 
+typedef struct tpr_agent_times { tpr_base_histogram call, queue, handler; } tpr_agent_times;
+
+typedef struct tpr_agent_counts {      // by a method's name, on one loop, under its lock
+    uint64_t begun, ended, failed, timed_out, cancelled;      // calls
+    uint64_t received, answered, requests_failed;             // requests
+    tpr_agent_times *times;            // NULL: they are not measured
+    uint64_t apart[7];                 // loops do not write to each other's lines
+} tpr_agent_counts;
+
+typedef struct tpr_agent_flow {        // calls in one direction, and the pipes they went over that have ended
+    uint64_t begun, ended, errors, pipes, bytes_sent, bytes_received, tensor_sent, tensor_received;
+} tpr_agent_flow;
+
+typedef struct tpr_agent_peer {        // a worker as it is counted, under the agent's lock
+    struct tpr_agent_peer *next;       // of all
+    const char   *name;                // of the agent's table of names
+    struct tpr_agent_worker *worker;   // NULL: it is not known, it only calls
+    tpr_base_list servers;             // tpr_agent_server.peer_node
+    tpr_agent_flow gone;               // of those that are gone
+} tpr_agent_peer;
+
+typedef struct tpr_agent_name {        // stands before each text of the agent's table of names; under its lock
+    struct tpr_agent_name *next;       // of those that are methods'
+    tpr_agent_counts *counts;          // of each loop; NULL: it is no method's. Set once, before a call or a method has
+                                       // the text, so they need no lock to read it
+    tpr_agent_peer   *peer;            // NULL: it is no peer's
+} tpr_agent_name;
+
 typedef struct tpr_agent_method {
     tprpc_method_desc desc;
     char      name[TPR_AGENT_NAME];
     uint32_t  id, refs;                // refs: atomic
     bool      removed;
+    tpr_agent_counts *counts;          // of its name
 } tpr_agent_method;
 
 typedef struct tpr_agent_worker {      // a peer as this agent calls it
@@ -13969,6 +14121,7 @@ typedef struct tpr_agent_worker {      // a peer as this agent calls it
     tprpc_pipe   *pipe;
     tpr_base_list calls;               // tpr_agent_call.node
     tprpc_store_op *op;
+    tpr_agent_flow to;
 } tpr_agent_worker;
 
 typedef struct tpr_agent_placing {     // memory of a user's that a message is received in
@@ -14012,6 +14165,7 @@ typedef struct tpr_agent_call {        // a call begun here, and its future
     const char   *method_name;         // of the agent's table of names
     tprpc_stream *streams;             // for the reply; NULL: the library's
     size_t        stream_count;
+    int64_t       begun_us;            // where times are measured
 } tpr_agent_call;
 
 typedef struct tpr_agent_server {      // a pipe that a caller's requests come in by
@@ -14024,6 +14178,9 @@ typedef struct tpr_agent_server {      // a pipe that a caller's requests come i
     uint32_t      refs;
     tpr_base_list requests, lanes;     // in the order of arrival; those with a lane whose handlers have not begun
     tpr_base_map  by_call;             // of the requests: see tpr_agent_request_called
+    tpr_agent_flow from;
+    tpr_agent_peer *peer;              // NULL: it has not introduced itself, or there are too many
+    tpr_base_list peer_node;
 } tpr_agent_server;
 
 typedef struct tpr_agent_request {
@@ -14041,6 +14198,8 @@ typedef struct tpr_agent_request {
     tpr_loop_task task;                // the handler, or its submission
     tpr_agent_frame frame;
     struct tpr_agent_request *next_job;
+    tpr_agent_counts *counts;          // of its method
+    int64_t       since_us;            // where times are measured: it was whole, later its handler began
 } tpr_agent_request;
 
 typedef struct tpr_agent_send {        // an outgoing message that lends memory, or did not leave at once
@@ -14113,6 +14272,12 @@ struct tprpc_agent {
 #ifndef TPRPC_NO_THREADS
     tpr_agent_thread *threads;
 #endif
+    bool            metrics;
+    uint32_t        jobs_running;      // atomic: of the jobs
+    uint32_t        method_count, caller_count;   // these under the lock
+    tpr_agent_name *method_names, **method_names_tail;
+    tpr_agent_peer *peers, **peers_tail;
+    tpr_agent_counts *uncounted;       // for names beyond TPR_AGENT_METHODS
 };
 
 static tpr_loop *tpr_agent_home(tprpc_agent *agent) { return &agent->ctx->loops[0]; }
@@ -14132,20 +14297,25 @@ static void tpr_agent_free(tprpc_agent *agent, void *ptr, size_t size) {
 
 // ---- names: text that stays until the agent is destroyed
 
+// Under the agent's lock. NULL: it is not in the table; *hash is where it would be.
+static const char *tpr_agent_text_find(tprpc_agent *agent, const char *text, uint64_t *hash) {
+    const char *found;
+    *hash = tpr_base_hash(text, strlen(text) + 1);
+    while ((found = (const char *)tpr_base_map_get(&agent->names, *hash)) != NULL && strcmp(found, text) != 0) ++*hash;
+    return found;
+}
+
 // Under the agent's lock. NULL: no memory.
 static const char *tpr_agent_text(tprpc_agent *agent, const char *text) {
     size_t size = strlen(text) + 1;
-    uint64_t hash = tpr_base_hash(text, size);
-    const char *found;
-    while ((found = (const char *)tpr_base_map_get(&agent->names, hash)) != NULL) {
-        if (strcmp(found, text) == 0) return found;
-        hash++;
-    }
-    char *copy = (char *)tpr_agent_alloc(agent, size);
-    if (!copy) return NULL;
-    memcpy(copy, text, size);
-    if (tpr_base_map_put(&agent->names, hash, copy)) return copy;
-    tpr_agent_free(agent, copy, size);
+    uint64_t hash;
+    const char *found = tpr_agent_text_find(agent, text, &hash);
+    if (found) return found;
+    tpr_agent_name *name = (tpr_agent_name *)tpr_agent_alloc(agent, sizeof *name + size);
+    if (!name) return NULL;
+    memcpy(name + 1, text, size);
+    if (tpr_base_map_put(&agent->names, hash, name + 1)) return (const char *)(name + 1);
+    tpr_agent_free(agent, name, sizeof *name + size);
     return NULL;
 }
 
@@ -14154,6 +14324,201 @@ TPR_COLD static const char *tpr_agent_text_locked(tprpc_agent *agent, const char
     const char *kept = tpr_agent_text(agent, text);
     tpr_os_lock_give(&agent->lock);
     return kept;
+}
+
+// ---- counts: by a method's name, and by a peer's
+
+static inline tpr_agent_name *tpr_agent_name_of(const char *text) {
+    return (tpr_agent_name *)(void *)(uintptr_t)text - 1;
+}
+
+static size_t tpr_agent_counts_size(const tprpc_agent *agent) {
+    size_t each = sizeof(tpr_agent_counts) + (agent->metrics ? sizeof(tpr_agent_times) : 0);
+    return agent->ctx->loop_count * each;
+}
+
+// What is counted by one name on each loop. NULL: no memory.
+TPR_COLD static tpr_agent_counts *tpr_agent_counts_new(tprpc_agent *agent) {
+    const uint32_t loops = agent->ctx->loop_count;
+    tpr_agent_counts *counts = (tpr_agent_counts *)tpr_agent_alloc(agent, tpr_agent_counts_size(agent));
+    for (uint32_t i = 0; counts && agent->metrics && i < loops; i++)
+        counts[i].times = (tpr_agent_times *)(void *)(counts + loops) + i;
+    return counts;
+}
+
+// Makes sure that what goes by this name is counted. Under the agent's lock. NULL: no memory.
+static tpr_agent_counts *tpr_agent_count_name(tprpc_agent *agent, const char *text) {
+    tpr_agent_name *name = tpr_agent_name_of(text);
+    if (TPR_LIKELY(name->counts != NULL)) return name->counts;
+    if (agent->method_count == TPR_AGENT_METHODS) return name->counts = agent->uncounted;
+    name->counts = tpr_agent_counts_new(agent);
+    if (!name->counts) return NULL;
+    agent->method_count++;
+    *agent->method_names_tail = name;
+    agent->method_names_tail = &name->next;
+    return name->counts;
+}
+
+// A method's name that stays, and what is counted by it. NULL: no memory.
+static const char *tpr_agent_method_text(tprpc_agent *agent, const char *method) {
+    tpr_os_lock_take(&agent->lock);
+    const char *text = tpr_agent_text(agent, method);
+    if (text && !tpr_agent_count_name(agent, text)) text = NULL;
+    tpr_os_lock_give(&agent->lock);
+    return text;
+}
+
+// The peer of that name, which is in the table. Under the agent's lock. NULL: no memory.
+TPR_COLD static tpr_agent_peer *tpr_agent_peer_of(tprpc_agent *agent, const char *text) {
+    tpr_agent_name *name = tpr_agent_name_of(text);
+    if (name->peer) return name->peer;
+    name->peer = (tpr_agent_peer *)tpr_agent_alloc(agent, sizeof *name->peer);
+    if (!name->peer) return NULL;
+    name->peer->name = text;
+    tpr_base_list_init(&name->peer->servers);
+    *agent->peers_tail = name->peer;
+    agent->peers_tail = &name->peer->next;
+    return name->peer;
+}
+
+TPR_COLD static void tpr_agent_name_free(tprpc_agent *agent, const char *text) {
+    if (!text) return;
+    tpr_agent_name *name = tpr_agent_name_of(text);
+    if (name->counts != agent->uncounted) tpr_agent_free(agent, name->counts, tpr_agent_counts_size(agent));
+    tpr_agent_free(agent, name->peer, sizeof *name->peer);
+    tpr_agent_free(agent, name, sizeof *name + strlen(text) + 1);
+}
+
+TPR_COLD static void tpr_agent_flow_add(tpr_agent_flow *to, const tpr_agent_flow *from) {
+    to->begun += from->begun;
+    to->ended += from->ended;
+    to->errors += from->errors;
+    to->pipes += from->pipes;
+    to->bytes_sent += from->bytes_sent;
+    to->bytes_received += from->bytes_received;
+    to->tensor_sent += from->tensor_sent;
+    to->tensor_received += from->tensor_received;
+}
+
+TPR_COLD static void tpr_agent_flow_pipe(tpr_agent_flow *flow, const tprpc_pipe *pipe) {
+    flow->pipes++;
+    flow->bytes_sent += pipe->bytes_sent;
+    flow->bytes_received += pipe->bytes_received;
+    flow->tensor_sent += pipe->tensor_bytes_sent;
+    flow->tensor_received += pipe->tensor_bytes_received;
+}
+
+// A caller's pipe has a name. Of more callers than can be counted one by one only the sums are kept. False: no memory.
+TPR_COLD static bool tpr_agent_peer_in(tpr_agent_server *server) {
+    tprpc_agent *agent = server->agent;
+    tpr_os_lock_take(&agent->lock);
+    bool fresh = !tpr_agent_name_of(server->caller)->peer, full = fresh && agent->caller_count == TPR_AGENT_CALLERS;
+    server->peer = full ? NULL : tpr_agent_peer_of(agent, server->caller);
+    if (server->peer) tpr_base_list_add(&server->peer->servers, &server->peer_node);
+    agent->caller_count += fresh && server->peer;
+    tpr_os_lock_give(&agent->lock);
+    return server->peer || full;
+}
+
+// A caller's pipe is gone, and all that came over it.
+TPR_COLD static void tpr_agent_peer_out(tpr_agent_server *server) {
+    if (!server->peer) return;
+    tpr_os_lock_take(&server->agent->lock);
+    tpr_base_list_remove(&server->peer_node);
+    tpr_agent_flow_add(&server->peer->gone, &server->from);
+    tpr_os_lock_give(&server->agent->lock);
+}
+
+static inline tpr_agent_counts *tpr_agent_call_counts(const tpr_agent_call *call) {
+    return &tpr_agent_name_of(call->method_name)->counts[call->worker->loop->index];
+}
+
+static inline void tpr_agent_count_call(tpr_agent_call *call) {
+    tpr_agent_counts *counts = tpr_agent_call_counts(call);
+    counts->begun++;
+    call->worker->to.begun++;
+    if (TPR_UNLIKELY(counts->times != NULL)) call->begun_us = tpr_loop_clock(call->worker->loop);
+}
+
+// It did not leave, and so was none.
+TPR_COLD static void tpr_agent_count_undone(const tpr_agent_call *call) {
+    tpr_agent_call_counts(call)->begun--;
+    call->worker->to.begun--;
+}
+
+TPR_APART static void tpr_agent_measure_call(const tpr_agent_call *call, tpr_agent_times *times) {
+    tpr_base_histogram_add(&times->call, tpr_loop_clock(call->worker->loop) - call->begun_us);
+}
+
+static inline void tpr_agent_count_outcome(const tpr_agent_call *call) {
+    tpr_agent_counts *counts = tpr_agent_call_counts(call);
+    const tprpc_status status = call->status;
+    counts->ended++;
+    call->worker->to.ended++;
+    if (TPR_UNLIKELY(status != TPRPC_OK)) {
+        counts->failed++;
+        call->worker->to.errors++;
+        counts->timed_out += status == TPRPC_ERROR_TIMEOUT;
+        counts->cancelled += status == TPRPC_ERROR_CANCELLED;
+    }
+    if (TPR_UNLIKELY(counts->times != NULL)) tpr_agent_measure_call(call, counts->times);
+}
+
+// A request that is not taken; method NULL: there is none.
+TPR_COLD static void tpr_agent_count_refused(tpr_agent_server *server, const tpr_agent_method *method) {
+    server->from.begun++;
+    server->from.ended++;
+    server->from.errors++;
+    if (!method) return;
+    method->counts[server->loop->index].received++;
+    method->counts[server->loop->index].answered++;
+    method->counts[server->loop->index].requests_failed++;
+}
+
+static inline void tpr_agent_count_request(tpr_agent_request *request) {
+    request->counts = &request->method->counts[request->server->loop->index];
+    request->counts->received++;
+    request->server->from.begun++;
+}
+
+TPR_COLD static void tpr_agent_count_failed(tpr_agent_request *request) {
+    request->counts->requests_failed++;
+    request->server->from.errors++;
+}
+
+static inline void tpr_agent_count_whole(tpr_agent_request *request) {
+    if (TPR_UNLIKELY(request->counts->times != NULL)) request->since_us = tpr_loop_clock(request->server->loop);
+}
+
+TPR_APART static void tpr_agent_measure_queue(tpr_agent_request *request) {
+    int64_t now = tpr_loop_clock(request->server->loop);
+    if (!request->frame.live) return;
+    tpr_base_histogram_add(&request->counts->times->queue, now - request->since_us);
+    request->since_us = now;
+}
+
+TPR_APART static void tpr_agent_measure_handler(tpr_agent_request *request) {
+    if (request->frame.live)
+        tpr_base_histogram_add(&request->counts->times->handler,
+                               tpr_loop_clock(request->server->loop) - request->since_us);
+}
+
+// Its handler begins.
+static inline void tpr_agent_count_begun(tpr_agent_request *request) {
+    if (TPR_UNLIKELY(request->counts->times != NULL)) tpr_agent_measure_queue(request);
+}
+
+// Its handler has returned; one that was kept is handled when it is answered.
+static inline void tpr_agent_count_returned(tpr_agent_request *request) {
+    if (TPR_UNLIKELY(request->counts->times != NULL) && request->answered) tpr_agent_measure_handler(request);
+}
+
+// It needs no answer any more.
+static inline void tpr_agent_count_answered(tpr_agent_request *request) {
+    request->counts->answered++;
+    request->server->from.ended++;
+    if (TPR_UNLIKELY(request->counts->times != NULL) && request->kept && !request->running)
+        tpr_agent_measure_handler(request);
 }
 
 // ---- methods
@@ -14565,6 +14930,7 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
         call->error->status = status;
     }
     tpr_agent_call_active(call, on, false);
+    tpr_agent_count_outcome(call);
     if (on->active == 0 && on->drained) tpr_loop_notify(loop);
     if (status != TPRPC_OK) on->failed++;
     if (status == TPRPC_ERROR_TIMEOUT) on->timed_out++;
@@ -14740,6 +15106,7 @@ TPR_COLD static void tpr_agent_worker_ended(tpr_pipe_user *user) {
         else tpr_agent_call_fail(call, &pipe->error);
     }
     tpr_agent_count_pipe(tpr_agent_on(worker->agent, worker->loop), pipe);
+    tpr_agent_flow_pipe(&worker->to, pipe);
     pipe->closed = true;
     pipe->user = NULL;
 }
@@ -14846,7 +15213,9 @@ static tpr_agent_worker *tpr_agent_worker_new(tprpc_agent *agent, const char *na
         agent->workers[chunk] = (tpr_agent_worker **)tpr_agent_alloc(agent, ((size_t)TPR_AGENT_CHUNK << chunk) *
                                                                             sizeof *agent->workers[chunk]);
     if (!agent->workers[chunk]) return NULL;
-    tpr_agent_worker *worker = (tpr_agent_worker *)tpr_agent_alloc(agent, sizeof *worker);
+    const char *text = tpr_agent_text(agent, name);
+    tpr_agent_peer *peer = text ? tpr_agent_peer_of(agent, text) : NULL;
+    tpr_agent_worker *worker = peer ? (tpr_agent_worker *)tpr_agent_alloc(agent, sizeof *worker) : NULL;
     if (!worker || !tpr_base_map_put(&agent->by_name, hash, worker)) {
         tpr_agent_free(agent, worker, sizeof *worker);
         return NULL;
@@ -14857,6 +15226,7 @@ static tpr_agent_worker *tpr_agent_worker_new(tprpc_agent *agent, const char *na
     worker->loop = tpr_context_next_loop(agent->ctx);
     snprintf(worker->name, sizeof worker->name, "%s", name);
     tpr_base_list_init(&worker->calls);
+    peer->worker = worker;
     worker->index = agent->worker_count;
     agent->workers[chunk][place] = worker;
     TPR_ATOMIC_STORE(&agent->worker_count, agent->worker_count + 1);
@@ -14925,6 +15295,7 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *m
     call->timeout_ms = tpr_context_time(options->timeout_ms, agent->timeout_ms);
     tpr_base_list_add(&worker->calls, &call->node);
     on->started++;
+    tpr_agent_count_call(call);
     tpr_agent_call_active(call, on, true);
     *out = call;
     return TPRPC_OK;
@@ -14973,6 +15344,7 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
         tpr_base_list_remove(&call->node);
         call->refs = 1;
         tpr_agent_on(agent, loop)->started--;
+        tpr_agent_count_undone(call);
         tpr_agent_call_active(call, tpr_agent_on(agent, loop), false);
         tpr_agent_call_unref(agent, call);
         return status;
@@ -15018,6 +15390,7 @@ static tprpc_status tpr_agent_call_to(tprpc_agent *agent, tpr_agent_worker *work
 
 static void tpr_agent_server_unref(tpr_agent_server *server) {
     if (--server->refs) return;
+    tpr_agent_peer_out(server);
     tpr_base_list_remove(&server->node);
     tpr_base_map_clear(&server->by_call);
     tpr_agent_free(server->agent, server, sizeof *server);
@@ -15042,6 +15415,7 @@ static void tpr_agent_request_over(tpr_agent_request *request) {
     if (request->answered) return;
     request->answered = true;
     tpr_agent_on(request->server->agent, request->server->loop)->unanswered--;
+    tpr_agent_count_answered(request);
     if (request->kept) tpr_agent_on(request->server->agent, request->server->loop)->async_now--;
     tpr_base_list_remove(&request->node);
     tpr_base_list_remove(&request->lane_node);
@@ -15055,6 +15429,7 @@ TPR_COLD static void tpr_agent_request_fail(tpr_agent_request *request, tprpc_st
     tpr_agent_server *server = request->server;
     if (request->answered) return;
     tpr_agent_on(server->agent, server->loop)->received_failed++;
+    tpr_agent_count_failed(request);
     if (!request->one_way && !request->cancelled && server->pipe)
         tpr_agent_say_error(server->agent, server->pipe, request->call, status, user_code, text);
     tpr_agent_request_over(request);
@@ -15074,6 +15449,7 @@ static void tpr_agent_lane_next(tpr_agent_server *server, uint32_t lane);
 static void tpr_agent_handler_begin(tpr_loop_task *task) {
     tpr_agent_request *request = TPR_CONTAINER(task, tpr_agent_request, task);
     tpr_agent_frame_begin(tpr_agent_on(request->server->agent, request->server->loop), &request->frame);
+    tpr_agent_count_begun(request);
     if (!request->lane) return;
     tpr_base_list_remove(&request->lane_node);
     tpr_agent_lane_next(request->server, request->lane);
@@ -15104,6 +15480,7 @@ static void tpr_agent_handler_over(tpr_loop_task *task) {
                  request->method->name);
         tpr_agent_request_fail(request, TPRPC_ERROR_REMOTE, 0, text);
     }
+    tpr_agent_count_returned(request);
     tpr_agent_request_unref(request);
 }
 
@@ -15114,6 +15491,7 @@ static void tpr_agent_job(void *arg) {
     tpr_loop *loop = request->server->loop;
     tprpc_agent *agent = request->server->agent;
     tpr_loop_enter(loop);
+    TPR_ATOMIC_ADD(&agent->jobs_running, 1u);
     tpr_agent_handler_begin(&request->task);
     tpr_loop_leave(loop);
     tpr_agent_handler_run(&request->task);
@@ -15121,6 +15499,7 @@ static void tpr_agent_job(void *arg) {
     tpr_loop_enter(loop);
     tpr_agent_handler_over(&request->task);
     TPR_ATOMIC_SUB(&agent->jobs, 1u);
+    TPR_ATOMIC_SUB(&agent->jobs_running, 1u);   // after that one, so that it is never seen as waiting again
     tpr_loop_notify(loop);
     tpr_loop_leave(loop);
     TPR_ATOMIC_SUB(&loop->deferring, 1u);
@@ -15191,6 +15570,7 @@ static void tpr_agent_request_start(tpr_agent_request *request) {
     request->placing = NULL;
     request->running = true;
     request->refs++;
+    tpr_agent_count_whole(request);
     tpr_agent_on(request->server->agent, request->server->loop)->sends++;
     tpr_agent_request_go(request);
 }
@@ -15303,6 +15683,7 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     on->received++;
     if (!request) {
         on->received_failed++;
+        tpr_agent_count_refused(server, method);
         server->refs++;                // both of what follows may end its pipe
         tpr_agent_drop_in(in);
         if (!one_way && server->pipe)
@@ -15328,6 +15709,7 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     tpr_base_list_init(&request->frame.node);
     request->in = in;
     request->refs = 2;                 // until it is answered; until it is read
+    tpr_agent_count_request(request);
     request->reading = true;
     server->refs++;
     in->user = request;
@@ -15384,7 +15766,7 @@ static void tpr_agent_server_message(tpr_pipe_user *user, tpr_pipe_in *in) {
     if (good && prefix.kind == TPR_WIRE_INTRO && !server->caller &&
         tpr_wire_get_intro(in->message.metadata, in->message.metadata_size, name, sizeof name, &rank)) {
         server->caller = tpr_agent_text_locked(agent, name);
-        good = server->caller != NULL;
+        good = server->caller != NULL && tpr_agent_peer_in(server);
     } else if (good && prefix.kind == TPR_WIRE_CANCEL && server->caller) {
         tpr_agent_on_cancel(server, prefix.id);
     } else {
@@ -15401,6 +15783,7 @@ TPR_COLD static void tpr_agent_server_ended(tpr_pipe_user *user) {
     for (tpr_base_list *i = server->requests.next; i != &server->requests; i = i->next)
         TPR_CONTAINER(i, tpr_agent_request, node)->cancelled = true;
     tpr_agent_count_pipe(tpr_agent_on(server->agent, server->loop), pipe);
+    tpr_agent_flow_pipe(&server->from, pipe);
     pipe->closed = true;
     pipe->user = NULL;
     tpr_agent_server_unref(server);
@@ -15420,6 +15803,7 @@ static tpr_pipe_user *tpr_agent_serve(void *arg, tprpc_pipe *pipe) {
     server->by_call.memory = &agent->ctx->env.memory;
     tpr_base_list_init(&server->requests);
     tpr_base_list_init(&server->lanes);
+    tpr_base_list_init(&server->peer_node);
     tpr_base_list_add(&tpr_agent_on(agent, pipe->loop)->servers, &server->node);
     return &server->user;
 }
@@ -15485,10 +15869,9 @@ static void tpr_agent_dispose(tprpc_agent *agent) {
         tpr_agent_free(agent, agent->workers[i], ((size_t)TPR_AGENT_CHUNK << i) * sizeof *agent->workers[i]);
     for (uint32_t i = 0; i < agent->methods.capacity; i++)
         tpr_agent_free(agent, agent->methods.entries[i].value, sizeof(tpr_agent_method));
-    for (uint32_t i = 0; i < agent->names.capacity; i++) {
-        char *text = (char *)agent->names.entries[i].value;
-        if (text) tpr_agent_free(agent, text, strlen(text) + 1);
-    }
+    for (uint32_t i = 0; i < agent->names.capacity; i++)
+        tpr_agent_name_free(agent, (const char *)agent->names.entries[i].value);
+    tpr_agent_free(agent, agent->uncounted, tpr_agent_counts_size(agent));
     tpr_base_map_clear(&agent->methods);
     tpr_base_map_clear(&agent->names);
     tpr_base_map_clear(&agent->by_name);
@@ -15588,11 +15971,16 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
     agent->start_timeout_ms = tpr_context_time(desc->start_timeout_ms, 60000);
     agent->worker_threads = desc->worker_threads;
     agent->job_tail = &agent->job_head;
+    agent->metrics = desc->metrics;
+    agent->method_names_tail = &agent->method_names;
+    agent->peers_tail = &agent->peers;
     agent->methods.memory = agent->names.memory = agent->by_name.memory = agent->resolved.memory = memory;
     if (tpr_os_random(&agent->nonce, sizeof agent->nonce) != 0)
         return tpr_base_os_error(error, errno, "reading", "random bytes");
     agent->loops = (tpr_agent_loop *)tpr_agent_alloc(agent, ctx->loop_count * sizeof *agent->loops);
-    if (!agent->loops) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for agent %s", agent->name);
+    agent->uncounted = tpr_agent_counts_new(agent);
+    if (!agent->loops || !agent->uncounted)
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for agent %s", agent->name);
     for (uint32_t i = 0; i < ctx->loop_count; i++) {
         tpr_agent_loop *on = &agent->loops[i];
         on->calls.memory = on->requests.memory = memory;
@@ -15685,7 +16073,7 @@ static tprpc_status tpr_agent_resolve(tprpc_agent *agent, const char *worker, co
                                worker, agent->name);
     const char *fault = tpr_base_name_fault(method, strlen(method), TPR_AGENT_NAME - 1);
     if (fault) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "the method name \"%.60s\" %s", method, fault);
-    *text = tpr_agent_text_locked(agent, method);
+    *text = tpr_agent_method_text(agent, method);
     return *text ? TPRPC_OK : tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a method's name");
 }
 
@@ -15803,6 +16191,103 @@ static tprpc_status tpr_agent_add_maps(tprpc_agent *agent, const char *worker, c
     return TPRPC_OK;
 }
 
+// ---- counts, read
+
+// The method's name that comes after `name` (NULL: the first). NULL: that was the last.
+static tpr_agent_name *tpr_agent_next_method(tprpc_agent *agent, const tpr_agent_name *name) {
+    tpr_os_lock_take(&agent->lock);
+    tpr_agent_name *next = name ? name->next : agent->method_names;
+    tpr_os_lock_give(&agent->lock);
+    return next;
+}
+
+static tpr_agent_peer *tpr_agent_next_peer(tprpc_agent *agent, const tpr_agent_peer *peer) {
+    tpr_os_lock_take(&agent->lock);
+    tpr_agent_peer *next = peer ? peer->next : agent->peers;
+    tpr_os_lock_give(&agent->lock);
+    return next;
+}
+
+static tprpc_times tpr_agent_times_of(const tpr_base_histogram *histogram) {
+    tprpc_times times;
+    times.count = histogram->count;
+    times.sum_us = histogram->sum;
+    times.max_us = histogram->most;
+    times.p50_us = tpr_base_histogram_percentile(histogram, 50);
+    times.p90_us = tpr_base_histogram_percentile(histogram, 90);
+    times.p99_us = tpr_base_histogram_percentile(histogram, 99);
+    times.average_us = histogram->count ? (double)histogram->sum / (double)histogram->count : 0;
+    return times;
+}
+
+TPR_COLD
+static void tpr_agent_method_stats_of(tprpc_agent *agent, const tpr_agent_name *name, tprpc_method_stats *out) {
+    tpr_agent_times all;
+    memset(&all, 0, sizeof all);
+    memset(out, 0, sizeof *out);
+    out->name = (const char *)(name + 1);
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++) {
+        const tpr_agent_counts *counts = &name->counts[i];
+        tpr_loop_enter(&agent->ctx->loops[i]);
+        out->client_active_calls += counts->begun - counts->ended;
+        out->calls += counts->begun;
+        out->calls_failed += counts->failed;
+        out->calls_timed_out += counts->timed_out;
+        out->calls_cancelled += counts->cancelled;
+        out->server_active_calls += counts->received - counts->answered;
+        out->requests += counts->received;
+        out->requests_failed += counts->requests_failed;
+        if (counts->times) tpr_base_histogram_merge(&all.call, &counts->times->call);
+        if (counts->times) tpr_base_histogram_merge(&all.queue, &counts->times->queue);
+        if (counts->times) tpr_base_histogram_merge(&all.handler, &counts->times->handler);
+        tpr_loop_leave(&agent->ctx->loops[i]);
+    }
+    out->call_time = tpr_agent_times_of(&all.call);
+    out->queue_time = tpr_agent_times_of(&all.queue);
+    out->handler_time = tpr_agent_times_of(&all.handler);
+}
+
+static tprpc_flow tpr_agent_flow_of(const tpr_agent_flow *flow, uint64_t pipes_open) {
+    tprpc_flow out;
+    out.active_calls = flow->begun - flow->ended;
+    out.calls = flow->begun;
+    out.errors = flow->errors;
+    out.pipes = flow->pipes;
+    out.pipes_open = pipes_open;
+    out.bytes_sent = flow->bytes_sent;
+    out.bytes_received = flow->bytes_received;
+    out.tensor_bytes_sent = flow->tensor_sent;
+    out.tensor_bytes_received = flow->tensor_received;
+    return out;
+}
+
+// Under the locks of all loops: a pipe that ends meanwhile is counted once.
+TPR_COLD
+static void tpr_agent_peer_stats_of(tprpc_agent *agent, const tpr_agent_peer *peer, tprpc_peer_stats *out) {
+    tpr_agent_flow to, from;
+    uint64_t to_open = 0, from_open = 0;
+    memset(&to, 0, sizeof to);
+    tpr_agent_enter_all(agent);
+    tpr_os_lock_take(&agent->lock);
+    from = peer->gone;
+    if (peer->worker) to = peer->worker->to;
+    if (peer->worker && peer->worker->pipe) {
+        tpr_agent_flow_pipe(&to, peer->worker->pipe);
+        to_open++;
+    }
+    for (const tpr_base_list *i = peer->servers.next; i != &peer->servers; i = i->next) {
+        const tpr_agent_server *server = TPR_CONTAINER(i, tpr_agent_server, peer_node);
+        tpr_agent_flow_add(&from, &server->from);
+        if (server->pipe) tpr_agent_flow_pipe(&from, server->pipe);
+        from_open += server->pipe != NULL;
+    }
+    tpr_os_lock_give(&agent->lock);
+    tpr_agent_leave_all(agent);
+    out->name = peer->name;
+    out->to = tpr_agent_flow_of(&to, to_open);
+    out->from = tpr_agent_flow_of(&from, from_open);
+}
+
 // ---- public
 
 TPR_COLD
@@ -15854,8 +16339,10 @@ TPRPC_API tprpc_status tprpc_agent_register(tprpc_agent *agent, const tprpc_meth
     if (fault)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "the method name \"%.60s\" %s",
                                desc->name ? desc->name : "", fault);
-    tpr_agent_method *method = (tpr_agent_method *)tpr_agent_alloc(agent, sizeof *method);
+    const char *text = tpr_agent_method_text(agent, desc->name);
+    tpr_agent_method *method = text ? (tpr_agent_method *)tpr_agent_alloc(agent, sizeof *method) : NULL;
     if (!method) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for method %s", desc->name);
+    method->counts = tpr_agent_name_of(text)->counts;
     method->desc = *desc;
     snprintf(method->name, sizeof method->name, "%s", desc->name);
     method->desc.name = method->name;
@@ -15968,6 +16455,10 @@ TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *ou
     }
     out->memory_bytes = TPR_ATOMIC_LOAD(&agent->ctx->env.memory.used);
     out->workers = tpr_agent_workers(agent);
+    const uint32_t running = TPR_ATOMIC_LOAD(&agent->jobs_running), jobs = TPR_ATOMIC_LOAD(&agent->jobs);
+    out->thread_pool_size = agent->thread_count;
+    out->num_idle_threads = running < agent->thread_count ? agent->thread_count - running : 0;
+    out->queued_jobs = jobs > running ? jobs - running : 0;
     return TPRPC_OK;
 }
 
@@ -15983,6 +16474,58 @@ TPRPC_API tprpc_status tprpc_agent_get_peer_info(tprpc_agent *agent, const char 
     if (worker->pipe) tpr_pipe_info_of(worker->pipe, out);
     tpr_loop_leave(worker->loop);
     return status;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_get_method_stats(tprpc_agent *agent, const char *method, tprpc_method_stats *out,
+                                                    size_t size) {
+    uint64_t hash;
+    TPRPC_ASSERT(agent && method && out);
+    if (!agent || !method || !out || size != sizeof *out || !tpr_context_usable(agent->ctx))
+        return TPRPC_ERROR_INVALID;
+    tpr_os_lock_take(&agent->lock);
+    const char *text = tpr_agent_text_find(agent, method, &hash);
+    bool counted = text && tpr_agent_name_of(text)->counts && tpr_agent_name_of(text)->counts != agent->uncounted;
+    tpr_os_lock_give(&agent->lock);
+    if (!counted) return TPRPC_ERROR_NO_METHOD;
+    tpr_agent_method_stats_of(agent, tpr_agent_name_of(text), out);
+    return TPRPC_OK;
+}
+
+TPR_COLD
+TPRPC_API size_t tprpc_agent_get_methods(tprpc_agent *agent, tprpc_method_stats *out, size_t capacity, size_t size) {
+    size_t count = 0;
+    TPRPC_ASSERT(agent && (out || !capacity));
+    if (!agent || (!out && capacity) || size != sizeof *out || !tpr_context_usable(agent->ctx)) return 0;
+    for (tpr_agent_name *name = NULL; (name = tpr_agent_next_method(agent, name)) != NULL; count++)
+        if (count < capacity) tpr_agent_method_stats_of(agent, name, &out[count]);
+    return count;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_get_peer_stats(tprpc_agent *agent, const char *worker, tprpc_peer_stats *out,
+                                                  size_t size) {
+    uint64_t hash;
+    TPRPC_ASSERT(agent && worker && out);
+    if (!agent || !worker || !out || size != sizeof *out || !tpr_context_usable(agent->ctx))
+        return TPRPC_ERROR_INVALID;
+    tpr_os_lock_take(&agent->lock);
+    const char *text = tpr_agent_text_find(agent, worker, &hash);
+    tpr_agent_peer *peer = text ? tpr_agent_name_of(text)->peer : NULL;
+    tpr_os_lock_give(&agent->lock);
+    if (!peer) return TPRPC_ERROR_NO_WORKER;
+    tpr_agent_peer_stats_of(agent, peer, out);
+    return TPRPC_OK;
+}
+
+TPR_COLD
+TPRPC_API size_t tprpc_agent_get_peers(tprpc_agent *agent, tprpc_peer_stats *out, size_t capacity, size_t size) {
+    size_t count = 0;
+    TPRPC_ASSERT(agent && (out || !capacity));
+    if (!agent || (!out && capacity) || size != sizeof *out || !tpr_context_usable(agent->ctx)) return 0;
+    for (tpr_agent_peer *peer = NULL; (peer = tpr_agent_next_peer(agent, peer)) != NULL; count++)
+        if (count < capacity) tpr_agent_peer_stats_of(agent, peer, &out[count]);
+    return count;
 }
 
 TPRPC_API tprpc_status tprpc_call(tprpc_agent *agent, const char *worker, const char *method,
@@ -16753,10 +17296,12 @@ TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent) {
 }
 
 // >>report ------------------------------------------------------------------------------------------------------------
-// What a person reads: which path each peer's bytes take, and why not another.
+// What a person reads: which path each peer's bytes take, and why not another. What a machine reads: all counts and
+// times, as pairs of a name and a value, and as a page for Prometheus.
 //
 // Uses: atomic, os, base, timer, loop, context, pipe, agent.
-// Invariant: nothing is kept here; a report is written from a copy of the figures, without a lock.
+// Invariant: nothing is kept here; a report is written from a copy of the figures, without a lock. No number is written
+// as a floating-point one, whose point is a comma where the user's locale says so.
 
 typedef struct tpr_report { char *out; size_t size, used; } tpr_report;   // used: what a whole report needs
 
@@ -16787,7 +17332,271 @@ static void tpr_report_info(tpr_report *report, const tprpc_pipe_info *info) {
     }
 }
 
+// ---- metrics
+
+typedef struct tpr_report_metric {     // a number in one of the agent's structs
+    const char *name, *series, *help;  // the field's; Prometheus's without prefix; a sentence
+    size_t      at, size;              // where it is
+} tpr_report_metric;
+
+typedef struct tpr_report_time { const char *name, *series, *help; size_t at; } tpr_report_time;   // of a tprpc_times
+
+#define TPR_REPORT_METRIC(type, field, series, help) \
+    {#field, series, help, offsetof(type, field), sizeof(((type *)0)->field)}
+
+static const tpr_report_metric tpr_report_stats[] = {
+    TPR_REPORT_METRIC(tprpc_stats, client_active_calls, "client_active_calls", "Calls begun here and not ended."),
+    TPR_REPORT_METRIC(tprpc_stats, server_active_calls, "server_active_calls", "Requests here not answered."),
+    TPR_REPORT_METRIC(tprpc_stats, server_active_async_calls, "server_active_async_calls",
+                      "Requests here that were kept to be answered later."),
+    TPR_REPORT_METRIC(tprpc_stats, calls, "calls_total", "Calls begun here."),
+    TPR_REPORT_METRIC(tprpc_stats, calls_failed, "calls_failed_total", "Calls that failed, for whatever reason."),
+    TPR_REPORT_METRIC(tprpc_stats, calls_timed_out, "calls_timed_out_total", "Calls that timed out."),
+    TPR_REPORT_METRIC(tprpc_stats, calls_cancelled, "calls_cancelled_total", "Calls that were cancelled."),
+    TPR_REPORT_METRIC(tprpc_stats, late_replies, "late_replies_total", "Replies that came after their call had ended."),
+    TPR_REPORT_METRIC(tprpc_stats, requests, "requests_total", "Requests received here."),
+    TPR_REPORT_METRIC(tprpc_stats, requests_failed, "requests_failed_total", "Requests that failed."),
+    TPR_REPORT_METRIC(tprpc_stats, fast_messages, "fast_messages_total", "Calls and replies on the short path."),
+    TPR_REPORT_METRIC(tprpc_stats, bytes_sent, "sent_bytes_total", "Bytes sent on the wire."),
+    TPR_REPORT_METRIC(tprpc_stats, bytes_received, "received_bytes_total", "Bytes received on the wire."),
+    TPR_REPORT_METRIC(tprpc_stats, tensor_bytes_sent, "sent_tensor_bytes_total", "Bytes of tensors sent."),
+    TPR_REPORT_METRIC(tprpc_stats, tensor_bytes_received, "received_tensor_bytes_total", "Bytes of tensors received."),
+    TPR_REPORT_METRIC(tprpc_stats, memory_bytes, "memory_bytes", "Memory of the agent's context."),
+    TPR_REPORT_METRIC(tprpc_stats, workers, "workers", "Workers known."),
+    TPR_REPORT_METRIC(tprpc_stats, pipes, "pipes", "Pipes open, in both directions."),
+    TPR_REPORT_METRIC(tprpc_stats, tensor_bytes_adopted, "adopted_tensor_bytes_total",
+                      "Bytes of tensors received that were given and not copied."),
+    TPR_REPORT_METRIC(tprpc_stats, thread_pool_size, "thread_pool_size", "Threads for blocking handlers."),
+    TPR_REPORT_METRIC(tprpc_stats, num_idle_threads, "num_idle_threads", "Those of them without a job."),
+    TPR_REPORT_METRIC(tprpc_stats, queued_jobs, "queued_jobs", "Blocking handlers that wait for a thread."),
+};
+
+static const tpr_report_metric tpr_report_methods[] = {
+    TPR_REPORT_METRIC(tprpc_method_stats, client_active_calls, "method_client_active_calls",
+                      "Calls of a method begun here and not ended."),
+    TPR_REPORT_METRIC(tprpc_method_stats, calls, "method_calls_total", "Calls of a method begun here."),
+    TPR_REPORT_METRIC(tprpc_method_stats, calls_failed, "method_calls_failed_total", "Calls of a method that failed."),
+    TPR_REPORT_METRIC(tprpc_method_stats, calls_timed_out, "method_calls_timed_out_total",
+                      "Calls of a method that timed out."),
+    TPR_REPORT_METRIC(tprpc_method_stats, calls_cancelled, "method_calls_cancelled_total",
+                      "Calls of a method that were cancelled."),
+    TPR_REPORT_METRIC(tprpc_method_stats, server_active_calls, "method_server_active_calls",
+                      "Requests of a method not answered."),
+    TPR_REPORT_METRIC(tprpc_method_stats, requests, "method_requests_total", "Requests of a method received here."),
+    TPR_REPORT_METRIC(tprpc_method_stats, requests_failed, "method_requests_failed_total",
+                      "Requests of a method that failed."),
+};
+
+static const tpr_report_time tpr_report_times[] = {
+    {"call_time", "method_call_time_seconds", "From a call to its outcome.", offsetof(tprpc_method_stats, call_time)},
+    {"queue_time", "method_queue_time_seconds", "From when a request is whole until its handler begins.",
+     offsetof(tprpc_method_stats, queue_time)},
+    {"handler_time", "method_handler_time_seconds", "From when a handler begins until it has returned or answered.",
+     offsetof(tprpc_method_stats, handler_time)},
+};
+
+static const tpr_report_metric tpr_report_flows[] = {
+    TPR_REPORT_METRIC(tprpc_flow, active_calls, "peer_active_calls", "Calls to or from a peer that have not ended."),
+    TPR_REPORT_METRIC(tprpc_flow, calls, "peer_calls_total", "Calls to or from a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, errors, "peer_errors_total", "Calls to or from a peer that failed."),
+    TPR_REPORT_METRIC(tprpc_flow, pipes, "peer_pipes_total", "Pipes opened to or by a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, pipes_open, "peer_pipes_open", "Pipes open to or from a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, bytes_sent, "peer_sent_bytes_total", "Bytes sent on the wire to a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, bytes_received, "peer_received_bytes_total", "Bytes received on the wire from it."),
+    TPR_REPORT_METRIC(tprpc_flow, tensor_bytes_sent, "peer_sent_tensor_bytes_total",
+                      "Bytes of tensors sent to a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, tensor_bytes_received, "peer_received_tensor_bytes_total",
+                      "Bytes of tensors received from a peer."),
+};
+#undef TPR_REPORT_METRIC
+
+static uint64_t tpr_report_value(const tpr_report_metric *metric, const void *of) {
+    uint64_t value = 0;
+    memcpy(&value, (const uint8_t *)of + metric->at, metric->size);   // little endian, as `base` demands
+    return value;
+}
+
+static const tprpc_times *tpr_report_times_in(const tpr_report_time *time, const tprpc_method_stats *of) {
+    return (const tprpc_times *)(const void *)((const uint8_t *)of + time->at);
+}
+
+// ---- metrics as pairs
+
+typedef struct tpr_report_pairs {
+    void (*each)(const char *name, double value, void *user);
+    void  *user;
+    char   name[3 * TPR_AGENT_NAME];
+    size_t prefix;                     // of the name, which what follows is put behind
+} tpr_report_pairs;
+
+static void tpr_report_prefix(tpr_report_pairs *pairs, const char *kind, const char *name, const char *part) {
+    int n = snprintf(pairs->name, sizeof pairs->name, "%s.%s%s%s", kind, name, name[0] ? "." : "", part);
+    pairs->prefix = n > 0 ? (size_t)n : 0;
+}
+
+static void tpr_report_pair(tpr_report_pairs *pairs, const char *name, double value) {
+    snprintf(pairs->name + pairs->prefix, sizeof pairs->name - pairs->prefix, "%s", name);
+    pairs->each(pairs->name, value, pairs->user);
+}
+
+static void tpr_report_pairs_of(tpr_report_pairs *pairs, const tpr_report_metric *metrics, size_t count,
+                                const void *of) {
+    for (size_t i = 0; i < count; i++)
+        tpr_report_pair(pairs, metrics[i].name, (double)tpr_report_value(&metrics[i], of));
+}
+
+static void tpr_report_time_pairs(tpr_report_pairs *pairs, const tprpc_times *times) {
+    tpr_report_pair(pairs, "count", (double)times->count);
+    tpr_report_pair(pairs, "sum_us", (double)times->sum_us);
+    tpr_report_pair(pairs, "average_us", times->average_us);
+    tpr_report_pair(pairs, "p50_us", (double)times->p50_us);
+    tpr_report_pair(pairs, "p90_us", (double)times->p90_us);
+    tpr_report_pair(pairs, "p99_us", (double)times->p99_us);
+    tpr_report_pair(pairs, "max_us", (double)times->max_us);
+}
+
+// ---- metrics as a page for Prometheus
+
+// A label's value with what the format escapes.
+static void tpr_report_label(tpr_report *report, const char *label, const char *value) {
+    tpr_report_line(report, "%s=\"", label);
+    for (; *value; value++) {
+        const char *escaped = *value == '\\' ? "\\\\" : *value == '"' ? "\\\"" : *value == '\n' ? "\\n" : NULL;
+        if (escaped) tpr_report_line(report, "%s", escaped);
+        else tpr_report_line(report, "%c", *value);
+    }
+    tpr_report_line(report, "\"");
+}
+
+static void tpr_report_head(tpr_report *report, const char *series, const char *type, const char *help) {
+    tpr_report_line(report, "# HELP tprpc_%s %s\n# TYPE tprpc_%s %s\n", series, help, series, type);
+}
+
+static void tpr_report_metric_head(tpr_report *report, const tpr_report_metric *metric) {
+    const size_t n = strlen(metric->series), total = sizeof "_total" - 1;
+    const bool counter = n > total && strcmp(metric->series + n - total, "_total") == 0;
+    tpr_report_head(report, metric->series, counter ? "counter" : "gauge", metric->help);
+}
+
+// A series up to its first labels: which worker, and of a method or peer (`label` NULL: of neither) which.
+static void tpr_report_series(tpr_report *report, const tprpc_agent *agent, const char *series, const char *suffix,
+                              const char *label, const char *name) {
+    tpr_report_line(report, "tprpc_%s%s{", series, suffix);
+    tpr_report_label(report, "worker", agent->name);
+    if (label) tpr_report_line(report, ",");
+    if (label) tpr_report_label(report, label, name);
+}
+
+static void tpr_report_seconds(tpr_report *report, uint64_t us) {
+    tpr_report_line(report, "%llu.%06u\n", (unsigned long long)(us / 1000000), (unsigned)(us % 1000000));
+}
+
+static void tpr_report_summary(tpr_report *report, const tprpc_agent *agent, const char *series, const char *method,
+                               const tprpc_times *times) {
+    const struct { const char *quantile; uint64_t us; } quantiles[] = {
+        {"0.5", times->p50_us}, {"0.9", times->p90_us}, {"0.99", times->p99_us}, {"1", times->max_us}};
+    for (size_t i = 0; i < TPR_COUNT(quantiles); i++) {
+        tpr_report_series(report, agent, series, "", "method", method);
+        tpr_report_line(report, ",quantile=\"%s\"} ", quantiles[i].quantile);
+        tpr_report_seconds(report, quantiles[i].us);
+    }
+    tpr_report_series(report, agent, series, "_sum", "method", method);
+    tpr_report_line(report, "} ");
+    tpr_report_seconds(report, times->sum_us);
+    tpr_report_series(report, agent, series, "_count", "method", method);
+    tpr_report_line(report, "} %llu\n", (unsigned long long)times->count);
+}
+
+// All series of one name stand together, so each name goes over all methods, or peers.
+static void tpr_report_method_page(tpr_report *report, tprpc_agent *agent) {
+    tprpc_method_stats stats;
+    for (size_t i = 0; i < TPR_COUNT(tpr_report_methods); i++) {
+        const tpr_report_metric *metric = &tpr_report_methods[i];
+        tpr_report_metric_head(report, metric);
+        for (tpr_agent_name *name = NULL; (name = tpr_agent_next_method(agent, name)) != NULL;) {
+            tpr_agent_method_stats_of(agent, name, &stats);
+            tpr_report_series(report, agent, metric->series, "", "method", stats.name);
+            tpr_report_line(report, "} %llu\n", (unsigned long long)tpr_report_value(metric, &stats));
+        }
+    }
+    for (size_t i = 0; agent->metrics && i < TPR_COUNT(tpr_report_times); i++) {
+        const tpr_report_time *time = &tpr_report_times[i];
+        tpr_report_head(report, time->series, "summary", time->help);
+        for (tpr_agent_name *name = NULL; (name = tpr_agent_next_method(agent, name)) != NULL;) {
+            tpr_agent_method_stats_of(agent, name, &stats);
+            tpr_report_summary(report, agent, time->series, stats.name, tpr_report_times_in(time, &stats));
+        }
+    }
+}
+
+static void tpr_report_peer_page(tpr_report *report, tprpc_agent *agent) {
+    tprpc_peer_stats stats;
+    for (size_t i = 0; i < TPR_COUNT(tpr_report_flows); i++) {
+        const tpr_report_metric *metric = &tpr_report_flows[i];
+        tpr_report_metric_head(report, metric);
+        for (tpr_agent_peer *peer = NULL; (peer = tpr_agent_next_peer(agent, peer)) != NULL;) {
+            tpr_agent_peer_stats_of(agent, peer, &stats);
+            for (int to = 1; to >= 0; to--) {
+                tpr_report_series(report, agent, metric->series, "", "peer", stats.name);
+                tpr_report_line(report, ",direction=\"%s\"} %llu\n", to ? "to" : "from",
+                                (unsigned long long)tpr_report_value(metric, to ? &stats.to : &stats.from));
+            }
+        }
+    }
+}
+
 // ---- public
+
+TPR_COLD
+TPRPC_API void tprpc_agent_each_metric(tprpc_agent *agent, void (*each)(const char *name, double value, void *user),
+                                       void *user) {
+    tpr_report_pairs pairs;
+    tprpc_stats stats;
+    tprpc_method_stats method;
+    tprpc_peer_stats peer;
+    TPRPC_ASSERT(agent && each);
+    if (!each || tprpc_agent_get_stats(agent, &stats, sizeof stats) != TPRPC_OK) return;
+    pairs.each = each;
+    pairs.user = user;
+    tpr_report_prefix(&pairs, "agent", "", "");
+    tpr_report_pairs_of(&pairs, tpr_report_stats, TPR_COUNT(tpr_report_stats), &stats);
+    for (tpr_agent_name *name = NULL; (name = tpr_agent_next_method(agent, name)) != NULL;) {
+        tpr_agent_method_stats_of(agent, name, &method);
+        tpr_report_prefix(&pairs, "method", method.name, "");
+        tpr_report_pairs_of(&pairs, tpr_report_methods, TPR_COUNT(tpr_report_methods), &method);
+        for (size_t i = 0; agent->metrics && i < TPR_COUNT(tpr_report_times); i++) {
+            char part[32];
+            snprintf(part, sizeof part, "%s.", tpr_report_times[i].name);
+            tpr_report_prefix(&pairs, "method", method.name, part);
+            tpr_report_time_pairs(&pairs, tpr_report_times_in(&tpr_report_times[i], &method));
+        }
+    }
+    for (tpr_agent_peer *at = NULL; (at = tpr_agent_next_peer(agent, at)) != NULL;) {
+        tpr_agent_peer_stats_of(agent, at, &peer);
+        tpr_report_prefix(&pairs, "peer", peer.name, "to.");
+        tpr_report_pairs_of(&pairs, tpr_report_flows, TPR_COUNT(tpr_report_flows), &peer.to);
+        tpr_report_prefix(&pairs, "peer", peer.name, "from.");
+        tpr_report_pairs_of(&pairs, tpr_report_flows, TPR_COUNT(tpr_report_flows), &peer.from);
+    }
+}
+
+TPR_COLD
+TPRPC_API size_t tprpc_agent_prometheus(tprpc_agent *agent, char *out, size_t size) {
+    tpr_report report = {out, size, 0};
+    tprpc_stats stats;
+    TPRPC_ASSERT(agent && (out || !size));
+    if (!out) report.size = 0;
+    else if (size) out[0] = 0;
+    if (tprpc_agent_get_stats(agent, &stats, sizeof stats) != TPRPC_OK) return 0;
+    for (size_t i = 0; i < TPR_COUNT(tpr_report_stats); i++) {
+        tpr_report_metric_head(&report, &tpr_report_stats[i]);
+        tpr_report_series(&report, agent, tpr_report_stats[i].series, "", NULL, "");
+        tpr_report_line(&report, "} %llu\n", (unsigned long long)tpr_report_value(&tpr_report_stats[i], &stats));
+    }
+    tpr_report_method_page(&report, agent);
+    tpr_report_peer_page(&report, agent);
+    return report.used;
+}
 
 TPR_COLD
 TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_t size) {
