@@ -40,7 +40,7 @@ merged() {      # NAME FILE...
     shift
     if ! tools/merge-traces.py "$@" >"$out" 2>"$said"; then bad "$name" "exit status $?"
     elif ! python3 -m json.tool "$out" >/dev/null 2>"$said"; then bad "$name" 'no JSON'
-    elif ! is_merged 221; then bad "$name" 'no trace of both'
+    elif ! is_merged 222; then bad "$name" 'no trace of both'
     else ok "$name"; fi
 }
 
