@@ -235,8 +235,7 @@
 // formatted and written only in tprpc_agent_flush_trace, at the end of leave, and in destroy. If more than trace_events
 // come meanwhile on a loop, the oldest are lost: the file says how many, and so does the log. So flush now and then,
 // where a pause does no harm, or when something has gone wrong and the last moments are wanted; after each flush the
-// file is whole, whatever becomes of the process. Without a trace a call costs a few branches more, with one about a
-// tenth of a us for each event.
+// file is whole, whatever becomes of the process. A trace makes a call and its answer some 0.3 us slower in all.
 //
 //
 // ERRORS AND DEATHS

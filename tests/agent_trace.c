@@ -316,15 +316,17 @@ static void trace_check(const trace *t) {
             CHECK_STR(e->cat, "tprpc");
         }
         if (e->ph != 'b') continue;
-        int ends = 0;
+        int ends = 0, before = 0;      /* a call begins with its slice; nothing waits before it was received */
         for (int k = 0; k < t->count; k++) {
             const event *other = &t->events[k];
+            before += other->ph == 'X' && strtoull(other->call, NULL, 16) == e->id && other->ns <= e->ns;
             if (other->ph != 'e' || other->id != e->id || strcmp(other->cat, e->cat) != 0) continue;
             ends++;
             CHECK_STR(other->name, e->name);
             CHECK(other->ns >= e->ns);
         }
         CHECK_EQ_INT(ends, 1);
+        CHECK(before > 0);
     }
 }
 
@@ -575,23 +577,18 @@ enum { CALLERS = 4, EACH = 200 };
 
 static void *call_many(void *arg) {
     side *s = (side *)arg;
-    for (int i = 0; i < EACH; i++)
+    for (int i = 0; i < EACH; i++) {
         CHECK_EQ_INT(call_and_wait(s, i % 2 ? "bob" : "ann", i % 3 ? "echo" : "block", NULL, NULL, NULL), TPRPC_OK);
+        if (i % 50 == 0) CHECK_EQ_INT(tprpc_agent_flush_trace(s->agent, NULL), TPRPC_OK);
+    }
     ADD(&shared->seen, 1);
     return NULL;
 }
 
 static void crowd(side *s) {
-    char path[300];
-    path_of(path, sizeof path, "ann");
     for (s->job_count = 0; s->job_count < CALLERS; s->job_count++)
         REQUIRE_EQ_INT(pthread_create(&s->jobs[s->job_count], NULL, call_many, s), 0);
-    while (LOAD(&shared->seen) < CALLERS) {
-        CHECK_EQ_INT(tprpc_agent_flush_trace(s->agent, NULL), TPRPC_OK);
-        trace t = trace_read(path);
-        slices_nest(&t);
-        trace_free(&t);
-    }
+    while (LOAD(&shared->seen) < CALLERS) CHECK_EQ_INT(tprpc_agent_flush_trace(s->agent, NULL), TPRPC_OK);
 }
 
 TEST(crowd_of_threads) {
@@ -619,6 +616,38 @@ TEST(crowd_of_threads) {
     CHECK(count_of(&ann, 'M', "thread_name") >= CALLERS);
     trace_free(&ann);
     trace_free(&bob);
+}
+
+/* ---- a method that is gone before its calls are written ---- */
+
+static void call_the_gone(side *s) {
+    const tprpc_message hello = text_of("hello");
+    CHECK_EQ_INT(call_and_wait(s, "ann", "echo", &hello, NULL, NULL), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_agent_unregister(s->agent, "echo", NULL), TPRPC_OK);
+    CHECK_EQ_INT(call_and_wait(s, "ann", "echo", &hello, NULL, NULL), TPRPC_ERROR_NO_METHOD);
+    s->no_leave = true;                /* destroy writes as well as leave does */
+}
+
+TEST(method_that_is_gone) {
+    side sides[1] = {{0}};
+    char path[300], found[16];
+    choose_prefix();
+    sides[0].mode = &modes[1];
+    sides[0].main = call_the_gone;
+    sides[0].methods = methods;
+    sides[0].tune = traced;
+    group_run(sides, 1);
+    path_of(path, sizeof path, "ann");
+    trace ann = trace_read(path), none = {0};
+    trace_check(&ann);
+    CHECK_EQ_INT(count_of(&ann, 'X', "echo"), 1);
+    CHECK_EQ_INT(count_of(&ann, 'X', "answer echo"), 1);
+    for (int i = 0, n = 0; i < ann.count; i++) {   /* both ends of a call are here */
+        if (ann.events[i].ph != 's') continue;
+        steps_of(&ann, &none, ann.events[i].id, found);
+        CHECK_STR(found, n++ ? "STF" : "STTTF");
+    }
+    trace_free(&ann);
 }
 
 /* ---- what cannot be ---- */
@@ -769,7 +798,16 @@ static void with_a_clock(side *s, tprpc_context_desc *context, tprpc_agent_desc 
     context->clock_us = other_clock;
 }
 
-static void call_once(side *s) { CHECK_EQ_INT(call_and_wait(s, "bob", "echo", NULL, NULL, NULL), TPRPC_OK); }
+static void call_and_leave(side *s) {
+    char path[300];
+    CHECK_EQ_INT(call_and_wait(s, "bob", "echo", NULL, NULL, NULL), TPRPC_OK);
+    side_leave(s);
+    s->no_leave = true;
+    path_of(path, sizeof path, "ann");
+    trace t = trace_read(path);
+    CHECK_EQ_INT(count_of(&t, 'f', NULL), 1);
+    trace_free(&t);
+}
 
 TEST(clock_of_the_user) {
     side sides[2] = {{0}};
@@ -777,7 +815,7 @@ TEST(clock_of_the_user) {
     const int64_t before = other_clock(NULL) * 1000;
     choose_prefix();
     sides[0].mode = &modes[1];
-    sides[0].main = call_once;
+    sides[0].main = call_and_leave;
     sides[0].methods = sides[1].methods = methods;
     sides[0].tune = sides[1].tune = with_a_clock;
     group_run(sides, 2);
