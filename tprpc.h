@@ -14111,10 +14111,11 @@ static uint32_t tpr_trace_thread_number(tpr_trace *trace, tpr_trace_ring *ring) 
     return thread->number;
 }
 
-// A new event of the running thread, which ends now, for the caller to fill in; under the loop's lock. Where the ring
-// is full the oldest goes: what one wants to see, after something odd, is what has just been.
+// A new event of the running thread, which ends now, for the caller to fill in; under the loop's lock. begin 0: now.
+// Where the ring is full the oldest goes: what one wants to see, after something odd, is what has just been.
 static tpr_trace_event *tpr_trace_add(tpr_trace *trace, const tpr_loop *loop, tpr_trace_kind kind, int64_t begin) {
     tpr_trace_ring *ring = &trace->rings[loop->index];
+    if (!begin) begin = tpr_trace_now(trace->ctx);   // it is as long as this takes: viewers lose slices of no length
     if (ring->used == trace->capacity) {
         ring->first = ring->first + 1 == trace->capacity ? 0 : ring->first + 1;
         ring->used--;
@@ -14753,7 +14754,7 @@ static inline tpr_agent_loop *tpr_agent_on(tprpc_agent *agent, const tpr_loop *l
     return &agent->loops[loop->index];
 }
 
-// ---- traces: where the agent has one. Under the loop's lock; begin: since when, of tpr_trace_clock
+// ---- traces: where the agent has one. Under the loop's lock; begin: since when, of tpr_trace_clock; 0: now
 
 static uint64_t tpr_agent_message_bytes(const tprpc_message *message) {
     uint64_t bytes = message->metadata_size;
@@ -15136,10 +15137,10 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     tprpc_agent *agent = call->worker->agent;
     tpr_loop *loop = call->worker->loop;
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
-    const int64_t ended = tpr_trace_clock(agent->trace);
     if (call->done) return;
     call->done = true;
     call->status = status;
+    if (TPR_UNLIKELY(agent->trace != NULL)) tpr_agent_trace_call(call, TPR_TRACE_OUTCOME, 0, NULL);
     if (error && (call->error = (tprpc_error *)tpr_base_pool_alloc(&loop->pool, sizeof *error)) != NULL) {
         *call->error = *error;
         call->error->status = status;
@@ -15158,7 +15159,6 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     }
     if (call->awaited) tpr_loop_notify(loop);
     if (call->reading && !call->parked && status != TPRPC_OK) tpr_agent_abort_in(call->in);
-    if (TPR_UNLIKELY(agent->trace != NULL)) tpr_agent_trace_call(call, TPR_TRACE_OUTCOME, ended, NULL);
     tpr_agent_call_unref(agent, call);
 }
 
@@ -15660,7 +15660,8 @@ static void tpr_agent_lane_next(tpr_agent_server *server, uint32_t lane);
 static void tpr_agent_handler_begin(tpr_loop_task *task) {
     tpr_agent_request *request = TPR_CONTAINER(task, tpr_agent_request, task);
     tpr_agent_frame_begin(tpr_agent_on(request->server->agent, request->server->loop), &request->frame);
-    request->begun_ns = tpr_trace_clock(request->server->agent->trace);
+    if (TPR_UNLIKELY(request->server->agent->trace != NULL))
+        request->begun_ns = tpr_trace_now(request->server->agent->ctx);
     if (!request->lane) return;
     tpr_base_list_remove(&request->lane_node);
     tpr_agent_lane_next(request->server, request->lane);
@@ -15857,7 +15858,7 @@ static void tpr_agent_request_read(tpr_pipe_in *in) {
     server->refs++;
     if (good) {
         request->whole = true;
-        request->whole_ns = tpr_trace_clock(server->agent->trace);
+        if (TPR_UNLIKELY(server->agent->trace != NULL)) request->whole_ns = tpr_trace_now(server->agent->ctx);
         if (request->lane) tpr_agent_lane_next(server, request->lane);
         else tpr_agent_request_start(request);
     } else {
@@ -15888,14 +15889,13 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
     bool one_way = (prefix->flags & TPR_WIRE_CALL_ONE_WAY) != 0;   // of those some may be on their way when all leave
     bool left = !one_way && tpr_agent_state_of(agent) == TPR_AGENT_LEFT;
-    const int64_t came = tpr_trace_clock(agent->trace);
     tpr_agent_method *method = left ? NULL : tpr_agent_method_take(agent, prefix->method);
     tpr_agent_request *request = method && on->unanswered < agent->ctx->limits.pending_calls
                                      ? (tpr_agent_request *)(void *)tpr_base_slab_take(&on->requests) : NULL;
     on->received++;
     if (!request) {
         on->received_failed++;
-        if (agent->trace) tpr_agent_trace_server(server, method, prefix->id, TPR_TRACE_RECEIVED, came, &in->message);
+        if (agent->trace) tpr_agent_trace_server(server, method, prefix->id, TPR_TRACE_RECEIVED, 0, &in->message);
         server->refs++;                // both of what follows may end its pipe
         tpr_agent_drop_in(in);
         if (!one_way && server->pipe)
@@ -15928,7 +15928,7 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     tpr_base_list_add(&server->requests, &request->node);
     if (request->lane) tpr_base_list_add(&server->lanes, &request->lane_node);
     if (TPR_UNLIKELY(agent->trace != NULL))
-        tpr_agent_trace_request(request, TPR_TRACE_RECEIVED, came, &in->message, TPRPC_OK);
+        tpr_agent_trace_request(request, TPR_TRACE_RECEIVED, 0, &in->message, TPRPC_OK);
     if (method->desc.place && in->message.tensor_count) {
         request->parked = true;
         request->placing = tpr_agent_place(agent, in, method->desc.place, method->desc.on_unplaced, method->desc.user,
