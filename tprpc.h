@@ -43,6 +43,7 @@
 //   >>backends    the registry; contexts are created here
 //   >>pipe        agreement with the other end, and the messages
 //   >>store       where workers find each other
+//   >>trace       a timeline of calls, for people
 //   >>agent       calls and requests
 //   >>group       who is in the group: joining and leaving it
 //   >>report      what a person reads
@@ -228,6 +229,29 @@
 // tprpc_agent_prometheus as a page for Prometheus: serve it under text/plain; version=0.0.4, a page for each agent.
 //
 //
+// TRACES
+//
+// Where tprpc_agent_desc.trace is set, an agent keeps a timeline of its calls, for ui.perfetto.dev or chrome://tracing.
+// It is the beginning of a path: the worker's name and ".json" follow, so all workers may be given the same ("traces/",
+// or "run7-"). In the name, what is no letter, digit, '.', '-' or '_' becomes %XX; a file that is there is replaced.
+//
+// Of each call the caller's file has when it was begun and sent, and its outcome; the other's when it was received, how
+// long it waited in a queue, its handler, and the answer. Each is a slice of the thread that did it; arrows lead from
+// one to the next, through both processes, back to the caller. For that merge the files, as either of these does:
+//
+//     tools/merge-traces.py traces/*.json > trace.json      keeps apart what runs in one process, or on another host
+//     jq -s add traces/*.json > trace.json
+//
+// Times are the context's clock: by default that of the host, one for all of its processes. Hosts have different ones:
+// merge-traces.py moves the files of another host by what the calls between them allow.
+//
+// Events are kept in memory, 64 bytes each, two for a call begun here and three for one that comes in; they are
+// formatted and written only in tprpc_agent_flush_trace, at the end of leave, and in destroy. If more than trace_events
+// come meanwhile on a loop, the oldest are lost: the file says how many, and so does the log. So flush now and then,
+// where a pause does no harm, or when something has gone wrong and the last moments are wanted; after each flush the
+// file is whole, whatever becomes of the process. A trace makes a call and its answer some 0.3 us slower in all.
+//
+//
 // ERRORS AND DEATHS
 //
 // Functions return a status; TPRPC_OK is 0. tprpc_error adds the system's code and a sentence that names the peer, the
@@ -294,7 +318,7 @@
 //   TPRPC_NO_MPT            without mpt
 //   TPRPC_NO_THREADS        no threads: contexts are polled; `threads` and worker_threads are UNSUPPORTED
 //   TPRPC_NO_DLOPEN         no dlopen: what is loaded at run time is missing (nothing is, in this version)
-//   TPRPC_NO_FILES          no files: no file:// stores; a socket's owner is asked of sock_diag alone
+//   TPRPC_NO_FILES          no files: no file:// stores, no traces; a socket's owner is asked of sock_diag alone
 //   TPRPC_NO_GETENV         no environment: no env:// stores
 //   _GNU_SOURCE             the implementation defines it; if a system header comes before, do it yourself
 //
@@ -324,6 +348,9 @@
 //   names of workers and methods, in bytes            -                                     1 to 128
 //   where an agent finds its group, in bytes          init_method, address                  255 each
 //   threads of an agent for blocking handlers         tprpc_agent_desc.worker_threads       1,024
+//   events of a trace until they are written, of      tprpc_agent_desc.trace_events         65,536 (at most 16,777,216)
+//   each loop
+//   a trace's path, the worker's name included        tprpc_agent_desc.trace                1,023
 //   what tprpc_fail says, in bytes                    -                                     199
 //   names of methods that an agent counts apart       -                                     4,096, later ones in all
 //                                                                                           alone
@@ -822,6 +849,9 @@ typedef struct tprpc_agent_desc {
     int64_t        start_timeout_ms; // of start and of leave (default: 60,000)
     bool           metrics;          // measure how long each method's calls, requests' waits and handlers take, which
                                      // costs some 0.1 us a call (default: false, all is counted, nothing timed)
+    const char    *trace;            // where a timeline of calls is written to: what stands before this worker's name
+                                     // in the file's path, say a folder with its / (default: NULL, nowhere)
+    int32_t        trace_events;     // of each loop, kept until they are written (default: 65,536)
 } tprpc_agent_desc;
 
 typedef struct tprpc_method_desc {
@@ -851,8 +881,8 @@ typedef struct tprpc_call_options {
 // Creates an agent, which is local: register; then start or wait_ready joins the group; leave is graceful.
 //   desc        copied, strings too; desc_size, version: sizeof(tprpc_agent_desc) and TPRPC_VERSION of the caller.
 //   out         the agent, destroyed by the caller before its context.
-// Errors: INVALID (names, sizes, an init_method that is none), UNSUPPORTED (a secret without TLS), MEMORY, LIMIT, and a
-// private context's. Any thread.
+// Errors: INVALID (names, sizes, an init_method that is none), UNSUPPORTED (a secret without TLS), MEMORY, LIMIT, a
+// private context's, and what the system says of the trace's file, with its path. Any thread.
 TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size_t desc_size, int32_t version,
                                               tprpc_agent **out, tprpc_error *error);
 static inline tprpc_status tprpc_agent_create(const tprpc_agent_desc *desc, tprpc_agent **out, tprpc_error *error) {
@@ -894,6 +924,11 @@ TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms,
 // by which no entry is taken: INVALID, UNSUPPORTED (a kind that no converter of this context serves), MEMORY.
 TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char *worker, const tprpc_device *from,
                                                   const tprpc_device *to, size_t count, tprpc_error *error);
+
+// Writes what the trace holds to its file, which is whole after it, and waits for that; leave and destroy do it, too.
+// OK and nothing done where nothing is traced. Errors: the system's; what was to be written is lost then, as the next
+// one that succeeds notes in the file. Any thread.
+TPRPC_API tprpc_status tprpc_agent_flush_trace(tprpc_agent *agent, tprpc_error *error);
 
 typedef struct tprpc_stats {
     uint64_t client_active_calls;    // begun here and not ended
@@ -1613,6 +1648,24 @@ TPR_UNUSED static int64_t tpr_os_now_us(void) {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+TPR_UNUSED static int64_t tpr_os_now_ns(void) {   // the same clock
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
+}
+
+// The running thread's number, as tools for processes show it; -1: it cannot be told.
+TPR_COLD TPR_UNUSED static int32_t tpr_os_thread_number(void) {
+    if (TPR_OS_HOOKED("gettid", TPR_OS_NO_SIZE)) return -1;
+    return (int32_t)syscall(SYS_gettid);
+}
+
+// The running thread's name, in 16 bytes with the final 0; empty where it cannot be told.
+TPR_COLD TPR_UNUSED static void tpr_os_thread_name(char out[16]) {
+    out[0] = 0;
+    if (TPR_OS_HOOKED("prctl", TPR_OS_NO_SIZE) || prctl(PR_GET_NAME, out, 0, 0, 0) != 0) out[0] = 0;
 }
 
 // ---- the process
@@ -14045,13 +14098,489 @@ TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const
     if (op) tpr_store_finish(op, status, value, value ? size : 0, error);
 }
 
+// >>trace -------------------------------------------------------------------------------------------------------------
+// A timeline of an agent's calls, in the JSON that Perfetto and chrome://tracing open: what happens is put down in
+// memory, and written to a file of the worker's own when that is asked for.
+//
+// Uses: atomic, os, base, loop, context.
+// Invariant: an event is put down and taken out under the lock of the loop whose ring it is in; the file, and what is
+// on its way there, are under the trace's own lock, which is taken before a loop's. Names that events point to live as
+// long as the agent. After each write the file is whole. Nothing is allocated but when a thread is seen first.
+
+enum {
+    TPR_TRACE_TAG = 0x63617274,        // "trac"
+    TPR_TRACE_EVENTS = 65536, TPR_TRACE_MOST = 1 << 24,   // of a loop: unless told otherwise; at most
+    TPR_TRACE_BATCH = 256,             // events taken out at once
+    TPR_TRACE_BLOCK = 65536,           // bytes written at once,
+    TPR_TRACE_ROOM = 4096,             // of which one event takes this at most: four names of 128 bytes, all escaped
+    TPR_TRACE_PATH = 1024
+};
+
+// A slice of a thread's time each, all of them of one call: two of the caller's, three of the worker's that it calls.
+typedef enum tpr_trace_kind { TPR_TRACE_CALL, TPR_TRACE_OUTCOME, TPR_TRACE_RECEIVED, TPR_TRACE_HANDLER,
+                              TPR_TRACE_ANSWER } tpr_trace_kind;
+
+typedef struct tpr_trace_event {       // a cache line
+    int64_t     begin, end;            // in ns
+    int64_t     since;                 // of a handler: when its request was whole
+    uint64_t    call;                  // the caller's number
+    uint64_t    bytes;
+    const char *method, *peer;
+    uint32_t    thread;                // its number
+    uint8_t     kind, status;
+    bool        one_way;
+} tpr_trace_event;
+
+typedef struct tpr_trace_thread {
+    uint32_t number, written;          // written: in which epoch of the file; 0: never
+    char     name[24];
+} tpr_trace_thread;
+
+typedef struct tpr_trace_ring {        // a loop's
+    tpr_trace_event *events;
+    uint32_t     first, used;
+    uint64_t     lost;                 // overwritten since the last look
+    uintptr_t    last;                 // the thread that put something down last, by its id,
+    uint32_t     last_number;
+    tpr_base_map threads;              // of all that did, by their ids
+} tpr_trace_ring;
+
+typedef struct tpr_trace {
+    tprpc_context   *ctx;
+    const char      *worker;           // who this is
+    uint32_t         capacity;         // of each ring
+    tpr_trace_ring  *rings;            // ctx->loop_count of them
+    tpr_os_lock      lock;
+    int              fd, code;         // code: errno of a write that failed since the last look
+    uint32_t         epoch;            // of the file: a write that fails begins a new one, as names are lost with it
+    int64_t          size;             // of the file without its end
+    size_t           used;             // of text,
+    uint64_t         events;           // which is so many events
+    uint64_t         lost;             // events that could not be written, which is not noted in the file yet
+    char            *text;             // TPR_TRACE_BLOCK bytes
+    tpr_trace_event *batch;            // TPR_TRACE_BATCH of them
+    char             path[TPR_TRACE_PATH];
+} tpr_trace;
+
+// ---- putting down
+
+// The context's clock. Where it is the system's own it is read to the ns: a call may take less than a us.
+TPR_COLD static int64_t tpr_trace_now(const tprpc_context *ctx) {
+    const tpr_loop_env *env = &ctx->env;
+    return env->clock_us ? (int64_t)((uint64_t)env->clock_us(env->user) * 1000) : tpr_os_now_ns();
+}
+
+// Now in ns; 0 where nothing is traced.
+static inline int64_t tpr_trace_clock(const tpr_trace *trace) {
+    return TPR_UNLIKELY(trace != NULL) ? tpr_trace_now(trace->ctx) : 0;
+}
+
+// What a thread of the context's is called; NULL: it is none.
+static const char *tpr_trace_loop_name(tprpc_context *ctx, uintptr_t id) {
+    for (uint32_t i = 0; i < ctx->thread_count; i++)
+        if (TPR_ATOMIC_LOAD(&ctx->threads[i].loop->callback_thread) == id) return ctx->threads[i].name;
+    return NULL;
+}
+
+// Puts the running thread down under a name (NULL: its own), under a loop's lock. NULL: no memory.
+static tpr_trace_thread *tpr_trace_meet(tpr_trace *trace, tpr_trace_ring *ring, const char *name) {
+    uintptr_t id = tpr_os_thread_id();
+    tpr_trace_thread *thread = (tpr_trace_thread *)tpr_base_map_get(&ring->threads, id);
+    char own[16];
+    if (!thread) {
+        tpr_base_memory *memory = &trace->ctx->env.memory;
+        thread = (tpr_trace_thread *)tpr_base_new(memory, sizeof *thread, (uint32_t)TPR_TRACE_TAG);
+        if (thread && !tpr_base_map_put(&ring->threads, id, thread)) {
+            tpr_base_free(memory, thread, sizeof *thread, (uint32_t)TPR_TRACE_TAG);
+            thread = NULL;
+        }
+    }
+    if (!thread) return NULL;
+    if (!name) name = tpr_trace_loop_name(trace->ctx, id);
+    if (!name) tpr_os_thread_name(own);
+    int32_t number = tpr_os_thread_number();
+    thread->number = (uint32_t)(number > 0 ? number : tpr_os_pid());
+    thread->written = 0;
+    ring->last = 0;                    // it may have been another's id
+    snprintf(thread->name, sizeof thread->name, "%s", name ? name : own);
+    return thread;
+}
+
+// Gives a thread of the library's its name, before it does anything. No lock is held.
+TPR_UNUSED static void tpr_trace_name_thread(tpr_trace *trace, const char *name) {
+    for (uint32_t i = 0; trace && i < trace->ctx->loop_count; i++) {
+        tpr_loop_enter(&trace->ctx->loops[i]);
+        tpr_trace_meet(trace, &trace->rings[i], name);
+        tpr_loop_leave(&trace->ctx->loops[i]);
+    }
+}
+
+// The running thread's number. A thread that has ended may have left its id, and with it its number, to another.
+static uint32_t tpr_trace_thread_number(tpr_trace *trace, tpr_trace_ring *ring) {
+    uintptr_t id = tpr_os_thread_id();
+    if (TPR_LIKELY(id == ring->last)) return ring->last_number;
+    tpr_trace_thread *thread = (tpr_trace_thread *)tpr_base_map_get(&ring->threads, id);
+    if (!thread) thread = tpr_trace_meet(trace, ring, NULL);
+    if (!thread) return (uint32_t)tpr_os_pid();
+    ring->last = id;
+    ring->last_number = thread->number;
+    return thread->number;
+}
+
+// A new event of the running thread, which ends now, for the caller to fill in; under the loop's lock. begin 0: now.
+// Where the ring is full the oldest goes: what one wants to see, after something odd, is what has just been.
+static tpr_trace_event *tpr_trace_add(tpr_trace *trace, const tpr_loop *loop, tpr_trace_kind kind, int64_t begin) {
+    tpr_trace_ring *ring = &trace->rings[loop->index];
+    if (!begin) begin = tpr_trace_now(trace->ctx);   // it is as long as this takes: viewers lose slices of no length
+    if (ring->used == trace->capacity) {
+        ring->first = ring->first + 1 == trace->capacity ? 0 : ring->first + 1;
+        ring->used--;
+        ring->lost++;
+    }
+    uint32_t at = ring->first + ring->used++;
+    tpr_trace_event *event = &ring->events[at < trace->capacity ? at : at - trace->capacity];
+    memset(event, 0, sizeof *event);
+    event->kind = (uint8_t)kind;
+    event->thread = tpr_trace_thread_number(trace, ring);
+    event->begin = begin;
+    event->end = tpr_trace_now(trace->ctx);
+    return event;
+}
+
+#ifdef TPRPC_NO_FILES
+static tprpc_status tpr_trace_open(tprpc_context *ctx, const char *worker, const char *prefix, int32_t events,
+                                   tpr_trace **out, tprpc_error *error) {
+    (void)ctx;
+    (void)prefix;
+    (void)events;
+    *out = NULL;
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "agent %s: a trace needs files, and this is built with "
+                           "TPRPC_NO_FILES", worker);
+}
+static tprpc_status tpr_trace_flush(tpr_trace *trace, tprpc_error *error) {
+    (void)trace;
+    (void)error;
+    return TPRPC_OK;
+}
+static void tpr_trace_close(tpr_trace *trace) { (void)trace; }   // there is none
+#else
+
+// ---- JSON: events of one line each, into `text`
+
+__attribute__((format(printf, 2, 3)))
+static void tpr_trace_print(tpr_trace *trace, const char *format, ...) {
+    va_list args;
+    size_t room = TPR_TRACE_BLOCK - trace->used;
+    va_start(args, format);
+    int n = vsnprintf(trace->text + trace->used, room, format, args);
+    va_end(args);
+    TPRPC_ASSERT(n >= 0 && (size_t)n < room);
+    if (n > 0 && (size_t)n < room) trace->used += (size_t)n;
+}
+
+// A string that begins with `before`, which needs no escapes. What is not UTF-8, as the system's name of a thread may
+// be, becomes U+FFFD.
+static void tpr_trace_string(tpr_trace *trace, const char *before, const char *text) {
+    size_t left = strlen(text);
+    tpr_trace_print(trace, "\"%s", before);
+    while (left) {
+        size_t n = tpr_base_utf8_length((const uint8_t *)text, left);
+        if (!n) tpr_trace_print(trace, "\357\277\275");
+        else if ((uint8_t)*text < 0x20 || *text == 0x7f) tpr_trace_print(trace, "\\u%04x", (unsigned)(uint8_t)*text);
+        else tpr_trace_print(trace, "%s%.*s", *text == '"' || *text == '\\' ? "\\" : "", (int)n, text);
+        text += n ? n : 1;
+        left -= n ? n : 1;
+    }
+    tpr_trace_print(trace, "\"");
+}
+
+static void tpr_trace_time(tpr_trace *trace, const char *name, int64_t ns) {   // in us
+    uint64_t size = ns < 0 ? 0 - (uint64_t)ns : (uint64_t)ns;
+    tpr_trace_print(trace, ",\"%s\":%s%llu.%03u", name, ns < 0 ? "-" : "", (unsigned long long)(size / 1000),
+                    (unsigned)(size % 1000));
+}
+
+// How every event begins: numbers first, for readers that look for them without reading strings in between.
+static void tpr_trace_head(tpr_trace *trace, char phase, int64_t ns, uint32_t thread) {
+    tpr_trace_print(trace, "%s\n{\"ph\":\"%c\"", trace->size + (int64_t)trace->used > 1 ? "," : "", phase);
+    tpr_trace_time(trace, "ts", ns);
+    tpr_trace_print(trace, ",\"pid\":%d,\"tid\":%u", (int)tpr_os_pid(), (unsigned)thread);
+}
+
+static void tpr_trace_metadata(tpr_trace *trace, uint32_t thread, const char *what, const char *key, const char *text) {
+    tpr_trace_head(trace, 'M', 0, thread);
+    tpr_trace_print(trace, ",\"name\":\"%s\",\"args\":{\"%s\":", what, key);
+    tpr_trace_string(trace, "", text);
+    tpr_trace_print(trace, "}}");
+}
+
+// What a call's steps have in common: both ends know the caller's name and number, and make the same of them.
+static uint64_t tpr_trace_flow(const char *caller, uint64_t call) {
+    return (tpr_base_hash(caller, strlen(caller)) ^ call) * UINT64_C(0x9e3779b97f4a7c15);
+}
+
+// One end of an asynchronous slice.
+static void tpr_trace_async(tpr_trace *trace, const tpr_trace_event *event, char phase, int64_t ns, const char *what,
+                            uint64_t flow) {
+    tpr_trace_head(trace, phase, ns, event->thread);
+    tpr_trace_print(trace, ",\"cat\":\"tprpc.%s\",\"id\":\"0x%016llx\",\"name\":", what, (unsigned long long)flow);
+    tpr_trace_string(trace, "", event->method);
+    tpr_trace_print(trace, "}");
+}
+
+static void tpr_trace_event_json(tpr_trace *trace, const tpr_trace_event *event) {
+    static const struct { const char *verb, *who; char flow; } forms[] = {   // by tpr_trace_kind
+        {"call ", "to", 's'}, {"outcome of ", "of", 'f'}, {"receive ", "from", 't'}, {"", "from", 't'},
+        {"answer ", "to", 't'}};
+    bool ours = event->kind == TPR_TRACE_CALL || event->kind == TPR_TRACE_OUTCOME;
+    uint64_t flow = tpr_trace_flow(ours ? trace->worker : event->peer, event->call);
+    char phase = forms[event->kind].flow;
+    if (event->one_way && ours) phase = event->kind == TPR_TRACE_CALL ? 's' : 0;   // it ends where it is handled
+    if (event->one_way && event->kind == TPR_TRACE_HANDLER) phase = 'f';
+    int64_t bound = event->end - event->begin > 1 ? event->begin + 1 : event->begin;   // within the slice it is of
+    tpr_trace_head(trace, 'X', event->begin, event->thread);
+    tpr_trace_time(trace, "dur", event->end - event->begin);
+    tpr_trace_print(trace, ",\"cat\":\"tprpc\",\"name\":");
+    tpr_trace_string(trace, forms[event->kind].verb, event->method);
+    tpr_trace_print(trace, ",\"args\":{\"%s\":", forms[event->kind].who);
+    tpr_trace_string(trace, "", event->peer);
+    tpr_trace_print(trace, ",\"call\":\"0x%016llx\"", (unsigned long long)flow);
+    if (event->kind != TPR_TRACE_OUTCOME && event->kind != TPR_TRACE_HANDLER)
+        tpr_trace_print(trace, ",\"bytes\":%llu", (unsigned long long)event->bytes);
+    if (event->kind == TPR_TRACE_OUTCOME || event->kind == TPR_TRACE_ANSWER)
+        tpr_trace_print(trace, ",\"status\":\"%s\"", tprpc_status_name((tprpc_status)event->status));
+    tpr_trace_print(trace, "}}");
+    if (phase) {
+        tpr_trace_head(trace, phase, bound, event->thread);
+        tpr_trace_print(trace, ",\"cat\":\"tprpc\",\"name\":\"call\",\"id\":\"0x%016llx\"%s}", (unsigned long long)flow,
+                        phase == 'f' ? ",\"bp\":\"e\"" : "");
+    }
+    if (event->kind == TPR_TRACE_CALL) tpr_trace_async(trace, event, 'b', event->begin, "call", flow);
+    if (event->kind == TPR_TRACE_OUTCOME) tpr_trace_async(trace, event, 'e', event->begin, "call", flow);
+    if (event->kind == TPR_TRACE_HANDLER) {
+        tpr_trace_async(trace, event, 'b', event->since, "queue", flow);
+        tpr_trace_async(trace, event, 'e', event->begin, "queue", flow);
+    }
+    trace->events++;
+}
+
+static void tpr_trace_lost_json(tpr_trace *trace, int64_t ns, uint64_t lost) {
+    tpr_trace_head(trace, 'i', ns, (uint32_t)tpr_os_pid());
+    tpr_trace_print(trace, ",\"s\":\"p\",\"cat\":\"tprpc\",\"name\":\"lost events\",\"args\":{\"lost\":%llu}}",
+                    (unsigned long long)lost);
+}
+
+// ---- writing: under the trace's lock
+
+// Writes what is in `text`, and behind it the file's end, which the next write writes over.
+static void tpr_trace_write(tpr_trace *trace) {
+    static const char end[] = "\n]\n";
+    if (!trace->used) return;
+    memcpy(trace->text + trace->used, end, sizeof end - 1);
+    if (tpr_os_file_write(trace->fd, trace->text, trace->used + sizeof end - 1, trace->size) == 0) {
+        trace->size += (int64_t)trace->used;
+    } else {
+        trace->code = errno;
+        trace->lost += trace->events;
+        trace->epoch++;
+    }
+    trace->used = 0;
+    trace->events = 0;
+}
+
+// Makes room for one more event.
+static void tpr_trace_make_room(tpr_trace *trace) {
+    if (trace->used > TPR_TRACE_BLOCK - TPR_TRACE_ROOM) tpr_trace_write(trace);
+}
+
+// Takes events out of a ring into `batch`: at most `most`. Returns how many, and how many were lost before them.
+static uint32_t tpr_trace_take(tpr_trace *trace, uint32_t loop, uint32_t most, uint64_t *lost) {
+    tpr_trace_ring *ring = &trace->rings[loop];
+    tpr_loop_enter(&trace->ctx->loops[loop]);
+    uint32_t count = ring->used < most ? ring->used : most, n;
+    for (n = 0; n < count; n++) {
+        trace->batch[n] = ring->events[ring->first];
+        ring->first = ring->first + 1 == trace->capacity ? 0 : ring->first + 1;
+    }
+    ring->used -= count;
+    *lost = ring->lost;
+    ring->lost = 0;
+    tpr_os_lock_give(&trace->ctx->loops[loop].lock);   // the log is for whoever holds no other
+    return count;
+}
+
+// Takes one thread that the file does not know yet. False: there is none.
+static bool tpr_trace_take_thread(tpr_trace *trace, uint32_t loop, uint32_t *from, tpr_trace_thread *out) {
+    tpr_base_map *threads = &trace->rings[loop].threads;
+    bool found = false;
+    tpr_loop_enter(&trace->ctx->loops[loop]);
+    for (; *from < threads->capacity && !found; ++*from) {
+        tpr_trace_thread *thread = (tpr_trace_thread *)threads->entries[*from].value;
+        found = thread && thread->written != trace->epoch;
+        if (!found) continue;
+        thread->written = trace->epoch;
+        *out = *thread;
+    }
+    tpr_os_lock_give(&trace->ctx->loops[loop].lock);
+    return found;
+}
+
+// Writes what one ring holds now. Returns how many events were lost.
+static uint64_t tpr_trace_flush_ring(tpr_trace *trace, uint32_t loop) {
+    tpr_trace_thread thread;
+    uint64_t lost, all_lost = 0;
+    const uint32_t batch = (uint32_t)TPR_TRACE_BATCH;
+    uint32_t count, from = 0, left = trace->capacity;   // what comes meanwhile is for the next time
+    do {
+        count = tpr_trace_take(trace, loop, left < batch ? left : batch, &lost);
+        tpr_trace_make_room(trace);
+        if (lost) tpr_trace_lost_json(trace, count ? trace->batch[0].begin : tpr_trace_now(trace->ctx), lost);
+        for (uint32_t i = 0; i < count; i++) {
+            tpr_trace_make_room(trace);
+            tpr_trace_event_json(trace, &trace->batch[i]);
+        }
+        all_lost += lost;
+        left -= count;
+    } while (count == batch);
+    while (tpr_trace_take_thread(trace, loop, &from, &thread)) {
+        tpr_trace_make_room(trace);
+        tpr_trace_metadata(trace, thread.number, "thread_name", "name", thread.name);
+    }
+    return all_lost;
+}
+
+static tprpc_status tpr_trace_failed(const tpr_trace *trace, int code, tprpc_error *error) {
+    return tprpc_error_set(error, tpr_base_status_of(code), code, "the trace cannot be written: %s: %.170s",
+                           strerror(code), trace->path);
+}
+
+// Writes what all rings hold. Without a lock.
+TPR_COLD static tprpc_status tpr_trace_flush(tpr_trace *trace, tprpc_error *error) {
+    uint64_t lost = 0;
+    tpr_os_lock_take(&trace->lock);
+    if (trace->lost) tpr_trace_lost_json(trace, tpr_trace_now(trace->ctx), trace->lost);
+    trace->events = trace->lost;       // of which the file knows once it is written
+    trace->lost = 0;
+    for (uint32_t i = 0; i < trace->ctx->loop_count; i++) lost += tpr_trace_flush_ring(trace, i);
+    tpr_trace_write(trace);
+    int code = trace->code;
+    trace->code = 0;
+    tpr_os_lock_give(&trace->lock);
+    tpr_base_logger *logger = &trace->ctx->env.logger;
+    if (lost)
+        TPR_LOG(logger, TPRPC_LOG_WARNING, "trace", trace->worker, "%llu events were lost: more than %u came on a loop "
+                "before they were written", (unsigned long long)lost, (unsigned)trace->capacity);
+    if (code)
+        TPR_LOG(logger, TPRPC_LOG_WARNING, "trace", trace->worker, "%s: %s", strerror(code), trace->path);
+    tpr_base_log_flush(logger);
+    return code ? tpr_trace_failed(trace, code, error) : TPRPC_OK;
+}
+
+// ---- birth and death
+
+TPR_COLD static void tpr_trace_free(tpr_trace *trace) {
+    tprpc_context *ctx = trace->ctx;
+    tpr_base_memory *memory = &ctx->env.memory;
+    const uint32_t tag = (uint32_t)TPR_TRACE_TAG;
+    for (uint32_t i = 0; trace->rings && i < ctx->loop_count; i++) {
+        tpr_base_map *threads = &trace->rings[i].threads;
+        for (uint32_t k = 0; k < threads->capacity; k++)
+            tpr_base_free(memory, threads->entries[k].value, sizeof(tpr_trace_thread), tag);
+        tpr_base_map_clear(threads);
+        tpr_base_free(memory, trace->rings[i].events, trace->capacity * sizeof(tpr_trace_event), tag);
+    }
+    tpr_base_free(memory, trace->rings, ctx->loop_count * sizeof *trace->rings, tag);
+    tpr_base_free(memory, trace->text, TPR_TRACE_BLOCK, tag);
+    tpr_base_free(memory, trace->batch, TPR_TRACE_BATCH * sizeof *trace->batch, tag);
+    tpr_base_free(memory, trace, sizeof *trace, tag);
+}
+
+// Writes the rest and ends the trace; nothing is put down any more. NULL is fine.
+TPR_COLD static void tpr_trace_close(tpr_trace *trace) {
+    if (!trace) return;
+    tpr_trace_flush(trace, NULL);      // it is logged
+    tpr_os_close(trace->fd);
+    tpr_trace_free(trace);
+}
+
+// Memory for all that the trace will need but threads. False: there is none.
+static bool tpr_trace_prepare(tpr_trace *trace) {
+    tpr_base_memory *memory = &trace->ctx->env.memory;
+    const uint32_t tag = (uint32_t)TPR_TRACE_TAG, loops = trace->ctx->loop_count;
+    trace->text = (char *)tpr_base_alloc(memory, TPR_TRACE_BLOCK, 64, tag);
+    trace->batch = (tpr_trace_event *)tpr_base_alloc(memory, TPR_TRACE_BATCH * sizeof *trace->batch, 64, tag);
+    trace->rings = (tpr_trace_ring *)tpr_base_new(memory, loops * sizeof *trace->rings, tag);
+    if (!trace->text || !trace->batch || !trace->rings) return false;
+    for (uint32_t i = 0; i < loops; i++) {
+        tpr_trace_ring *ring = &trace->rings[i];
+        ring->threads.memory = memory;
+        ring->events =
+            (tpr_trace_event *)tpr_base_alloc(memory, trace->capacity * sizeof(tpr_trace_event), 64, tag);
+        if (!ring->events) return false;
+    }
+    return true;
+}
+
+// The path of a worker's file: what of its name is no letter, digit, '.', '-' or '_' becomes %XX.
+static bool tpr_trace_name_file(tpr_trace *trace, const char *prefix) {
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_";
+    char name[3 * 128 + 1];
+    size_t used = 0;
+    for (const char *c = trace->worker; *c && used + 3 < sizeof name; c++)
+        used += (size_t)snprintf(name + used, sizeof name - used, strchr(plain, *c) ? "%c" : "%%%02X",
+                                 strchr(plain, *c) ? *c : (int)(uint8_t)*c);
+    int n = snprintf(trace->path, sizeof trace->path, "%s%.*s.json", prefix, (int)used, name);
+    return n > 0 && (size_t)n < sizeof trace->path;
+}
+
+// Begins a trace; worker: who this is, kept. The file is there and whole, without events.
+TPR_COLD static tprpc_status tpr_trace_open(tprpc_context *ctx, const char *worker, const char *prefix, int32_t events,
+                                            tpr_trace **out, tprpc_error *error) {
+    char clock[40] = "of the user";
+    *out = NULL;
+    if (events < 0 || events > TPR_TRACE_MOST)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: trace_events is %d, not 0 to %d", worker,
+                               (int)events, (int)TPR_TRACE_MOST);
+    tpr_trace *trace = (tpr_trace *)tpr_base_new(&ctx->env.memory, sizeof *trace, (uint32_t)TPR_TRACE_TAG);
+    if (!trace) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "agent %s: no memory for a trace", worker);
+    trace->ctx = ctx;
+    trace->worker = worker;
+    trace->epoch = 1;
+    trace->capacity = events ? (uint32_t)events : (uint32_t)TPR_TRACE_EVENTS;
+    tprpc_status status = TPRPC_OK;
+    if (!tpr_trace_name_file(trace, prefix))
+        status = tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: the path of its trace is too long", worker);
+    else if (!tpr_trace_prepare(trace))
+        status = tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "agent %s: no memory for a trace of %u events", worker,
+                                 (unsigned)trace->capacity);
+    trace->fd = status == TPRPC_OK ? tpr_os_file_open(trace->path) : -1;
+    if (trace->fd >= 0 && tpr_os_file_truncate(trace->fd, 0) == 0) {
+        if (!ctx->env.clock_us) tpr_os_boot_id(clock, sizeof clock);
+        tpr_trace_print(trace, "[");
+        tpr_trace_metadata(trace, (uint32_t)tpr_os_pid(), "process_name", "name", worker);
+        tpr_trace_metadata(trace, (uint32_t)tpr_os_pid(), "tprpc_clock", "boot", clock);   // whose times compare
+        tpr_trace_write(trace);
+    } else if (status == TPRPC_OK) {
+        trace->code = errno;
+    }
+    if (trace->code) status = tpr_trace_failed(trace, trace->code, error);
+    if (status == TPRPC_OK) {
+        *out = trace;
+        return TPRPC_OK;
+    }
+    tpr_os_close(trace->fd);
+    tpr_trace_free(trace);
+    return status;
+}
+#endif
+
 // >>agent -------------------------------------------------------------------------------------------------------------
 // Calls by name: the workers and their pipes, the calls begun here and their futures, the requests that came in.
 //
 // A caller has one pipe to each worker it calls, connected on the first call and again after a failure; the worker's
 // own calls come back over a pipe of its own. Calls are numbered by their future's id, so a late reply finds nothing.
 //
-// Uses: atomic, os, base, wire, timer, loop, context, transport, channel, pipe, store.
+// Uses: atomic, os, base, wire, timer, loop, context, transport, channel, pipe, store, trace.
 // Invariant: a call is in its worker's `calls` from its start to its outcome, and its outcome is set once; a request
 // is in its server's `requests` until it is answered; both are freed when `refs` is 0. Everything of a call or a
 // request is under the lock of its loop; names and workers under the agent's own lock, which is taken inside a loop's;
@@ -14108,6 +14637,7 @@ typedef struct tpr_agent_method {
     uint32_t  id, refs;                // refs: atomic
     bool      removed;
     tpr_agent_counts *counts;          // of its name
+    const char *traced;                // its name for the trace, of the agent's table of names; NULL: none
 } tpr_agent_method;
 
 typedef struct tpr_agent_worker {      // a peer as this agent calls it
@@ -14200,6 +14730,7 @@ typedef struct tpr_agent_request {
     struct tpr_agent_request *next_job;
     tpr_agent_counts *counts;          // of its method
     int64_t       since_us;            // where times are measured: it was whole, later its handler began
+    int64_t    whole_ns, begun_ns;     // of a trace: it was, its handler was
 } tpr_agent_request;
 
 typedef struct tpr_agent_send {        // an outgoing message that lends memory, or did not leave at once
@@ -14278,6 +14809,7 @@ struct tprpc_agent {
     tpr_agent_name *method_names, **method_names_tail;
     tpr_agent_peer *peers, **peers_tail;
     tpr_agent_counts *uncounted;       // for names beyond TPR_AGENT_METHODS
+    tpr_trace      *trace;             // NULL: none
 };
 
 static tpr_loop *tpr_agent_home(tprpc_agent *agent) { return &agent->ctx->loops[0]; }
@@ -14579,6 +15111,48 @@ static inline tpr_base_slot *tpr_agent_find(const tpr_base_slab *slab, uint64_t 
 
 static inline tpr_agent_loop *tpr_agent_on(tprpc_agent *agent, const tpr_loop *loop) {
     return &agent->loops[loop->index];
+}
+
+// ---- traces: where the agent has one. Under the loop's lock; begin: since when, of tpr_trace_clock; 0: now
+
+static uint64_t tpr_agent_message_bytes(const tprpc_message *message) {
+    uint64_t bytes = message->metadata_size;
+    for (size_t i = 0; i < message->tensor_count; i++) bytes += message->tensors[i].size;
+    return bytes;
+}
+
+// A step of a call begun here. message: NULL, or what was sent.
+TPR_COLD static void tpr_agent_trace_call(const tpr_agent_call *call, tpr_trace_kind kind, int64_t begin,
+                                          const tprpc_message *message) {
+    const tpr_loop *loop = call->worker->loop;
+    tpr_trace_event *event = tpr_trace_add(call->worker->agent->trace, loop, kind, begin);
+    event->call = tpr_agent_id(&call->slot, loop);
+    event->method = call->method_name;
+    event->peer = call->worker->name;
+    event->bytes = message ? tpr_agent_message_bytes(message) : 0;
+    event->status = (uint8_t)call->status;
+    event->one_way = (call->flags & TPRPC_CALL_ONE_WAY) != 0;
+}
+
+// A step of a call that came in, of which there may be no request. message: NULL, or what was received or sent.
+TPR_COLD static tpr_trace_event *tpr_agent_trace_server(const tpr_agent_server *server, const tpr_agent_method *method,
+                                                        uint64_t call, tpr_trace_kind kind, int64_t begin,
+                                                        const tprpc_message *message) {
+    tpr_trace_event *event = tpr_trace_add(server->agent->trace, server->loop, kind, begin);
+    event->call = call;
+    event->method = method && method->traced ? method->traced : "an unknown method";
+    event->peer = server->caller;
+    event->bytes = message ? tpr_agent_message_bytes(message) : 0;
+    return event;
+}
+
+TPR_COLD static void tpr_agent_trace_request(const tpr_agent_request *request, tpr_trace_kind kind, int64_t begin,
+                                             const tprpc_message *message, tprpc_status status) {
+    tpr_trace_event *event =
+        tpr_agent_trace_server(request->server, request->method, request->call, kind, begin, message);
+    event->since = request->whole_ns;
+    event->status = (uint8_t)status;
+    event->one_way = request->one_way;
 }
 
 // ---- sending
@@ -14925,6 +15499,7 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     if (call->done) return;
     call->done = true;
     call->status = status;
+    if (TPR_UNLIKELY(agent->trace != NULL)) tpr_agent_trace_call(call, TPR_TRACE_OUTCOME, 0, NULL);
     if (error && (call->error = (tprpc_error *)tpr_base_pool_alloc(&loop->pool, sizeof *error)) != NULL) {
         *call->error = *error;
         call->error->status = status;
@@ -15317,6 +15892,7 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
     tpr_loop *loop = worker->loop;
     tpr_wire_call prefix;
     tpr_agent_call *call = NULL;
+    const int64_t begun = tpr_trace_clock(agent->trace);
     tprpc_status status = tpr_agent_worker_connect(worker, error);
     if (status == TPRPC_OK)
         status = tpr_pipe_check(message, worker->pipe->message_bytes, worker->pipe->metadata_bytes,
@@ -15357,6 +15933,7 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
         out->owner = agent;
         out->id = id;
     }
+    if (TPR_UNLIKELY(agent->trace != NULL)) tpr_agent_trace_call(call, TPR_TRACE_CALL, begun, message);
     tpr_agent_call_unref(agent, call);
     return TPRPC_OK;
 }
@@ -15427,11 +16004,14 @@ static void tpr_agent_request_over(tpr_agent_request *request) {
 TPR_COLD static void tpr_agent_request_fail(tpr_agent_request *request, tprpc_status status, int32_t user_code,
                                    const char *text) {
     tpr_agent_server *server = request->server;
+    const int64_t begun = tpr_trace_clock(server->agent->trace);
     if (request->answered) return;
     tpr_agent_on(server->agent, server->loop)->received_failed++;
     tpr_agent_count_failed(request);
-    if (!request->one_way && !request->cancelled && server->pipe)
+    if (!request->one_way && !request->cancelled && server->pipe) {
         tpr_agent_say_error(server->agent, server->pipe, request->call, status, user_code, text);
+        if (server->agent->trace) tpr_agent_trace_request(request, TPR_TRACE_ANSWER, begun, NULL, status);
+    }
     tpr_agent_request_over(request);
 }
 
@@ -15450,6 +16030,8 @@ static void tpr_agent_handler_begin(tpr_loop_task *task) {
     tpr_agent_request *request = TPR_CONTAINER(task, tpr_agent_request, task);
     tpr_agent_frame_begin(tpr_agent_on(request->server->agent, request->server->loop), &request->frame);
     tpr_agent_count_begun(request);
+    if (TPR_UNLIKELY(request->server->agent->trace != NULL))
+        request->begun_ns = tpr_trace_now(request->server->agent->ctx);
     if (!request->lane) return;
     tpr_base_list_remove(&request->lane_node);
     tpr_agent_lane_next(request->server, request->lane);
@@ -15481,6 +16063,8 @@ static void tpr_agent_handler_over(tpr_loop_task *task) {
         tpr_agent_request_fail(request, TPRPC_ERROR_REMOTE, 0, text);
     }
     tpr_agent_count_returned(request);
+    if (TPR_UNLIKELY(request->server->agent->trace != NULL))
+        tpr_agent_trace_request(request, TPR_TRACE_HANDLER, request->begun_ns, NULL, TPRPC_OK);
     tpr_agent_request_unref(request);
 }
 
@@ -15533,6 +16117,7 @@ TPR_COLD static void tpr_agent_thread_main(void *arg) {
     tprpc_agent *agent = self->agent;
     tprpc_context *ctx = agent->ctx;
     if (ctx->thread_begin) ctx->thread_begin(self->name, ctx->user);
+    tpr_trace_name_thread(agent->trace, self->name);
     tpr_os_lock_take(&agent->lock);
     while (!agent->stopping || agent->job_head) {
         tpr_agent_request *request = agent->job_head;
@@ -15647,6 +16232,7 @@ static void tpr_agent_request_read(tpr_pipe_in *in) {
     server->refs++;
     if (good) {
         request->whole = true;
+        if (TPR_UNLIKELY(server->agent->trace != NULL)) request->whole_ns = tpr_trace_now(server->agent->ctx);
         if (request->lane) tpr_agent_lane_next(server, request->lane);
         else tpr_agent_request_start(request);
     } else {
@@ -15684,6 +16270,7 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     if (!request) {
         on->received_failed++;
         tpr_agent_count_refused(server, method);
+        if (agent->trace) tpr_agent_trace_server(server, method, prefix->id, TPR_TRACE_RECEIVED, 0, &in->message);
         server->refs++;                // both of what follows may end its pipe
         tpr_agent_drop_in(in);
         if (!one_way && server->pipe)
@@ -15716,6 +16303,8 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     tpr_base_list_init(&request->lane_node);
     tpr_base_list_add(&server->requests, &request->node);
     if (request->lane) tpr_base_list_add(&server->lanes, &request->lane_node);
+    if (TPR_UNLIKELY(agent->trace != NULL))
+        tpr_agent_trace_request(request, TPR_TRACE_RECEIVED, 0, &in->message, TPRPC_OK);
     if (method->desc.place && in->message.tensor_count) {
         request->parked = true;
         request->placing = tpr_agent_place(agent, in, method->desc.place, method->desc.on_unplaced, method->desc.user,
@@ -15837,10 +16426,13 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
         } else if (request) {
             tprpc_pipe *pipe = request->server->pipe;
             tpr_wire_call prefix = {TPR_WIRE_REPLY, 0, 0, 0, 0, request->call};
+            const int64_t begun = tpr_trace_clock(agent->trace);
             status = tpr_pipe_check(message, pipe->message_bytes, pipe->metadata_bytes, pipe->tensors, &error);
             if (status == TPRPC_OK && message->payload_count) status = TPRPC_ERROR_INVALID;
             if (status == TPRPC_OK && !request->one_way) {
                 status = tpr_agent_send_on(agent, pipe, &prefix, message, 0, &error);
+                if (TPR_UNLIKELY(agent->trace != NULL) && status == TPRPC_OK)
+                    tpr_agent_trace_request(request, TPR_TRACE_ANSWER, begun, message, TPRPC_OK);
             } else if (status == TPRPC_OK && message->release) {   // nobody waits: it is only released
                 tpr_agent_send *send = tpr_agent_send_new(agent, loop, message, 0);
                 if (send) tpr_loop_post(loop, &send->task);
@@ -15860,6 +16452,7 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
 static void tpr_agent_dispose(tprpc_agent *agent) {
     tprpc_context *ctx = agent->ctx;
     bool own_context = agent->own_context;
+    tpr_trace_close(agent->trace);     // names that it writes go after it
     for (uint32_t i = 0; i < tpr_agent_workers(agent); i++) {
         tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
         tpr_agent_free(agent, worker->where, sizeof *worker->where);
@@ -15991,7 +16584,9 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
         tpr_base_list_init(&on->running);
         on->held_tail = &on->held;
     }
-    return tpr_agent_start_threads(agent, error);
+    tprpc_status status = desc->trace ? tpr_trace_open(ctx, agent->name, desc->trace, desc->trace_events, &agent->trace,
+                                                       error) : TPRPC_OK;
+    return status == TPRPC_OK ? tpr_agent_start_threads(agent, error) : status;
 }
 
 // Whether nothing of the agent's is at work on a loop, but for sends.
@@ -16348,6 +16943,7 @@ TPRPC_API tprpc_status tprpc_agent_register(tprpc_agent *agent, const tprpc_meth
     method->desc.name = method->name;
     method->id = tpr_agent_method_id(method->name);
     method->refs = 1;
+    method->traced = agent->trace ? tpr_agent_text_locked(agent, method->name) : NULL;
     tpr_agent_enter_all(agent);
     tpr_agent_method *other = (tpr_agent_method *)tpr_base_map_get(&agent->methods, method->id);
     bool put = !other && tpr_base_map_put(&agent->methods, method->id, method);
@@ -16388,6 +16984,15 @@ TPRPC_API tprpc_status tprpc_agent_unregister(tprpc_agent *agent, const char *na
     }
     tpr_agent_method_unref(agent, method);
     return inside ? TPRPC_PENDING : TPRPC_OK;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_flush_trace(tprpc_agent *agent, tprpc_error *error) {
+    TPRPC_ASSERT(agent);
+    if (!agent || !tpr_context_usable(agent->ctx))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "tprpc_agent_flush_trace: no agent, or one inherited by a fork");
+    return agent->trace ? tpr_trace_flush(agent->trace, error) : TPRPC_OK;
 }
 
 TPR_COLD
@@ -16771,7 +17376,7 @@ TPRPC_API void *tprpc_request_stream(tprpc_request handle, tprpc_device device) 
 // >>group -------------------------------------------------------------------------------------------------------------
 // Membership: how an agent joins its group through the store, leaves it, and goes.
 //
-// Uses: atomic, os, base, wire, timer, loop, context, transport, pipe, store, agent.
+// Uses: atomic, os, base, wire, timer, loop, context, transport, pipe, store, trace, agent.
 // Invariant: an agent's state is written here alone, under the first loop's lock. What is asked of the store is counted
 // in `start_pending`, and its end is awaited before the agent goes.
 
@@ -17253,6 +17858,7 @@ TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms,
         tpr_loop_leave(home);
     }
     tpr_group_set_state(agent, TPR_AGENT_LEFT);
+    if (agent->trace) tpr_trace_flush(agent->trace, NULL);   // the log has what is wrong: it has left all the same
     return status;
 }
 

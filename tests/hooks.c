@@ -267,8 +267,8 @@ static void on_echo(tprpc_request request, const tprpc_message *message, void *u
     tprpc_reply(request, message);
 }
 
-/* Two agents meet in a store of the kind and call each other. */
-static bool agents(const char *url) {
+/* Two agents meet in a store of the kind and call each other. trace: NULL, or where they trace it. */
+static bool agents(const char *url, const char *trace) {
     static const char *const names[] = {"ann", "bob"};
     tprpc_agent *both[2] = {NULL, NULL};
     tprpc_error error = {0};
@@ -284,6 +284,7 @@ static bool agents(const char *url) {
         desc.rank = i;
         desc.world_size = 2;
         desc.start_timeout_ms = desc.timeout_ms = PATIENCE_MS;
+        desc.trace = trace;
         echo.name = "echo";
         echo.handler = on_echo;
         tprpc_status status = tprpc_agent_create(&desc, &both[i], &error);
@@ -316,13 +317,13 @@ static bool agents(const char *url) {
 static bool agents_by_tcp(void) {
     char url[64];
     snprintf(url, sizeof url, "tcp://127.0.0.1:%d", reserved_port);
-    return agents(url);
+    return agents(url, NULL);
 }
 
 static bool agents_by_file(void) {
     char path[250], url[300];
     snprintf(url, sizeof url, "file://%s", test_temp_path(path, sizeof path));
-    return agents(url);
+    return agents(url, path);
 }
 
 /* ---- the whole of it: two agents meet, call each other in every way, leave and end ---- */

@@ -436,6 +436,7 @@ refuses channel_of_other_ends_rpc xth build/tprpc-perf --test rpc --iters 100 --
 refuses spin '"often"' build/tprpc-perf --spin often
 refuses device '^tprpc-perf: --device "tape"' build/tprpc-perf --device tape
 refuses peer_device '^tprpc-perf: --peer-device "tape"' build/tprpc-perf --peer-device tape
+refuses trace 'which make calls' build/tprpc-perf --trace a --iters 1
 refuses two_ends 'give one of them' build/tprpc-perf --listen a --connect b
 refuses timers 'usage' build/bench-timers --often
 refuses timers_count '"none" is no number' build/bench-timers --count none
