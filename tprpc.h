@@ -848,7 +848,7 @@ typedef struct tprpc_agent_desc {
     int64_t        timeout_ms;       // of calls (default: 60,000)
     int64_t        start_timeout_ms; // of start and of leave (default: 60,000)
     bool           metrics;          // measure how long each method's calls, requests' waits and handlers take, which
-                                     // costs some 0.1 us a call (default: false, all is counted, nothing timed)
+                                     // costs a call 0.13 us, both ends together (default: false, all is but counted)
     const char    *trace;            // where a timeline of calls is written to: what stands before this worker's name
                                      // in the file's path, say a folder with its / (default: NULL, nowhere)
     int32_t        trace_events;     // of each loop, kept until they are written (default: 65,536)

@@ -125,7 +125,7 @@ static void check_calls(const char *method, uint64_t calls, uint64_t failed, uin
 static void check_requests(const char *method, uint64_t requests, uint64_t failed, uint64_t active) {
     tprpc_method_stats stats = method_of(&two[1], method);
     const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
-    while (measure && stats.handler_time.count < requests - active && test_now_us() < end) {   /* it has yet to return */
+    while (measure && stats.handler_time.count < requests - active && test_now_us() < end) {   /* it returns later */
         turn();
         stats = method_of(&two[1], method);
     }
