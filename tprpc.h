@@ -224,7 +224,8 @@
 //
 // A peer's death on this host is seen at once: its socket closes, and its process is watched beside, for a forked child
 // can keep a socket open (over tcp the pipe then ends 100 ms after the last byte that came). On other hosts TCP
-// keep-alive, and a look at unacknowledged data, take 30 s; a peer that stands in a debugger is not dead. Everything in
+// keep-alive, and a look at unacknowledged data, take 30 s (or .silence_ms, of a context), also where a link goes away
+// without a word; a peer that stands in a debugger is not dead, for its kernel answers. Everything in
 // flight to it then fails once, with PEER or UNREACHABLE, and the next call connects anew. (A tcp:// store does not
 // watch processes: a connection that a dead client's child holds stays until the child ends; nothing waits for it.)
 //
@@ -306,7 +307,7 @@
 //   a call                                            timeout_ms of agent and call          60 s
 //   start and leave                                   tprpc_agent_desc.start_timeout_ms     60 s
 //   a store's operation, and to reach its server      tprpc_store_desc.timeout_ms           60 s
-//   a silent TCP peer is dead after                   -                                     30 s
+//   a silent TCP peer is dead after                   tprpc_context_desc.silence_ms         30 s, found within 1 s
 //   names of workers and methods, in bytes            -                                     1 to 128
 //   where an agent finds its group, in bytes          init_method, address                  255 each
 //   threads of an agent for blocking handlers         tprpc_agent_desc.worker_threads       1,024
@@ -457,6 +458,8 @@ typedef struct tprpc_context_desc {
     int64_t       (*clock_us)(void *user);                                  // (default: the monotonic clock)
     void           *user;            // for the hooks above but allocator's (default: NULL)
     tprpc_limits    limits;          // (default: as each field says)
+    int64_t         silence_ms;      // a TCP peer that answers nothing for so long, idle or with data under way, is
+                                     // dead; 2,000 to 3,600,000, or TPRPC_FOREVER: none is (default: 30,000)
 } tprpc_context_desc;
 
 // TPRPC_VERSION of the implementation that was linked. Any thread.
@@ -1994,13 +1997,17 @@ TPR_UNUSED static int tpr_os_socket_error(int fd) {
     return getsockopt(fd, SOL_SOCKET, SO_ERROR, &code, &size) == 0 ? code : errno;
 }
 
-TPR_UNUSED static void tpr_os_tcp_options(int fd, int keepalive_s) {
-    int interval = keepalive_s / 3 ? keepalive_s / 3 : 1;
+// silence_ms: how long an idle peer may leave probes unanswered until it is dead (negative: for ever). The last probe
+// has its interval, too: with three of them it is idle + 3 intervals. The kernel counts in seconds.
+TPR_UNUSED static void tpr_os_tcp_options(int fd, int64_t silence_ms) {
+    int seconds = (int)((silence_ms + 999) / 1000), interval = seconds / 5 ? seconds / 5 : 1;
+    int probes = seconds > 3 ? 3 : seconds > 2 ? 2 : 1, idle = seconds - probes * interval;
     tpr_os_set_option(fd, "nodelay", IPPROTO_TCP, TCP_NODELAY, 1);
+    if (silence_ms < 0) return;
     tpr_os_set_option(fd, "keepalive", SOL_SOCKET, SO_KEEPALIVE, 1);
-    tpr_os_set_option(fd, "keepidle", IPPROTO_TCP, TCP_KEEPIDLE, interval);
+    tpr_os_set_option(fd, "keepidle", IPPROTO_TCP, TCP_KEEPIDLE, idle > 0 ? idle : 1);
     tpr_os_set_option(fd, "keepintvl", IPPROTO_TCP, TCP_KEEPINTVL, interval);
-    tpr_os_set_option(fd, "keepcnt", IPPROTO_TCP, TCP_KEEPCNT, 3);
+    tpr_os_set_option(fd, "keepcnt", IPPROTO_TCP, TCP_KEEPCNT, probes);
 }
 
 TPR_UNUSED static size_t tpr_os_spans(const tprpc_span *spans, size_t count, struct iovec *out, int64_t limit) {
@@ -2204,14 +2211,16 @@ TPR_UNUSED static int tpr_os_tcp_queued(int fd) {
 
 // For how long a peer has acknowledged nothing although a segment or a window probe was sent to it since, in ms; -1
 // when none was, or it cannot be told. A live peer that does not read answers each, but in the end is asked only every
-// 120 s: how long ago the last ACK came does not tell it from a dead one.
+// 120 s: how long ago the last ACK came does not tell it from a dead one. Where this host's own link is down nothing is
+// sent, and only the row of retransmissions that were due tells.
 TPR_UNUSED static int64_t tpr_os_tcp_silent_ms(int fd) {
     struct tcp_info info;
     socklen_t size = sizeof info;
     memset(&info, 0, sizeof info);
     if (TPR_OS_HOOKED("tcp_info", TPR_OS_NO_SIZE) || getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0)
         return -1;
-    bool asked = info.tcpi_probes > 0 || (info.tcpi_unacked > 0 && info.tcpi_last_ack_recv > info.tcpi_last_data_sent);
+    bool asked = info.tcpi_probes > 0 || (info.tcpi_unacked > 0 && (info.tcpi_retransmits > 0 ||
+                                          info.tcpi_last_ack_recv > info.tcpi_last_data_sent));
     return asked ? (int64_t)info.tcpi_last_ack_recv : -1;
 }
 
@@ -4570,6 +4579,8 @@ static void tpr_loop_fini(tpr_loop *loop) {
 // Invariant: what is here is set while the context is created and constant after, but for the objects on its loops.
 
 enum { TPR_CONTEXT_BACKENDS = TPR_LOOP_SOURCES - 1, TPR_CONTEXT_LOOPS = 64, TPR_CONTEXT_LANES = 8 };
+// A live kernel leaves up to 1.4 s unanswered, to limit its rate, so less than 2 s would kill live peers.
+enum { TPR_CONTEXT_SILENCE_MS = 30000, TPR_CONTEXT_SILENCE_LEAST_MS = 2000, TPR_CONTEXT_SILENCE_MOST_MS = 3600000 };
 
 typedef struct tpr_context_backend {   // one backend of a context: viable, with an instance for each loop, or not, with
                                        // why
@@ -4606,6 +4617,7 @@ struct tprpc_context {
     tpr_context_backend backends[TPR_CONTEXT_BACKENDS];
     uint8_t       nonce[16];           // tells this context from every other
     uint64_t      process_space;
+    int64_t       silence_ms;          // TPRPC_FOREVER: none
 };
 
 enum { TPR_CONTEXT_TAG = 0x20787463 };   // "ctx "
@@ -4871,8 +4883,7 @@ enum {
     TPR_TCP_EVENTS = 32,
     TPR_TCP_ACCEPTS = 16,              // of one listener in one progress
     TPR_TCP_RETRY_US = 100000,         // after an accept failed
-    TPR_TCP_KEEPALIVE_S = 30,          // a peer that is silent for so long is dead
-    TPR_TCP_CHECK_US = 5000000,        // between looks at connections that wait for an ACK
+    TPR_TCP_CHECK_US = 1000000,        // between looks at connections that wait for an ACK, at most
     TPR_TCP_EOF = -1, TPR_TCP_SILENT = -2   // causes that are no errno
 };
 
@@ -4918,7 +4929,7 @@ typedef struct tpr_tcp {
     uint32_t      hot_count, hot_first, first;   // who is first among the hot and among the poller's, in turn
     int64_t       looked_us;
     int64_t       quota;               // bytes that may be received before it is the next one's turn
-    int64_t       silence_us;          // TPR_TCP_KEEPALIVE_S, but in tests
+    int64_t       silence_us;          // how long a peer may be silent; INT64_MAX: for ever
     uint64_t      received;            // bytes, ever
     tpr_tcp_conn *hot[TPR_TCP_HOT];
     tpr_base_list sockets, broken, closed;
@@ -5277,13 +5288,17 @@ static size_t tpr_tcp_take_handles(void *conn, intptr_t *out, size_t capacity) {
 
 // ---- sending
 
+static int64_t tpr_tcp_check_us(const tpr_tcp *tcp) {
+    return tcp->silence_us / 4 < TPR_TCP_CHECK_US ? tcp->silence_us / 4 : TPR_TCP_CHECK_US;
+}
+
 // Something may stay without an ACK from here on. The timer runs only while that is so of any connection.
 static void tpr_tcp_suspect(tpr_tcp_conn *conn) {
     tpr_tcp *tcp = conn->socket.tcp;
     conn->unproven = true;
     conn->waiting_us = 0;
-    if (!tpr_timer_is_set(&tcp->check))
-        tpr_loop_timer(tcp->loop, &tcp->check, tpr_loop_clock(tcp->loop) + TPR_TCP_CHECK_US);
+    if (tcp->silence_us < INT64_MAX && !tpr_timer_is_set(&tcp->check))
+        tpr_loop_timer(tcp->loop, &tcp->check, tpr_loop_clock(tcp->loop) + tpr_tcp_check_us(tcp));
 }
 
 static size_t tpr_tcp_send(void *at, const tprpc_span *spans, size_t count, const intptr_t *handles,
@@ -5323,7 +5338,7 @@ static size_t tpr_tcp_send(void *at, const tprpc_span *spans, size_t count, cons
 // that found something unanswered: before, there was nothing to answer, and a probe may have been on its way only now.
 TPR_COLD static void tpr_tcp_check(tprpc_work *work) {
     tpr_tcp *tcp = TPR_CONTAINER(work, tpr_tcp, check);
-    int64_t now = tpr_loop_clock(tcp->loop);
+    int64_t now = tpr_loop_clock(tcp->loop), look = now + tpr_tcp_check_us(tcp), due;
     bool again = false;
     tpr_base_list *next;
     for (tpr_base_list *i = tcp->sockets.next; i != &tcp->sockets; i = next) {
@@ -5338,8 +5353,10 @@ TPR_COLD static void tpr_tcp_check(tprpc_work *work) {
         else if (!conn->waiting_us) conn->waiting_us = now;
         else if (now - conn->waiting_us >= tcp->silence_us && silent_ms >= tcp->silence_us / 1000)
             tpr_tcp_break(conn, TPR_TCP_SILENT);
+        due = conn->waiting_us ? conn->waiting_us + tcp->silence_us : look;
+        if (due > now && due < look) look = due;
     }
-    if (again) tpr_loop_timer(tcp->loop, work, now + TPR_TCP_CHECK_US);
+    if (again) tpr_loop_timer(tcp->loop, work, look);
 }
 
 // ---- connecting, listening
@@ -5366,7 +5383,7 @@ static tprpc_status tpr_tcp_connect(void *instance, const char *address, uint32_
     if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "connecting to tcp://%.100s: no memory", address);
     int fd = tpr_os_socket(to.at.ss_family), code = 0;
     if (fd >= 0) {
-        tpr_os_tcp_options(fd, TPR_TCP_KEEPALIVE_S);
+        tpr_os_tcp_options(fd, tcp->silence_us == INT64_MAX ? -1 : tcp->silence_us / 1000);
         if (tpr_os_connect(fd, &to) != 0 && errno != EINPROGRESS) code = errno;
     }
     if (fd < 0 || !tpr_tcp_socket_add(&self->socket, fd, TPR_OS_WRITABLE)) {
@@ -5429,7 +5446,7 @@ TPR_COLD static bool tpr_tcp_accept(tpr_tcp_listener *listener) {
         tpr_tcp_conn *conn = tpr_tcp_conn_new(tcp);   // first: what is not accepted is not lost
         int fd = conn ? tpr_os_accept(listener->socket.fd) : -1;
         if (fd >= 0 && tpr_tcp_socket_add(&conn->socket, fd, TPR_OS_READABLE)) {
-            tpr_os_tcp_options(fd, TPR_TCP_KEEPALIVE_S);
+            tpr_os_tcp_options(fd, tcp->silence_us == INT64_MAX ? -1 : tcp->silence_us / 1000);
             snprintf(conn->peer, sizeof conn->peer, "of unknown address");
             if (tpr_os_peer_address(fd, &from) == 0) tpr_os_address_text(&from, true, conn->peer, sizeof conn->peer);
             listener->owner->accepted(listener->owner, conn);
@@ -5557,8 +5574,8 @@ TPR_COLD static void tpr_tcp_lost(tpr_tcp_conn *conn) {
     else if (conn->cause == TPR_TCP_EOF)
         tprpc_error_set(&error, TPRPC_ERROR_PEER, 0, "tcp %s closed the connection", conn->peer);
     else if (conn->cause == TPR_TCP_SILENT)
-        tprpc_error_set(&error, TPRPC_ERROR_PEER, ETIMEDOUT, "tcp %s has acknowledged nothing for %d s", conn->peer,
-                        TPR_TCP_KEEPALIVE_S);
+        tprpc_error_set(&error, TPRPC_ERROR_PEER, ETIMEDOUT, "tcp %s has acknowledged nothing for %lld s", conn->peer,
+                        (long long)(conn->socket.tcp->silence_us / 1000000));
     else tprpc_error_set(&error, status, conn->cause, "tcp %s: %s", conn->peer, strerror(conn->cause));
     tpr_tcp_event(conn, TPRPC_EVENT_LOST, &error);
 }
@@ -5646,7 +5663,7 @@ static tprpc_status tpr_tcp_open(const tprpc_host *host, void *user, void **inst
     }
     tcp->loop = loop;
     tcp->quota = TPR_TCP_CHUNK;
-    tcp->silence_us = TPR_TCP_KEEPALIVE_S * INT64_C(1000000);
+    tcp->silence_us = host->context->silence_ms < 0 ? INT64_MAX : host->context->silence_ms * 1000;
     tcp->check.run = tpr_tcp_check;
     tpr_base_list_init(&tcp->sockets);
     tpr_base_list_init(&tcp->broken);
@@ -8271,6 +8288,7 @@ static tprpc_status tpr_backends_found(tprpc_context *ctx, const tprpc_context_d
     if (desc->let_read) tpr_os_let_read();
     ctx->env.nesting = ctx->limits.nesting;
     ctx->lanes = desc->lanes ? (uint32_t)desc->lanes : 1;
+    ctx->silence_ms = desc->silence_ms ? desc->silence_ms : TPR_CONTEXT_SILENCE_MS;
     ctx->ordered_channels = desc->channels != NULL;
     if (desc->log) {
         ctx->env.logger.lines =
@@ -8377,6 +8395,10 @@ TPRPC_API tprpc_status tprpc_context_create_for(const tprpc_context_desc *desc, 
     if (desc->lanes < 0 || desc->lanes > TPR_CONTEXT_LANES)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "lanes is %d, not 0 to %d", (int)desc->lanes,
                                TPR_CONTEXT_LANES);
+    if (desc->silence_ms && desc->silence_ms != TPRPC_FOREVER &&
+        (desc->silence_ms < TPR_CONTEXT_SILENCE_LEAST_MS || desc->silence_ms > TPR_CONTEXT_SILENCE_MOST_MS))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "silence_ms is %lld, neither %d to %d nor TPRPC_FOREVER",
+                               (long long)desc->silence_ms, TPR_CONTEXT_SILENCE_LEAST_MS, TPR_CONTEXT_SILENCE_MOST_MS);
     limits = desc->limits;
     tpr_context_limits(&limits);
     memset(&memory, 0, sizeof memory);
