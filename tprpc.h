@@ -12272,6 +12272,8 @@ struct tprpc_store {
     uint8_t        *buffer;
     int64_t         offset, wait_us, look_us;   // read so far; time to the next attempt to lock, and the next look
     tpr_base_list   active, waiting;       // to be done in order; gets whose key is not there
+
+    bool            away;                  // a client's: the server was lost and is not back
 };
 
 struct tprpc_store_op {
@@ -12300,6 +12302,7 @@ struct tprpc_store_op {
     void           *user;
     tprpc_store_done callback;             // a user's, which gets `user`
     size_t          bytes;                 // of the struct with the request's strings
+    bool            hasty;                 // does not wait for a server that was lost
 };
 
 static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
@@ -13056,12 +13059,14 @@ static const tpr_store_kind tpr_store_server = {tpr_store_local_submit, tpr_stor
 
 // ---- tcp: a client
 
-// Ends what waits for the server.
-static void tpr_store_client_fail(tprpc_store *store, const tprpc_error *error) {
+// Ends what waits for the server, or of it what is hasty.
+static void tpr_store_client_fail(tprpc_store *store, bool hasty, const tprpc_error *error) {
     for (int sent = 0; sent < 2; sent++) {
         tpr_base_list *list = sent && store->conn ? &store->conn->ops : &store->unsent;
-        while (!tpr_base_list_empty(list)) {
-            tprpc_store_op *op = TPR_CONTAINER(list->next, tprpc_store_op, link);
+        for (tpr_base_list *i = list->next, *next; i != list; i = next) {
+            tprpc_store_op *op = TPR_CONTAINER(i, tprpc_store_op, link);
+            next = i->next;
+            if (hasty && !op->hasty) continue;
             tpr_base_list_remove(&op->link);
             tpr_store_finish(op, error->status, NULL, 0, error);
         }
@@ -13080,6 +13085,7 @@ static void tpr_store_client_retry(tprpc_store *store, const tprpc_error *error,
     tprpc_error late = *error;
     tpr_store_client_hang_up(store, error->status);
     tpr_store_why(store, error->text);
+    if (store->away) tpr_store_client_fail(store, true, &store->lost);
     store->state = last || now >= store->deadline_us ? TPR_STORE_IDLE : TPR_STORE_PAUSED;
     if (store->state == TPR_STORE_PAUSED) {
         int64_t pause = store->retry_us;
@@ -13091,7 +13097,7 @@ static void tpr_store_client_retry(tprpc_store *store, const tprpc_error *error,
         tpr_store_error(store, &late, TPRPC_ERROR_UNREACHABLE, "no server after %lld ms: %.110s",
                         (long long)store->timeout_ms, error->text);
     late.os_code = error->os_code;
-    tpr_store_client_fail(store, &late);
+    tpr_store_client_fail(store, false, &late);
 }
 
 static void tpr_store_client_send(tprpc_store *store) {
@@ -13158,6 +13164,7 @@ static void tpr_store_client_meet(tprpc_store *store) {
     tpr_timer_cancel(&store->home->wheel, &store->timer);
     tpr_store_why(store, "");
     store->state = TPR_STORE_READY;
+    store->away = false;
     tpr_store_client_send(store);
 }
 
@@ -13187,8 +13194,10 @@ TPR_COLD static void tpr_store_client_event(tprpc_conn_owner *owner, uint32_t ev
     tpr_store_error(store, &store->lost, lost ? TPRPC_ERROR_PEER : status, "lost its server: %.130s",
                     lost ? error->text : tprpc_status_name(status));
     if (lost) store->lost.os_code = error->os_code;
-    store->state = TPR_STORE_LOST;
-    tpr_store_client_fail(store, &store->lost);
+    // One that closed or died may come back: who asks next connects again. What is no store stays none.
+    store->state = lost ? TPR_STORE_IDLE : TPR_STORE_LOST;
+    store->away = lost;
+    tpr_store_client_fail(store, false, &store->lost);
     tpr_store_client_hang_up(store, TPRPC_ERROR_PEER);
 }
 
@@ -13731,17 +13740,26 @@ static tprpc_status tpr_store_start(tprpc_store *store, tprpc_store_op *op, tprp
 
 // Begins an operation. Any thread, with or without the lock of a loop of ctx. `done` runs under the lock of that loop
 // of ctx, later; the operation is freed after it, unless it sets `kept`. *out is for cancelling, until done runs.
-TPR_COLD static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
-                                     const tprpc_store_request *request, void (*done)(tprpc_store_op *op, void *user),
-                                     void *user, tprpc_store_op **out, tprpc_error *error) {
+// hasty: it fails, rather than waits, when the server was lost and is not there again.
+TPR_COLD static tprpc_status tpr_store_submit_as(tprpc_store *store, tprpc_context *ctx, uint32_t loop, bool hasty,
+                                                 const tprpc_store_request *request,
+                                                 void (*done)(tprpc_store_op *op, void *user), void *user,
+                                                 tprpc_store_op **out, tprpc_error *error) {
     tprpc_status status = tpr_store_check(store, request, error);
     if (status != TPRPC_OK) return status;
     tprpc_store_op *op = tpr_store_op_new(store, ctx, loop, request);
     if (!op) return tpr_store_error(store, error, TPRPC_ERROR_MEMORY, "no memory for an operation");
     op->done = done;
     op->user = user;
+    op->hasty = hasty;
     if (out) *out = op;
     return tpr_store_start(store, op, error);
+}
+
+static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
+                                     const tprpc_store_request *request, void (*done)(tprpc_store_op *op, void *user),
+                                     void *user, tprpc_store_op **out, tprpc_error *error) {
+    return tpr_store_submit_as(store, ctx, loop, false, request, done, user, out, error);
 }
 
 // Asks that an operation end soon, with CANCELLED. Before its `done` runs.
@@ -15551,7 +15569,9 @@ static bool tpr_agent_ask(tprpc_agent *agent, int32_t kind, const char *key, con
     request.value_size = size;
     request.deadline_us = deadline_us;
     agent->start_pending++;
-    if (tpr_store_submit(agent->store, agent->ctx, 0, &request, done, slot, &slot->op, &error) == TPRPC_OK) return true;
+    bool leaving = agent->state > TPR_AGENT_READY;   // whoever leaves does not wait for a store that has gone before
+    if (tpr_store_submit_as(agent->store, agent->ctx, 0, leaving, &request, done, slot, &slot->op, &error) == TPRPC_OK)
+        return true;
     agent->start_pending--;
     slot->op = NULL;
     tpr_agent_start_failed(agent, error.status, error.text);
