@@ -182,7 +182,19 @@
 //   env://             tcp:// of MASTER_ADDR and MASTER_PORT, with RANK and WORLD_SIZE, as torchrun and others set
 //                      them. Where torchrun's own store is at MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE is True), rank
 //                      0 cannot serve there: give all workers another MASTER_PORT
+//   pmix://            tcp:// of an address that the launcher's PMIx server passes on, with rank and size, so that
+//                      `mpirun -np 8 ./worker` or `srun --mpi=pmix ./worker` form a group with no address given. Rank 0
+//                      serves: on loopback where all ranks are on one host, else (which needs `insecure`) on `address`
+//                      or the first interface that is not loopback. pmix://NAME is for a second group of the same
+//                      processes, beside the first or after it. It needs TPRPC_WITH_PMIX, and libpmix.so.2 where it
+//                      runs. PMIx is begun and ended within the start, which blocks until rank 0 has started, or
+//                      start_timeout_ms
 //   local://           in the memory of this process; hand its pointer to other contexts
+//
+// Where the server of a tcp:// store dies, operations that it had not answered fail with PEER; they may have been done
+// or not. Later ones connect again and wait for its return until the store's timeout_ms, as at the start. What it held
+// is lost with it, unless it is set again: workers of a dynamic group go on calling those they know, and find others
+// once these have joined anew. leave does not wait for a server that has gone.
 //
 // A store of your own is a table of three functions. Operations are asynchronous, with a done callback;
 // tprpc_store_wait is for threads that may wait. An agent opens its store by itself, from init_method, unless it is
@@ -273,16 +285,18 @@
 //   TPRPC_STATIC            all functions are static: where the implementation is, is where it is used. In all files
 //   TPRPC_DLL               functions are exported from a shared library. In all files
 //   TPRPC_API               what stands before each public function, instead of what these two choose. In all files
-//   TPRPC_NO_TCP            without tcp, and without tcp:// and env:// stores
+//   TPRPC_NO_TCP            without tcp, and without tcp://, env:// and pmix:// stores
 //   TPRPC_NO_SHM            without shm
 //   TPRPC_NO_XTH            without xth
 //   TPRPC_NO_CMA            without cma
 //   TPRPC_NO_BULK           without bulk
 //   TPRPC_NO_MPT            without mpt
 //   TPRPC_NO_THREADS        no threads: contexts are polled; `threads` and worker_threads are UNSUPPORTED
-//   TPRPC_NO_DLOPEN         no dlopen: what is loaded at run time is missing (nothing is, in this version)
+//   TPRPC_NO_DLOPEN         no dlopen: what is loaded at run time is missing: no pmix:// stores
 //   TPRPC_NO_FILES          no files: no file:// stores; a socket's owner is asked of sock_diag alone
-//   TPRPC_NO_GETENV         no environment: no env:// stores
+//   TPRPC_NO_GETENV         no environment: no env:// and pmix:// stores
+//   TPRPC_WITH_PMIX         with pmix:// stores: includes <pmix.h> (Debian: libpmix-dev, and -idirafter with what
+//                           `pkg-config --variable=includedir pmix` says), loads libpmix.so.2 when one is opened
 //   _GNU_SOURCE             the implementation defines it; if a system header comes before, do it yourself
 //
 //
@@ -712,17 +726,22 @@ typedef struct tprpc_store_table {
 } tprpc_store_table;
 
 typedef struct tprpc_store_desc {
-    const char *url;                 // "tcp://host:port", "file://path", "env://", "local://" (default: none)
-    bool        serve;               // tcp: this process serves it (default: false; env:// serves where RANK is 0)
+    const char *url;                 // "tcp://host:port", "file://path", "env://", "pmix://", "local://" (default:
+                                     // none)
+    bool        serve;               // tcp: this process serves it (default: false; env:// and pmix:// serve where the
+                                     // rank is 0)
     bool        insecure;            // allow an address other than loopback (default: false)
     int64_t     timeout_ms;          // to reach the server (default: 60,000)
     const tprpc_store_table *table;  // a store of the user's instead of url (default: NULL)
     void       *user;                // for the table (default: NULL)
+    const char *address;             // pmix://: interface or address where rank 0 serves (default: loopback where all
+                                     // ranks are on one host, else the first interface that is not loopback)
 } tprpc_store_desc;
 
 // Opens a store on a context, which must be polled (or threaded) for it to make progress. "local://" lives in memory
 // and is handed to other contexts of this process by its pointer. Errors: INVALID, UNREACHABLE (address in use),
-// UNSUPPORTED, MEMORY. That a server is not there yet is no error: operations wait for it until timeout_ms.
+// UNSUPPORTED, MEMORY; of "pmix://", which waits until rank 0 serves, also TIMEOUT and SYSTEM. That a server is not
+// there yet, or not any more, is no error: operations wait for it until timeout_ms.
 TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
                                         tprpc_error *error);
 
@@ -792,9 +811,11 @@ enum { TPRPC_CALL_ONE_WAY = 1, TPRPC_CALL_IDEMPOTENT = 2 };
 typedef struct tprpc_agent_desc {
     tprpc_context *context;          // (default: NULL, a private polled one)
     const char    *name;             // unique in the group, 1 to 128 bytes of UTF-8 (default: none, which is INVALID)
-    const char    *init_method;      // "tcp://host:port", "file://path", "env://" (default: none; then store is set)
-    int32_t        rank, world_size; // world_size 0: what init_method gives (env://: WORLD_SIZE); where it gives none,
-                                     // a dynamic group. rank is read only when world_size is not 0 (default: 0, 0)
+    const char    *init_method;      // "tcp://host:port", "file://path", "env://", "pmix://" (default: none; then store
+                                     // is set)
+    int32_t        rank, world_size; // world_size 0: what init_method gives (env://: WORLD_SIZE, pmix://: the job's
+                                     // size); where it gives none, a dynamic group. rank is read only when world_size
+                                     // is not 0 (default: 0, 0)
     tprpc_store   *store;            // instead of init_method; outlives the agent (default: NULL)
     bool           serve_store;      // a dynamic group's tcp://: this worker serves it; a static group's is served by
                                      // rank 0 (default: false)
@@ -1944,13 +1965,23 @@ TPR_UNUSED static int tpr_os_route(const tpr_os_address *to, tpr_os_address *fro
     return code;
 }
 
-// The first address of a network interface, IPv4 before IPv6. -1 with ENODEV when there is none of that name.
+static bool tpr_os_leads_out(const struct ifaddrs *i) {
+    struct sockaddr_in6 in6;
+    const unsigned up = IFF_UP | IFF_RUNNING;
+    if ((i->ifa_flags & up) != up || (i->ifa_flags & IFF_LOOPBACK)) return false;
+    if (i->ifa_addr->sa_family != AF_INET6) return true;
+    memcpy(&in6, i->ifa_addr, sizeof in6);
+    return !IN6_IS_ADDR_LINKLOCAL(&in6.sin6_addr);
+}
+
+// The first address of a network interface, IPv4 before IPv6. -1 with ENODEV when there is none of that name. NULL: of
+// any that is up and not loopback, and then not one that is good on its link alone.
 TPR_UNUSED static int tpr_os_interface(const char *name, tpr_os_address *out) {
     struct ifaddrs *list = NULL;
     bool found = false;
     if (TPR_OS_HOOKED("getifaddrs", TPR_OS_NO_SIZE) || getifaddrs(&list) != 0) return -1;
     for (struct ifaddrs *i = list; i; i = i->ifa_next) {
-        if (!i->ifa_addr || strcmp(i->ifa_name, name) != 0) continue;
+        if (!i->ifa_addr || (name ? strcmp(i->ifa_name, name) != 0 : !tpr_os_leads_out(i))) continue;
         int family = i->ifa_addr->sa_family;
         if (family != AF_INET && (family != AF_INET6 || found)) continue;
         memset(out, 0, sizeof *out);
@@ -2443,6 +2474,112 @@ TPR_UNUSED static int tpr_os_file_write(int fd, const void *bytes, size_t size, 
 TPR_UNUSED static int tpr_os_file_truncate(int fd, int64_t size) {
     if (TPR_OS_HOOKED("ftruncate", TPR_OS_NO_SIZE)) return -1;
     return ftruncate(fd, (off_t)size);
+}
+#endif
+
+// ---- libraries that are loaded at run time, and the launcher's: PMIx
+
+#ifndef TPRPC_NO_DLOPEN
+#include <dlfcn.h>
+
+// Loads a library, for good: not every one survives being unloaded. NULL, with a sentence in `why`.
+TPR_UNUSED static void *tpr_os_library(const char *name, char *why, size_t size) {
+    bool refused = TPR_OS_HOOKED("dlopen", TPR_OS_NO_SIZE) != 0;
+    void *library = refused ? NULL : dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    const char *text = library ? "" : refused ? strerror(errno) : dlerror();
+    snprintf(why, size, "%s cannot be loaded: %s", name, text ? text : "?");
+    return library;
+}
+
+// Puts the address of a function into *out, which is a pointer to it. False: there is none of that name.
+TPR_UNUSED static bool tpr_os_symbol(void *library, const char *name, void *out) {
+    void *symbol = TPR_OS_HOOKED("dlsym", TPR_OS_NO_SIZE) ? NULL : dlsym(library, name);
+    memcpy(out, &symbol, sizeof symbol);
+    return symbol != NULL;
+}
+#endif
+
+#if defined(TPRPC_WITH_PMIX) && !defined(TPRPC_NO_DLOPEN)
+#include <pmix.h>
+
+// A session with the server of the launcher that started this process; the library has a thread meanwhile. The macros
+// of its header are not used: in some versions they call functions, which nobody has linked.
+typedef struct tpr_os_pmix {
+    pmix_proc_t self;
+    pmix_status_t (*init)(pmix_proc_t *self, pmix_info_t *info, size_t count);
+    pmix_status_t (*finalize)(const pmix_info_t *info, size_t count);
+    pmix_status_t (*put)(pmix_scope_t scope, const char *key, pmix_value_t *value);
+    pmix_status_t (*commit)(void);
+    pmix_status_t (*get)(const pmix_proc_t *from, const char *key, const pmix_info_t *info, size_t count,
+                         pmix_value_t **value);
+    const char *(*text)(pmix_status_t status);
+} tpr_os_pmix;
+
+// Begins a session, which tpr_os_pmix_end ends. False: there is none, and `why` is a sentence.
+static bool tpr_os_pmix_begin(tpr_os_pmix *p, char *why, size_t size) {
+    void *library = tpr_os_library("libpmix.so.2", why, size);
+    if (!library) return false;
+    memset(p, 0, sizeof *p);
+    snprintf(why, size, "libpmix.so.2 lacks a function");
+    if (!tpr_os_symbol(library, "PMIx_Init", &p->init) || !tpr_os_symbol(library, "PMIx_Finalize", &p->finalize) ||
+        !tpr_os_symbol(library, "PMIx_Put", &p->put) || !tpr_os_symbol(library, "PMIx_Commit", &p->commit) ||
+        !tpr_os_symbol(library, "PMIx_Get", &p->get) || !tpr_os_symbol(library, "PMIx_Error_string", &p->text))
+        return false;
+    pmix_status_t status = TPR_OS_HOOKED("pmix_init", TPR_OS_NO_SIZE) ? PMIX_ERROR : p->init(&p->self, NULL, 0);
+    if (status != PMIX_SUCCESS) snprintf(why, size, "PMIx_Init: %s", p->text(status));
+    return status == PMIX_SUCCESS;
+}
+
+static void tpr_os_pmix_end(tpr_os_pmix *p) {
+    (void)TPR_OS_HOOKED("pmix_finalize", TPR_OS_NO_SIZE);
+    p->finalize(NULL, 0);
+}
+
+// Asks for what a process (PMIX_RANK_WILDCARD: the launcher) has put under a key, at most timeout_s seconds. Returns
+// NULL, or why there is nothing. What comes is the caller's to free, a string in it too.
+static const char *tpr_os_pmix_get(tpr_os_pmix *p, uint32_t rank, const char *key, int timeout_s, pmix_value_t **out) {
+    pmix_proc_t from = p->self;
+    pmix_info_t limit;
+    memset(&limit, 0, sizeof limit);
+    snprintf(limit.key, sizeof limit.key, "%s", PMIX_TIMEOUT);
+    limit.value.type = PMIX_INT;
+    limit.value.data.integer = timeout_s;
+    from.rank = rank;
+    *out = NULL;
+    pmix_status_t status = TPR_OS_HOOKED("pmix_get", TPR_OS_NO_SIZE) ? PMIX_ERROR : p->get(&from, key, &limit, 1, out);
+    return status == PMIX_SUCCESS && *out ? NULL : p->text(status == PMIX_SUCCESS ? PMIX_ERR_NOT_FOUND : status);
+}
+
+static const char *tpr_os_pmix_number(tpr_os_pmix *p, const char *key, uint32_t *out) {
+    pmix_value_t *value;
+    const char *why = tpr_os_pmix_get(p, PMIX_RANK_WILDCARD, key, 10, &value);
+    if (why) return why;
+    bool number = value->type == PMIX_UINT32;
+    if (number) *out = value->data.uint32;
+    free(value);
+    return number ? NULL : "not a number";
+}
+
+// Reads a text that rank 0 has put, or waits for it. Text that does not fit is none.
+static const char *tpr_os_pmix_text(tpr_os_pmix *p, const char *key, int timeout_s, char *out, size_t size) {
+    pmix_value_t *value;
+    const char *why = tpr_os_pmix_get(p, 0, key, timeout_s, &value);
+    if (why) return why;
+    bool text = value->type == PMIX_STRING && value->data.string;
+    bool fits = text && (size_t)snprintf(out, size, "%s", value->data.string) < size;
+    if (text) free(value->data.string);
+    free(value);
+    return fits ? NULL : "not a text";
+}
+
+static const char *tpr_os_pmix_put(tpr_os_pmix *p, const char *key, char *text) {
+    pmix_value_t value;
+    memset(&value, 0, sizeof value);
+    value.type = PMIX_STRING;
+    value.data.string = text;
+    pmix_status_t status = TPR_OS_HOOKED("pmix_put", TPR_OS_NO_SIZE) ? PMIX_ERROR : p->put(PMIX_GLOBAL, key, &value);
+    if (status == PMIX_SUCCESS) status = p->commit();
+    return status == PMIX_SUCCESS ? NULL : p->text(status);
 }
 #endif
 
@@ -12193,6 +12330,7 @@ enum {
     TPR_STORE_TAG = 0x726f7473,            // "stor"
     TPR_STORE_TIMEOUT_MS = 60000,          // of a store that is given none
     TPR_STORE_HELLO_US = 10000000,         // for the first bytes of a connection
+    TPR_STORE_ATTEMPT_US = 3000000,        // to connect, until it is tried anew: the kernel tries ever more seldom
     TPR_STORE_WAITS = 4096,                // waiting gets of one connection
     TPR_STORE_BUSY = 64,                   // other operations of one connection, before it is read no further
     TPR_STORE_UNSENT = 256 << 10,          // bytes of replies of one connection, likewise
@@ -12274,6 +12412,9 @@ struct tprpc_store {
     tpr_base_list   active, waiting;       // to be done in order; gets whose key is not there
 
     bool            away;                  // a client's: the server was lost and is not back
+    bool            any_port;              // a server's: it takes a free port where the URL says 0
+    char            real_name[96];         // and this is its URL then
+    uint32_t        launch_rank, launch_size;   // as the launcher of pmix:// says; size 0: it was none
 };
 
 struct tprpc_store_op {
@@ -13211,7 +13352,8 @@ static void tpr_store_client_connect(tprpc_store *store) {
         tpr_store_client_retry(store, &error, false);
         return;
     }
-    tpr_store_set_timer(store, store->deadline_us);
+    int64_t until = tpr_loop_clock(store->home) + TPR_STORE_ATTEMPT_US;
+    tpr_store_set_timer(store, until < store->deadline_us ? until : store->deadline_us);
     if (store->transport->connect(store->instance, store->address, 0, &store->conn->owner, &conn, &error) == TPRPC_OK)
         store->conn->conn = conn;
     else tpr_store_client_retry(store, &error, false);
@@ -13281,7 +13423,7 @@ static tprpc_status tpr_store_tcp_address(tprpc_store *store, tprpc_error *error
     store->transport = found->backend->transport;
     store->instance = found->instances[store->home->index];
     if (!length || length >= sizeof host || !tpr_store_number(tpr_store_bytes(colon + 1, strlen(colon + 1)), &port) ||
-        port < 1 || port > 65535)
+        port < !store->any_port || port > 65535)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "store %.100s is not tcp://host:port", store->name);
     if (at[0] == '[' && length > 2 && at[length - 1] == ']') {
         at++;
@@ -13309,6 +13451,11 @@ static tprpc_status tpr_store_tcp_open(tprpc_store *store, bool serve, tprpc_err
     else if (serve)
         status = store->transport->listen(store->instance, store->address, &store->listen_owner, &store->listener,
                                           error);
+    if (store->listener && store->any_port) {
+        store->transport->address(store->listener, store->address, sizeof store->address);
+        snprintf(store->real_name, sizeof store->real_name, "tcp://%s", store->address);
+        store->name = store->real_name;
+    }
     tpr_loop_leave(store->home);
     return status;
 }
@@ -13626,7 +13773,7 @@ static tprpc_status tpr_store_open_kind(tprpc_store *store, const tprpc_store_de
 #endif
     }
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "\"%.100s\" is no store: tcp://host:port, file://path, "
-                           "env:// and "
+                           "env://, pmix:// and "
                            "local:// are", store->name);
 }
 
@@ -13656,6 +13803,135 @@ static tprpc_store *tpr_store_new(tprpc_context *ctx, const tprpc_store_desc *de
     tpr_base_list_init(&store->waiting);
     return store;
 }
+
+// any_port: of a server's tcp:// with port 0.
+static tprpc_status tpr_store_open_named(tprpc_context *ctx, const tprpc_store_desc *desc, const char *name, bool serve,
+                                         bool any_port, tprpc_store **out, tprpc_error *error) {
+    tprpc_store *store = tpr_store_new(ctx, desc, name);
+    if (!store) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the store %.100s", name);
+    store->any_port = any_port;
+    tprpc_status status = tpr_store_open_kind(store, desc, serve, error);
+    if (status != TPRPC_OK) {
+        tpr_store_free(store);
+        return status;
+    }
+    tpr_loop_enter(store->home);
+    tpr_base_list_add(&store->home->objects, &store->object.node);
+    tpr_loop_leave(store->home);
+    *out = store;
+    return TPRPC_OK;
+}
+
+// ---- pmix: a tcp:// store, of which the launcher's server tells the others where rank 0 serves it
+
+#if defined(TPRPC_WITH_PMIX) && !defined(TPRPC_NO_DLOPEN)
+enum { TPR_STORE_PMIX_NAP_US = 20000, TPR_STORE_PMIX_ASK_S = 10 };   // between questions, and for an answer
+
+typedef struct tpr_store_launch {
+    tpr_os_pmix pmix;
+    uint32_t    size, here;                // ranks of the job, and of those on this host
+    char        key[160], where[96];       // where: host:port
+} tpr_store_launch;
+
+// Where rank 0 serves: "host:0", or where it did for a group of the same name that was before, for others may still be
+// told that.
+static tprpc_status tpr_store_pmix_host(tpr_store_launch *launch, const tprpc_store_desc *desc, tprpc_error *error) {
+    const char *named = desc->address && desc->address[0] ? desc->address : NULL, *why = NULL;
+    tpr_os_address address;
+    if (!tpr_os_pmix_text(&launch->pmix, launch->key, 1, launch->where, sizeof launch->where)) return TPRPC_OK;
+    if (!named && launch->here == launch->size) {
+        why = tpr_os_resolve("127.0.0.1", 0, &address);
+    } else if (tpr_os_interface(named, &address) != 0) {
+        if (errno != ENODEV) return tpr_base_os_error(error, errno, "looking for", "an interface");
+        why = named ? tpr_os_resolve(named, 0, &address) : "no interface but loopback is up";
+    }
+    if (why)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "pmix://: the address \"%.80s\", where rank 0 would "
+                               "serve, is none: %s", named ? named : "", why);
+    tpr_os_address_text(&address, true, launch->where, sizeof launch->where);
+    return TPRPC_OK;
+}
+
+// Waits until rank 0 has said where it serves.
+static tprpc_status tpr_store_pmix_ask(tpr_store_launch *launch, int64_t timeout_ms, tprpc_error *error) {
+    const int64_t deadline = tpr_context_deadline(tpr_os_now_us(), timeout_ms);
+    uint32_t never = 0;
+    for (;;) {
+        int64_t left = deadline - tpr_os_now_us();
+        int seconds = left > TPR_STORE_PMIX_ASK_S * INT64_C(1000000) ? TPR_STORE_PMIX_ASK_S : (int)(left / 1000000) + 1;
+        const char *why = tpr_os_pmix_text(&launch->pmix, launch->key, seconds, launch->where, sizeof launch->where);
+        if (!why) return TPRPC_OK;
+        if (tpr_os_now_us() >= deadline)
+            return tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, "pmix://: rank 0 has not said within %lld ms where "
+                                   "it serves the store: %s", (long long)timeout_ms, why);
+        tpr_os_futex_wait(&never, 0, TPR_STORE_PMIX_NAP_US);
+    }
+}
+
+// With a session begun: opens the store, at rank 0 to serve it.
+static tprpc_status tpr_store_pmix_meet(tpr_store_launch *launch, tprpc_context *ctx, const tprpc_store_desc *desc,
+                                        tprpc_store **out, tprpc_error *error) {
+    const bool serve = launch->pmix.self.rank == 0;
+    char url[TPR_COUNT(launch->where) + 8];
+    const char *why = tpr_os_pmix_number(&launch->pmix, PMIX_JOB_SIZE, &launch->size);
+    if (!why) why = tpr_os_pmix_number(&launch->pmix, PMIX_LOCAL_SIZE, &launch->here);
+    if (why) return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "pmix://: the size of the job is not known: %s", why);
+    if (launch->here != launch->size && !desc->insecure)
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: the %u ranks are on several hosts: that "
+                               "needs a `secret` (TLS, which is not built in) or `insecure`", (unsigned)launch->size);
+    const int64_t timeout_ms = tpr_context_time(desc->timeout_ms, TPR_STORE_TIMEOUT_MS);
+    tprpc_status status =
+        serve ? tpr_store_pmix_host(launch, desc, error) : tpr_store_pmix_ask(launch, timeout_ms, error);
+    if (status != TPRPC_OK) return status;
+    snprintf(url, sizeof url, "tcp://%s", launch->where);
+    status = tpr_store_open_named(ctx, desc, url, serve, serve, out, error);
+    if (status != TPRPC_OK && serve && error && error->os_code == EADDRINUSE) {
+        tprpc_error before = *error;
+        tprpc_error_set(error, status, EADDRINUSE, "%.140s: a second group of these ranks needs a name of its own, as "
+                        "pmix://second", before.text);
+    }
+    if (status != TPRPC_OK) return status;
+    (*out)->launch_rank = launch->pmix.self.rank;
+    (*out)->launch_size = launch->size;
+    why = serve ? tpr_os_pmix_put(&launch->pmix, launch->key, (*out)->address) : NULL;
+    if (!why) return TPRPC_OK;
+    tprpc_store_close(*out);
+    *out = NULL;
+    return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "pmix://: the launcher does not take the store's address: %s",
+                           why);
+}
+
+// Blocks until the address is known, at most the store's timeout. What follows the slashes tells groups of one job
+// apart.
+TPR_COLD
+static tprpc_status tpr_store_pmix_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
+                                        tprpc_error *error) {
+    tpr_store_launch launch;
+    char why[160];
+    memset(&launch, 0, sizeof launch);
+    if ((size_t)snprintf(launch.key, sizeof launch.key, "tprpc/%s", desc->url + 7) >= sizeof launch.key)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "\"%.80s\" has a name that is too long", desc->url);
+    if (!tpr_os_env("PMIX_NAMESPACE"))
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: no PMIx launcher, as mpirun or srun "
+                               "--mpi=pmix, started this process (PMIX_NAMESPACE is not set)");
+    if (!tpr_os_pmix_begin(&launch.pmix, why, sizeof why))
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: %s", why);
+    tprpc_status status = tpr_store_pmix_meet(&launch, ctx, desc, out, error);
+    tpr_os_pmix_end(&launch.pmix);
+    return status;
+}
+#else
+TPR_COLD
+static tprpc_status tpr_store_pmix_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
+                                        tprpc_error *error) {
+    (void)ctx, (void)desc, (void)out;
+#ifndef TPRPC_WITH_PMIX
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: built without TPRPC_WITH_PMIX");
+#else
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: built with TPRPC_NO_DLOPEN");
+#endif
+}
+#endif
 
 // ---- beginning an operation
 
@@ -13847,19 +14123,10 @@ TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_de
         if (status != TPRPC_OK) return status;
         name = url;
     }
-    tprpc_store *store = tpr_store_new(ctx, desc, name);
-    if (!store) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the store %.100s", name);
-    status = tpr_store_open_kind(store, desc, desc->serve || rank == 0, error);
-    if (status != TPRPC_OK) {
-        if (rank >= 0) tpr_store_env_taken(error);
-        tpr_store_free(store);
-        return status;
-    }
-    tpr_loop_enter(store->home);
-    tpr_base_list_add(&store->home->objects, &store->object.node);
-    tpr_loop_leave(store->home);
-    *out = store;
-    return TPRPC_OK;
+    if (!desc->table && tpr_base_starts_with(name, "pmix://")) return tpr_store_pmix_open(ctx, desc, out, error);
+    status = tpr_store_open_named(ctx, desc, name, desc->serve || rank == 0, false, out, error);
+    if (status != TPRPC_OK && rank >= 0) tpr_store_env_taken(error);
+    return status;
 }
 
 TPR_COLD
@@ -15765,6 +16032,32 @@ static tprpc_status tpr_agent_listen(tprpc_agent *agent, const char *host, tprpc
     return TPRPC_OK;
 }
 
+// pmix:// says who this is only to who opens the store, so that comes first. Then url is the store's own.
+static tprpc_status tpr_agent_launched(tprpc_agent *agent, char *url, size_t size, tprpc_error *error) {
+    tprpc_store_desc desc = TPR_ZERO;
+    tprpc_store *store = NULL;
+    desc.url = agent->init_method;
+    desc.insecure = agent->insecure;
+    desc.timeout_ms = agent->start_timeout_ms;
+    desc.address = agent->address;
+    tprpc_status status = tprpc_store_open(agent->ctx, &desc, &store, error);
+    if (status != TPRPC_OK) return status;
+    if (agent->is_static && (agent->rank != store->launch_rank || agent->world_size != store->launch_size)) {
+        status = tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s was given rank %u of %u, but the launcher "
+                                 "made it rank %u of %u", agent->name, (unsigned)agent->rank,
+                                 (unsigned)agent->world_size, (unsigned)store->launch_rank,
+                                 (unsigned)store->launch_size);
+        tprpc_store_close(store);
+        return status;
+    }
+    agent->rank = store->launch_rank;
+    agent->world_size = store->launch_size;
+    agent->is_static = agent->own_store = true;
+    agent->store = store;
+    snprintf(url, size, "%s", store->name);
+    return TPRPC_OK;
+}
+
 // What a start does before it waits: environment, store, address, listener. May block for names; no lock is held.
 static tprpc_status tpr_agent_prepare(tprpc_agent *agent, tprpc_error *error) {
     char url[TPR_AGENT_TEXT], host[80];
@@ -15780,6 +16073,9 @@ static tprpc_status tpr_agent_prepare(tprpc_agent *agent, tprpc_error *error) {
             agent->is_static = true;
         }
     }
+    if (!agent->store && tpr_base_starts_with(url, "pmix://"))
+        status = tpr_agent_launched(agent, url, sizeof url, error);
+    if (status != TPRPC_OK) return status;
     uint32_t slots = agent->is_static ? agent->world_size : 1;
     agent->starts = (tpr_agent_start *)tpr_agent_alloc(agent, slots * sizeof *agent->starts);
     if (!agent->starts)
@@ -15989,8 +16285,8 @@ static tprpc_status tpr_agent_check_desc(const tprpc_agent_desc *desc, tprpc_err
                                desc->name);
     if (desc->init_method && !desc->store && !strstr(desc->init_method, "://"))
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
-                               "init_method \"%.80s\" is none such as tcp://host:port, file://path or "
-                               "env://",
+                               "init_method \"%.80s\" is none such as tcp://host:port, file://path, "
+                               "env:// or pmix://",
                                desc->init_method);
     if (desc->init_method && strlen(desc->init_method) >= TPR_AGENT_TEXT)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: its init_method is too long", desc->name);
