@@ -13346,6 +13346,7 @@ static void tpr_store_client_connect(tprpc_store *store) {
     tprpc_error error = TPR_ZERO;
     void *conn = NULL;
     store->state = TPR_STORE_CONNECTING;
+    store->last_id = 0;                // what was sent on another connection has ended
     store->conn = tpr_store_conn_new(store, tpr_store_client_event);
     if (!store->conn) {
         tprpc_error_set(&error, TPRPC_ERROR_MEMORY, 0, "no memory for a connection");
