@@ -5426,7 +5426,7 @@ static size_t tpr_tcp_take_handles(void *conn, intptr_t *out, size_t capacity) {
 // ---- sending
 
 static int64_t tpr_tcp_check_us(const tpr_tcp *tcp) {
-    return tcp->silence_us / 4 < TPR_TCP_CHECK_US ? tcp->silence_us / 4 : TPR_TCP_CHECK_US;
+    return tcp->silence_us / 4 < TPR_TCP_CHECK_US ? tcp->silence_us / 4 : (int64_t)TPR_TCP_CHECK_US;
 }
 
 // Something may stay without an ACK from here on. The timer runs only while that is so of any connection.
@@ -8425,7 +8425,7 @@ static tprpc_status tpr_backends_found(tprpc_context *ctx, const tprpc_context_d
     if (desc->let_read) tpr_os_let_read();
     ctx->env.nesting = ctx->limits.nesting;
     ctx->lanes = desc->lanes ? (uint32_t)desc->lanes : 1;
-    ctx->silence_ms = desc->silence_ms ? desc->silence_ms : TPR_CONTEXT_SILENCE_MS;
+    ctx->silence_ms = desc->silence_ms ? desc->silence_ms : (int64_t)TPR_CONTEXT_SILENCE_MS;
     ctx->ordered_channels = desc->channels != NULL;
     if (desc->log) {
         ctx->env.logger.lines =
@@ -13859,7 +13859,8 @@ static tprpc_status tpr_store_pmix_ask(tpr_store_launch *launch, int64_t timeout
     uint32_t never = 0;
     for (;;) {
         int64_t left = deadline - tpr_os_now_us();
-        int seconds = left > TPR_STORE_PMIX_ASK_S * INT64_C(1000000) ? TPR_STORE_PMIX_ASK_S : (int)(left / 1000000) + 1;
+        int seconds = (int)TPR_STORE_PMIX_ASK_S;
+        if (left < seconds * INT64_C(1000000)) seconds = (int)(left / 1000000) + 1;
         const char *why = tpr_os_pmix_text(&launch->pmix, launch->key, seconds, launch->where, sizeof launch->where);
         if (!why) return TPRPC_OK;
         if (tpr_os_now_us() >= deadline)
