@@ -90,6 +90,7 @@ static void store_returns(const mode *with) {
     CHECK_EQ_INT(test_wait_child(shared->pid[2], 20), 0);
     STORE(&shared->stop, 1);
     CHECK_EQ_INT(test_wait_child(shared->pid[0], 20), 0);
+    CHECK(ask(bob, "dan", 300, &error) > TPRPC_PENDING);   /* waits for it to return, which leave does not */
     CHECK_EQ_INT(tprpc_agent_leave(bob->agent, WAIT_MS, &error), TPRPC_ERROR_PEER);
     CHECK_CONTAINS(error.text, "lost its server");
     side_close(bob);
