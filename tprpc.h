@@ -181,7 +181,7 @@
 //   file://path        a file that all can write; changes are made under a file lock
 //   env://             tcp:// of MASTER_ADDR and MASTER_PORT, with RANK and WORLD_SIZE, as torchrun and others set
 //                      them. Where torchrun's own store is at MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE is True), rank
-//                      0 cannot serve there: give all workers another MASTER_PORT
+//                      0 cannot serve there, and the port after it is taken
 //   pmix://            tcp:// of an address that the launcher's PMIx server passes on, with rank and size, so that
 //                      `mpirun -np 8 ./worker` or `srun --mpi=pmix ./worker` form a group with no address given. Rank 0
 //                      serves: on loopback where all ranks are on one host, else (which needs `insecure`) on `address`
@@ -13667,6 +13667,12 @@ static tprpc_status tpr_store_env_number(const char *name, int64_t least, int64_
     return TPRPC_OK;
 }
 
+// Whether torchrun serves a store of its own, whose protocol is another, at MASTER_PORT.
+static bool tpr_store_env_shared(void) {
+    const char *own = tpr_os_env("TORCHELASTIC_USE_AGENT_STORE");
+    return own && strcmp(own, "True") == 0;
+}
+
 // What env:// stands for: the rank, the size of the world, and the tcp:// URL, which rank 0 serves. Any pointer may be
 // NULL.
 static tprpc_status tpr_store_env(int32_t *rank, int32_t *world_size, char *url, size_t size, tprpc_error *error) {
@@ -13681,20 +13687,22 @@ static tprpc_status tpr_store_env(int32_t *rank, int32_t *world_size, char *url,
     if (rank) *rank = at;
     if (world_size) *world_size = of;
     if (!url) return TPRPC_OK;
+    if (tpr_store_env_shared() && ++port > 65535)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "env://: torchrun's own store is at MASTER_PORT, and "
+                               "there is no port after 65535");
     bool bare = strchr(host, ':') && host[0] != '[';
     if ((size_t)snprintf(url, size, bare ? "tcp://[%s]:%d" : "tcp://%s:%d", host, port) < size) return TPRPC_OK;
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "env://: MASTER_ADDR is longer than a host's name");
 }
 
-// What to do when rank 0 cannot listen on MASTER_PORT because a launcher's own store does, whose protocol is another.
+// What to do when rank 0 cannot listen beside torchrun's store.
 static void tpr_store_env_taken(tprpc_error *error) {
-    const char *own = tpr_os_env("TORCHELASTIC_USE_AGENT_STORE");
     tprpc_error before;
-    if (!error || error->os_code != EADDRINUSE || !own || strcmp(own, "True") != 0) return;
+    if (!error || error->os_code != EADDRINUSE || !tpr_store_env_shared()) return;
     before = *error;
     tprpc_error_set(error, before.status, before.os_code,
-                    "%.110s: torchrun serves a store of its own there; give all workers another MASTER_PORT, or a "
-                    "tcp:// with a free port instead of env://", before.text);
+                    "%.110s: it is the port after MASTER_PORT, where torchrun serves a store of its own; give all "
+                    "workers another MASTER_PORT", before.text);
 }
 
 // ---- opening and closing
