@@ -3,7 +3,12 @@
 set -u
 cd "$(dirname "$0")/.." || exit 2
 dir=$(mktemp -d "${TMPDIR:-/tmp}/tprpc-pmix.XXXXXX") || exit 2
-trap 'rm -rf "$dir"' EXIT
+space=tprpc-m$$ spaces=
+clean() {
+    for i in $spaces; do ip netns del "$space-$i"; done
+    rm -rf "$dir"
+}
+trap clean EXIT
 trap 'exit 130' INT TERM HUP
 out=$dir/output passed=0 failed=0 skipped=0
 
@@ -13,8 +18,9 @@ skip() { skipped=$((skipped + 1)); echo "SKIP $1: $2"; }
 says() { grep -qF "$1" "$out"; }
 
 # A worker named after its rank: worker METHOD... joins each group in turn, calls all others and leaves. In the environment
-# WORLD is the size it believes in, LIMIT_MS its patience, and ABSENT the rank that does not come, or none; with that a
-# failure is what is wanted, and its exit status, after which mpirun takes its time, 0.
+# WORLD is the size it believes in, LIMIT_MS its patience, INSECURE that it leaves the host, ADDRESS where, and ABSENT the
+# rank that does not come, or none; with that a failure is what is wanted, and its exit status, after which mpirun takes
+# its time, 0.
 cat >"$dir/worker.c" <<'EOF'
 #define _GNU_SOURCE
 #include "tprpc.h"
@@ -54,10 +60,15 @@ static int joins(const char *method) {
         desc.rank = rank;
         desc.world_size = atoi(getenv("WORLD"));
     }
+    desc.insecure = getenv("INSECURE") != NULL;
+    desc.address = getenv("ADDRESS");
     if (getenv("LIMIT_MS")) desc.start_timeout_ms = atoi(getenv("LIMIT_MS"));
     bool good = !tprpc_agent_create(&desc, &agent, &error) && !tprpc_agent_register(agent, &who, &error) &&
                 !tprpc_agent_wait_ready(agent, 0, &error) && !tprpc_agent_get_stats(agent, &stats, sizeof stats);
     for (int i = 0; good && i < (int)stats.workers; i++) if (i != rank) called += good = asks(agent, i, &error);
+    tprpc_pipe_info info;
+    if (good && desc.insecure && !tprpc_agent_get_peer_info(agent, rank ? "w0" : "w1", &info, sizeof info))
+        printf("rank %d is at %s\n", !rank, info.peer);
     if (good) good = !tprpc_agent_leave(agent, 10000, &error);
     if (good) printf("rank %d of %u called %d in %s\n", rank, stats.workers, called, method);
     else printf("rank %d: %s: %s\n", rank, tprpc_status_name(error.status), error.text);
@@ -140,6 +151,51 @@ if [ $failed -eq 0 ] && [ $skipped -eq 0 ]; then
     ABSENT=0 LIMIT_MS=200 fails pmix_without_rank_0 2 pmix:// \
         'rank 1: timeout: pmix://: rank 0 has not said within 200 ms where it serves the store'
     ABSENT=1 LIMIT_MS=200 fails pmix_without_rank_1 2 pmix:// 'w0 cannot join: rank 1 of 2 did not come'
+fi
+
+# Two hosts, which network namespaces stand for; the launcher reaches the second by a stand-in for ssh. The first has
+# two interfaces, of which the second is the one to name.
+hosts() {
+    for i in 0 1; do ip netns add "$space-$i" && spaces="$spaces $i" && ip -n "$space-$i" link set lo up || return 1; done
+    for net in 1 2; do
+        ip link add "e$net" netns "$space-0" type veth peer name "e$net" netns "$space-1" || return 1
+        for i in 0 1; do
+            ip -n "$space-$i" addr add "10.236.$net.$((i + 1))/24" dev "e$net" || return 1
+            ip -n "$space-$i" link set "e$net" up || return 1
+        done
+    done
+    # shellcheck disable=SC2016     # to be expanded there
+    printf '%s\n' '#!/bin/sh' 'shift' \
+        "exec ip netns exec $space-1 unshare -u sh -c 'hostname other; eval \"\$*\"' sh \"\$@\"" >"$dir/agent"
+    chmod +x "$dir/agent"
+}
+
+launch_apart() {    # ARGUMENT...
+    OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 timeout 30 ip netns exec "$space-0" unshare -u sh -c \
+        'hostname first; exec "$@"' sh mpirun --mca plm_rsh_agent "$dir/agent" --mca btl self -x INSECURE -x ADDRESS \
+        -x ABSENT --host 10.236.1.1:1,10.236.1.2:1 -np 2 "$dir/worker" "$@" >"$out" 2>&1
+}
+
+meets_apart() {     # NAME HOST
+    if ! launch_apart pmix://; then bad "$1" "exit status $?"
+    elif ! says "rank 0 is at $2:"; then bad "$1" "rank 0 is not at $2"
+    else all_called "$1" 2 pmix://; fi
+}
+
+if [ $failed -eq 0 ] && [ $skipped -eq 0 ]; then
+    if [ "$(id -u)" != 0 ]; then skip pmix_two_hosts 'needs root'
+    elif ! hosts >"$out" 2>&1; then skip pmix_two_hosts 'network namespaces cannot be made here'
+    else
+        export INSECURE= ADDRESS= ABSENT=none
+        unset INSECURE ADDRESS
+        launch_apart pmix://
+        if says 'the 2 ranks are on several hosts' && says '`insecure`'; then ok pmix_two_hosts_need_consent
+        else bad pmix_two_hosts_need_consent 'it does not say so'; fi
+        export INSECURE=1
+        meets_apart pmix_two_hosts 10.236.1.1
+        export ADDRESS=e2
+        meets_apart pmix_two_hosts_at_an_interface 10.236.2.1
+    fi
 fi
 
 if [ $skipped -eq 0 ]; then echo "$passed passed, $failed failed"
