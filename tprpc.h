@@ -321,6 +321,7 @@
 //   a call                                            timeout_ms of agent and call          60 s
 //   start and leave                                   tprpc_agent_desc.start_timeout_ms     60 s
 //   a store's operation, and to reach its server      tprpc_store_desc.timeout_ms           60 s
+//   one attempt to reach a store's server             -                                     3 s
 //   a silent TCP peer is dead after                   tprpc_context_desc.silence_ms         30 s, found within 1 s
 //   names of workers and methods, in bytes            -                                     1 to 128
 //   where an agent finds its group, in bytes          init_method, address                  255 each
@@ -331,7 +332,7 @@
 //   gets of one store client that wait                -                                     4,096
 //   workers of a static group                         tprpc_agent_desc.world_size           1,048,576
 //   addresses of a listener                           tprpc_listener_desc.addresses         16
-//   a name after shm://, in bytes                     -                                     100
+//   a name after shm://, after pmix://, in bytes      -                                     100, 153
 //   loops of a context                                tprpc_context_desc.threads            64
 //   backends of a context, ours included              tprpc_context_desc.backends           31
 //   channels among them, ours included                -                                     16
@@ -880,7 +881,8 @@ TPRPC_API tprpc_status tprpc_agent_register(tprpc_agent *agent, const tprpc_meth
 TPRPC_API tprpc_status tprpc_agent_unregister(tprpc_agent *agent, const char *method, tprpc_error *error);
 
 // Joins the group: on_ready (NULL allowed) runs on the callback thread, with an error that names who is missing after
-// start_timeout_ms. The store's host is looked up here, which may block. INVALID when started before.
+// start_timeout_ms. The store's host is looked up here, which may block, and pmix:// waits until rank 0 has started.
+// INVALID when started before.
 TPRPC_API tprpc_status tprpc_agent_start(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error);
 
 // Starts, if that was not done, and waits at most timeout_ms (0: start_timeout_ms) until all workers are there.
