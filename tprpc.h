@@ -183,8 +183,20 @@
 //   file://path        a file that all can write; changes are made under a file lock
 //   env://             tcp:// of MASTER_ADDR and MASTER_PORT, with RANK and WORLD_SIZE, as torchrun and others set
 //                      them. Where torchrun's own store is at MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE is True), rank
-//                      0 cannot serve there: give all workers another MASTER_PORT
+//                      0 cannot serve there, and the port after it is taken
+//   pmix://            tcp:// of an address that the launcher's PMIx server passes on, with rank and size, so that
+//                      `mpirun -np 8 ./worker` or `srun --mpi=pmix ./worker` form a group with no address given. Rank 0
+//                      serves: on loopback where all ranks are on one host, else (which needs `insecure`) on `address`
+//                      or the first interface that is not loopback. pmix://NAME is for a second group of the same
+//                      processes, beside the first or after it. It needs TPRPC_WITH_PMIX, and libpmix.so.2 where it
+//                      runs. PMIx is begun and ended within the start, which blocks until rank 0 has started, or
+//                      start_timeout_ms
 //   local://           in the memory of this process; hand its pointer to other contexts
+//
+// Where the server of a tcp:// store dies, operations that it had not answered fail with PEER; they may have been done
+// or not. Later ones connect again and wait for its return until the store's timeout_ms, as at the start. What it held
+// is lost with it, unless it is set again: workers of a dynamic group go on calling those they know, and find others
+// once these have joined anew. leave does not wait for a server that has gone.
 //
 // A store of your own is a table of three functions. Operations are asynchronous, with a done callback;
 // tprpc_store_wait is for threads that may wait. An agent opens its store by itself, from init_method, unless it is
@@ -262,7 +274,8 @@
 //
 // A peer's death on this host is seen at once: its socket closes, and its process is watched beside, for a forked child
 // can keep a socket open (over tcp the pipe then ends 100 ms after the last byte that came). On other hosts TCP
-// keep-alive, and a look at unacknowledged data, take 30 s; a peer that stands in a debugger is not dead. Everything in
+// keep-alive, and a look at unacknowledged data, take 30 s (or .silence_ms, of a context), also where a link goes away
+// without a word; a peer that stands in a debugger is not dead, for its kernel answers. Everything in
 // flight to it then fails once, with PEER or UNREACHABLE, and the next call connects anew. (A tcp:// store does not
 // watch processes: a connection that a dead client's child holds stays until the child ends; nothing waits for it.)
 //
@@ -310,16 +323,18 @@
 //   TPRPC_STATIC            all functions are static: where the implementation is, is where it is used. In all files
 //   TPRPC_DLL               functions are exported from a shared library. In all files
 //   TPRPC_API               what stands before each public function, instead of what these two choose. In all files
-//   TPRPC_NO_TCP            without tcp, and without tcp:// and env:// stores
+//   TPRPC_NO_TCP            without tcp, and without tcp://, env:// and pmix:// stores
 //   TPRPC_NO_SHM            without shm
 //   TPRPC_NO_XTH            without xth
 //   TPRPC_NO_CMA            without cma
 //   TPRPC_NO_BULK           without bulk
 //   TPRPC_NO_MPT            without mpt
 //   TPRPC_NO_THREADS        no threads: contexts are polled; `threads` and worker_threads are UNSUPPORTED
-//   TPRPC_NO_DLOPEN         no dlopen: what is loaded at run time is missing (nothing is, in this version)
+//   TPRPC_NO_DLOPEN         no dlopen: what is loaded at run time is missing: no pmix:// stores
 //   TPRPC_NO_FILES          no files: no file:// stores, no traces; a socket's owner is asked of sock_diag alone
-//   TPRPC_NO_GETENV         no environment: no env:// stores
+//   TPRPC_NO_GETENV         no environment: no env:// and pmix:// stores
+//   TPRPC_WITH_PMIX         with pmix:// stores: includes <pmix.h> (Debian: libpmix-dev, and -idirafter with what
+//                           `pkg-config --variable=includedir pmix` says), loads libpmix.so.2 when one is opened
 //   _GNU_SOURCE             the implementation defines it; if a system header comes before, do it yourself
 //
 //
@@ -344,7 +359,8 @@
 //   a call                                            timeout_ms of agent and call          60 s
 //   start and leave                                   tprpc_agent_desc.start_timeout_ms     60 s
 //   a store's operation, and to reach its server      tprpc_store_desc.timeout_ms           60 s
-//   a silent TCP peer is dead after                   -                                     30 s
+//   one attempt to reach a store's server             -                                     3 s
+//   a silent TCP peer is dead after                   tprpc_context_desc.silence_ms         30 s, found within 1 s
 //   names of workers and methods, in bytes            -                                     1 to 128
 //   where an agent finds its group, in bytes          init_method, address                  255 each
 //   threads of an agent for blocking handlers         tprpc_agent_desc.worker_threads       1,024
@@ -360,7 +376,7 @@
 //   gets of one store client that wait                -                                     4,096
 //   workers of a static group                         tprpc_agent_desc.world_size           1,048,576
 //   addresses of a listener                           tprpc_listener_desc.addresses         16
-//   a name after shm://, in bytes                     -                                     100
+//   a name after shm://, after pmix://, in bytes      -                                     100, 153
 //   loops of a context                                tprpc_context_desc.threads            64
 //   backends of a context, ours included              tprpc_context_desc.backends           31
 //   channels among them, ours included                -                                     16
@@ -501,6 +517,8 @@ typedef struct tprpc_context_desc {
     int64_t       (*clock_us)(void *user);                                  // (default: the monotonic clock)
     void           *user;            // for the hooks above but allocator's (default: NULL)
     tprpc_limits    limits;          // (default: as each field says)
+    int64_t         silence_ms;      // a TCP peer that answers nothing for so long, idle or with data under way, is
+                                     // dead; 2,000 to 3,600,000, or TPRPC_FOREVER: none is (default: 30,000)
 } tprpc_context_desc;
 
 // TPRPC_VERSION of the implementation that was linked. Any thread.
@@ -753,17 +771,22 @@ typedef struct tprpc_store_table {
 } tprpc_store_table;
 
 typedef struct tprpc_store_desc {
-    const char *url;                 // "tcp://host:port", "file://path", "env://", "local://" (default: none)
-    bool        serve;               // tcp: this process serves it (default: false; env:// serves where RANK is 0)
+    const char *url;                 // "tcp://host:port", "file://path", "env://", "pmix://", "local://" (default:
+                                     // none)
+    bool        serve;               // tcp: this process serves it (default: false; env:// and pmix:// serve where the
+                                     // rank is 0)
     bool        insecure;            // allow an address other than loopback (default: false)
     int64_t     timeout_ms;          // to reach the server (default: 60,000)
     const tprpc_store_table *table;  // a store of the user's instead of url (default: NULL)
     void       *user;                // for the table (default: NULL)
+    const char *address;             // pmix://: interface or address where rank 0 serves (default: loopback where all
+                                     // ranks are on one host, else the first interface that is not loopback)
 } tprpc_store_desc;
 
 // Opens a store on a context, which must be polled (or threaded) for it to make progress. "local://" lives in memory
 // and is handed to other contexts of this process by its pointer. Errors: INVALID, UNREACHABLE (address in use),
-// UNSUPPORTED, MEMORY. That a server is not there yet is no error: operations wait for it until timeout_ms.
+// UNSUPPORTED, MEMORY; of "pmix://", which waits until rank 0 serves, also TIMEOUT and SYSTEM. That a server is not
+// there yet, or not any more, is no error: operations wait for it until timeout_ms.
 TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
                                         tprpc_error *error);
 
@@ -833,9 +856,11 @@ enum { TPRPC_CALL_ONE_WAY = 1, TPRPC_CALL_IDEMPOTENT = 2 };
 typedef struct tprpc_agent_desc {
     tprpc_context *context;          // (default: NULL, a private polled one)
     const char    *name;             // unique in the group, 1 to 128 bytes of UTF-8 (default: none, which is INVALID)
-    const char    *init_method;      // "tcp://host:port", "file://path", "env://" (default: none; then store is set)
-    int32_t        rank, world_size; // world_size 0: what init_method gives (env://: WORLD_SIZE); where it gives none,
-                                     // a dynamic group. rank is read only when world_size is not 0 (default: 0, 0)
+    const char    *init_method;      // "tcp://host:port", "file://path", "env://", "pmix://" (default: none; then store
+                                     // is set)
+    int32_t        rank, world_size; // world_size 0: what init_method gives (env://: WORLD_SIZE, pmix://: the job's
+                                     // size); where it gives none, a dynamic group. rank is read only when world_size
+                                     // is not 0 (default: 0, 0)
     tprpc_store   *store;            // instead of init_method; outlives the agent (default: NULL)
     bool           serve_store;      // a dynamic group's tcp://: this worker serves it; a static group's is served by
                                      // rank 0 (default: false)
@@ -905,7 +930,8 @@ TPRPC_API tprpc_status tprpc_agent_register(tprpc_agent *agent, const tprpc_meth
 TPRPC_API tprpc_status tprpc_agent_unregister(tprpc_agent *agent, const char *method, tprpc_error *error);
 
 // Joins the group: on_ready (NULL allowed) runs on the callback thread, with an error that names who is missing after
-// start_timeout_ms. The store's host is looked up here, which may block. INVALID when started before.
+// start_timeout_ms. The store's host is looked up here, which may block, and pmix:// waits until rank 0 has started.
+// INVALID when started before.
 TPRPC_API tprpc_status tprpc_agent_start(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error);
 
 // Starts, if that was not done, and waits at most timeout_ms (0: start_timeout_ms) until all workers are there.
@@ -2069,13 +2095,23 @@ TPR_UNUSED static int tpr_os_route(const tpr_os_address *to, tpr_os_address *fro
     return code;
 }
 
-// The first address of a network interface, IPv4 before IPv6. -1 with ENODEV when there is none of that name.
+static bool tpr_os_leads_out(const struct ifaddrs *i) {
+    struct sockaddr_in6 in6;
+    const unsigned up = IFF_UP | IFF_RUNNING;
+    if ((i->ifa_flags & up) != up || (i->ifa_flags & IFF_LOOPBACK)) return false;
+    if (i->ifa_addr->sa_family != AF_INET6) return true;
+    memcpy(&in6, i->ifa_addr, sizeof in6);
+    return !IN6_IS_ADDR_LINKLOCAL(&in6.sin6_addr);
+}
+
+// The first address of a network interface, IPv4 before IPv6. -1 with ENODEV when there is none of that name. NULL: of
+// any that is up and not loopback, and then not one that is good on its link alone.
 TPR_UNUSED static int tpr_os_interface(const char *name, tpr_os_address *out) {
     struct ifaddrs *list = NULL;
     bool found = false;
     if (TPR_OS_HOOKED("getifaddrs", TPR_OS_NO_SIZE) || getifaddrs(&list) != 0) return -1;
     for (struct ifaddrs *i = list; i; i = i->ifa_next) {
-        if (!i->ifa_addr || strcmp(i->ifa_name, name) != 0) continue;
+        if (!i->ifa_addr || (name ? strcmp(i->ifa_name, name) != 0 : !tpr_os_leads_out(i))) continue;
         int family = i->ifa_addr->sa_family;
         if (family != AF_INET && (family != AF_INET6 || found)) continue;
         memset(out, 0, sizeof *out);
@@ -2122,13 +2158,17 @@ TPR_UNUSED static int tpr_os_socket_error(int fd) {
     return getsockopt(fd, SOL_SOCKET, SO_ERROR, &code, &size) == 0 ? code : errno;
 }
 
-TPR_UNUSED static void tpr_os_tcp_options(int fd, int keepalive_s) {
-    int interval = keepalive_s / 3 ? keepalive_s / 3 : 1;
+// silence_ms: how long an idle peer may leave probes unanswered until it is dead (negative: for ever). The last probe
+// has its interval, too: with three of them it is idle + 3 intervals. The kernel counts in seconds.
+TPR_UNUSED static void tpr_os_tcp_options(int fd, int64_t silence_ms) {
+    int seconds = (int)((silence_ms + 999) / 1000), interval = seconds / 5 ? seconds / 5 : 1;
+    int probes = seconds > 3 ? 3 : seconds > 2 ? 2 : 1, idle = seconds - probes * interval;
     tpr_os_set_option(fd, "nodelay", IPPROTO_TCP, TCP_NODELAY, 1);
+    if (silence_ms < 0) return;
     tpr_os_set_option(fd, "keepalive", SOL_SOCKET, SO_KEEPALIVE, 1);
-    tpr_os_set_option(fd, "keepidle", IPPROTO_TCP, TCP_KEEPIDLE, interval);
+    tpr_os_set_option(fd, "keepidle", IPPROTO_TCP, TCP_KEEPIDLE, idle > 0 ? idle : 1);
     tpr_os_set_option(fd, "keepintvl", IPPROTO_TCP, TCP_KEEPINTVL, interval);
-    tpr_os_set_option(fd, "keepcnt", IPPROTO_TCP, TCP_KEEPCNT, 3);
+    tpr_os_set_option(fd, "keepcnt", IPPROTO_TCP, TCP_KEEPCNT, probes);
 }
 
 TPR_UNUSED static size_t tpr_os_spans(const tprpc_span *spans, size_t count, struct iovec *out, int64_t limit) {
@@ -2325,14 +2365,16 @@ TPR_UNUSED static int tpr_os_tcp_queued(int fd) {
 
 // For how long a peer has acknowledged nothing although a segment or a window probe was sent to it since, in ms; -1
 // when none was, or it cannot be told. A live peer that does not read answers each, but in the end is asked only every
-// 120 s: how long ago the last ACK came does not tell it from a dead one.
+// 120 s: how long ago the last ACK came does not tell it from a dead one. Where this host's own link is down nothing is
+// sent, and only the row of retransmissions that were due tells.
 TPR_UNUSED static int64_t tpr_os_tcp_silent_ms(int fd) {
     struct tcp_info info;
     socklen_t size = sizeof info;
     memset(&info, 0, sizeof info);
     if (TPR_OS_HOOKED("tcp_info", TPR_OS_NO_SIZE) || getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0)
         return -1;
-    bool asked = info.tcpi_probes > 0 || (info.tcpi_unacked > 0 && info.tcpi_last_ack_recv > info.tcpi_last_data_sent);
+    bool asked = info.tcpi_probes > 0 || (info.tcpi_unacked > 0 && (info.tcpi_retransmits > 0 ||
+                                          info.tcpi_last_ack_recv > info.tcpi_last_data_sent));
     return asked ? (int64_t)info.tcpi_last_ack_recv : -1;
 }
 
@@ -2555,6 +2597,112 @@ TPR_UNUSED static int tpr_os_file_write(int fd, const void *bytes, size_t size, 
 TPR_UNUSED static int tpr_os_file_truncate(int fd, int64_t size) {
     if (TPR_OS_HOOKED("ftruncate", TPR_OS_NO_SIZE)) return -1;
     return ftruncate(fd, (off_t)size);
+}
+#endif
+
+// ---- libraries that are loaded at run time, and the launcher's: PMIx
+
+#ifndef TPRPC_NO_DLOPEN
+#include <dlfcn.h>
+
+// Loads a library, for good: not every one survives being unloaded. NULL, with a sentence in `why`.
+TPR_UNUSED static void *tpr_os_library(const char *name, char *why, size_t size) {
+    bool refused = TPR_OS_HOOKED("dlopen", TPR_OS_NO_SIZE) != 0;
+    void *library = refused ? NULL : dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    const char *text = library ? "" : refused ? strerror(errno) : dlerror();
+    snprintf(why, size, "%s cannot be loaded: %s", name, text ? text : "?");
+    return library;
+}
+
+// Puts the address of a function into *out, which is a pointer to it. False: there is none of that name.
+TPR_UNUSED static bool tpr_os_symbol(void *library, const char *name, void *out) {
+    void *symbol = TPR_OS_HOOKED("dlsym", TPR_OS_NO_SIZE) ? NULL : dlsym(library, name);
+    memcpy(out, &symbol, sizeof symbol);
+    return symbol != NULL;
+}
+#endif
+
+#if defined(TPRPC_WITH_PMIX) && !defined(TPRPC_NO_DLOPEN)
+#include <pmix.h>
+
+// A session with the server of the launcher that started this process; the library has a thread meanwhile. The macros
+// of its header are not used: in some versions they call functions, which nobody has linked.
+typedef struct tpr_os_pmix {
+    pmix_proc_t self;
+    pmix_status_t (*init)(pmix_proc_t *self, pmix_info_t *info, size_t count);
+    pmix_status_t (*finalize)(const pmix_info_t *info, size_t count);
+    pmix_status_t (*put)(pmix_scope_t scope, const char *key, pmix_value_t *value);
+    pmix_status_t (*commit)(void);
+    pmix_status_t (*get)(const pmix_proc_t *from, const char *key, const pmix_info_t *info, size_t count,
+                         pmix_value_t **value);
+    const char *(*text)(pmix_status_t status);
+} tpr_os_pmix;
+
+// Begins a session, which tpr_os_pmix_end ends. False: there is none, and `why` is a sentence.
+static bool tpr_os_pmix_begin(tpr_os_pmix *p, char *why, size_t size) {
+    void *library = tpr_os_library("libpmix.so.2", why, size);
+    if (!library) return false;
+    memset(p, 0, sizeof *p);
+    snprintf(why, size, "libpmix.so.2 lacks a function");
+    if (!tpr_os_symbol(library, "PMIx_Init", &p->init) || !tpr_os_symbol(library, "PMIx_Finalize", &p->finalize) ||
+        !tpr_os_symbol(library, "PMIx_Put", &p->put) || !tpr_os_symbol(library, "PMIx_Commit", &p->commit) ||
+        !tpr_os_symbol(library, "PMIx_Get", &p->get) || !tpr_os_symbol(library, "PMIx_Error_string", &p->text))
+        return false;
+    pmix_status_t status = TPR_OS_HOOKED("pmix_init", TPR_OS_NO_SIZE) ? PMIX_ERROR : p->init(&p->self, NULL, 0);
+    if (status != PMIX_SUCCESS) snprintf(why, size, "PMIx_Init: %s", p->text(status));
+    return status == PMIX_SUCCESS;
+}
+
+static void tpr_os_pmix_end(tpr_os_pmix *p) {
+    (void)TPR_OS_HOOKED("pmix_finalize", TPR_OS_NO_SIZE);
+    p->finalize(NULL, 0);
+}
+
+// Asks for what a process (PMIX_RANK_WILDCARD: the launcher) has put under a key, at most timeout_s seconds. Returns
+// NULL, or why there is nothing. What comes is the caller's to free, a string in it too.
+static const char *tpr_os_pmix_get(tpr_os_pmix *p, uint32_t rank, const char *key, int timeout_s, pmix_value_t **out) {
+    pmix_proc_t from = p->self;
+    pmix_info_t limit;
+    memset(&limit, 0, sizeof limit);
+    snprintf(limit.key, sizeof limit.key, "%s", PMIX_TIMEOUT);
+    limit.value.type = PMIX_INT;
+    limit.value.data.integer = timeout_s;
+    from.rank = rank;
+    *out = NULL;
+    pmix_status_t status = TPR_OS_HOOKED("pmix_get", TPR_OS_NO_SIZE) ? PMIX_ERROR : p->get(&from, key, &limit, 1, out);
+    return status == PMIX_SUCCESS && *out ? NULL : p->text(status == PMIX_SUCCESS ? PMIX_ERR_NOT_FOUND : status);
+}
+
+static const char *tpr_os_pmix_number(tpr_os_pmix *p, const char *key, uint32_t *out) {
+    pmix_value_t *value;
+    const char *why = tpr_os_pmix_get(p, PMIX_RANK_WILDCARD, key, 10, &value);
+    if (why) return why;
+    bool number = value->type == PMIX_UINT32;
+    if (number) *out = value->data.uint32;
+    free(value);
+    return number ? NULL : "not a number";
+}
+
+// Reads a text that rank 0 has put, or waits for it. Text that does not fit is none.
+static const char *tpr_os_pmix_text(tpr_os_pmix *p, const char *key, int timeout_s, char *out, size_t size) {
+    pmix_value_t *value;
+    const char *why = tpr_os_pmix_get(p, 0, key, timeout_s, &value);
+    if (why) return why;
+    bool text = value->type == PMIX_STRING && value->data.string;
+    bool fits = text && (size_t)snprintf(out, size, "%s", value->data.string) < size;
+    if (text) free(value->data.string);
+    free(value);
+    return fits ? NULL : "not a text";
+}
+
+static const char *tpr_os_pmix_put(tpr_os_pmix *p, const char *key, char *text) {
+    pmix_value_t value;
+    memset(&value, 0, sizeof value);
+    value.type = PMIX_STRING;
+    value.data.string = text;
+    pmix_status_t status = TPR_OS_HOOKED("pmix_put", TPR_OS_NO_SIZE) ? PMIX_ERROR : p->put(PMIX_GLOBAL, key, &value);
+    if (status == PMIX_SUCCESS) status = p->commit();
+    return status == PMIX_SUCCESS ? NULL : p->text(status);
 }
 #endif
 
@@ -4739,6 +4887,8 @@ static void tpr_loop_fini(tpr_loop *loop) {
 // Invariant: what is here is set while the context is created and constant after, but for the objects on its loops.
 
 enum { TPR_CONTEXT_BACKENDS = TPR_LOOP_SOURCES - 1, TPR_CONTEXT_LOOPS = 64, TPR_CONTEXT_LANES = 8 };
+// A live kernel leaves up to 1.4 s unanswered, to limit its rate, so less than 2 s would kill live peers.
+enum { TPR_CONTEXT_SILENCE_MS = 30000, TPR_CONTEXT_SILENCE_LEAST_MS = 2000, TPR_CONTEXT_SILENCE_MOST_MS = 3600000 };
 
 typedef struct tpr_context_backend {   // one backend of a context: viable, with an instance for each loop, or not, with
                                        // why
@@ -4775,6 +4925,7 @@ struct tprpc_context {
     tpr_context_backend backends[TPR_CONTEXT_BACKENDS];
     uint8_t       nonce[16];           // tells this context from every other
     uint64_t      process_space;
+    int64_t       silence_ms;          // TPRPC_FOREVER: none
 };
 
 enum { TPR_CONTEXT_TAG = 0x20787463 };   // "ctx "
@@ -5040,8 +5191,7 @@ enum {
     TPR_TCP_EVENTS = 32,
     TPR_TCP_ACCEPTS = 16,              // of one listener in one progress
     TPR_TCP_RETRY_US = 100000,         // after an accept failed
-    TPR_TCP_KEEPALIVE_S = 30,          // a peer that is silent for so long is dead
-    TPR_TCP_CHECK_US = 5000000,        // between looks at connections that wait for an ACK
+    TPR_TCP_CHECK_US = 1000000,        // between looks at connections that wait for an ACK, at most
     TPR_TCP_EOF = -1, TPR_TCP_SILENT = -2   // causes that are no errno
 };
 
@@ -5087,7 +5237,7 @@ typedef struct tpr_tcp {
     uint32_t      hot_count, hot_first, first;   // who is first among the hot and among the poller's, in turn
     int64_t       looked_us;
     int64_t       quota;               // bytes that may be received before it is the next one's turn
-    int64_t       silence_us;          // TPR_TCP_KEEPALIVE_S, but in tests
+    int64_t       silence_us;          // how long a peer may be silent; INT64_MAX: for ever
     uint64_t      received;            // bytes, ever
     tpr_tcp_conn *hot[TPR_TCP_HOT];
     tpr_base_list sockets, broken, closed;
@@ -5446,13 +5596,17 @@ static size_t tpr_tcp_take_handles(void *conn, intptr_t *out, size_t capacity) {
 
 // ---- sending
 
+static int64_t tpr_tcp_check_us(const tpr_tcp *tcp) {
+    return tcp->silence_us / 4 < TPR_TCP_CHECK_US ? tcp->silence_us / 4 : (int64_t)TPR_TCP_CHECK_US;
+}
+
 // Something may stay without an ACK from here on. The timer runs only while that is so of any connection.
 static void tpr_tcp_suspect(tpr_tcp_conn *conn) {
     tpr_tcp *tcp = conn->socket.tcp;
     conn->unproven = true;
     conn->waiting_us = 0;
-    if (!tpr_timer_is_set(&tcp->check))
-        tpr_loop_timer(tcp->loop, &tcp->check, tpr_loop_clock(tcp->loop) + TPR_TCP_CHECK_US);
+    if (tcp->silence_us < INT64_MAX && !tpr_timer_is_set(&tcp->check))
+        tpr_loop_timer(tcp->loop, &tcp->check, tpr_loop_clock(tcp->loop) + tpr_tcp_check_us(tcp));
 }
 
 static size_t tpr_tcp_send(void *at, const tprpc_span *spans, size_t count, const intptr_t *handles,
@@ -5492,7 +5646,7 @@ static size_t tpr_tcp_send(void *at, const tprpc_span *spans, size_t count, cons
 // that found something unanswered: before, there was nothing to answer, and a probe may have been on its way only now.
 TPR_COLD static void tpr_tcp_check(tprpc_work *work) {
     tpr_tcp *tcp = TPR_CONTAINER(work, tpr_tcp, check);
-    int64_t now = tpr_loop_clock(tcp->loop);
+    int64_t now = tpr_loop_clock(tcp->loop), look = now + tpr_tcp_check_us(tcp), due;
     bool again = false;
     tpr_base_list *next;
     for (tpr_base_list *i = tcp->sockets.next; i != &tcp->sockets; i = next) {
@@ -5507,8 +5661,10 @@ TPR_COLD static void tpr_tcp_check(tprpc_work *work) {
         else if (!conn->waiting_us) conn->waiting_us = now;
         else if (now - conn->waiting_us >= tcp->silence_us && silent_ms >= tcp->silence_us / 1000)
             tpr_tcp_break(conn, TPR_TCP_SILENT);
+        due = conn->waiting_us ? conn->waiting_us + tcp->silence_us : look;
+        if (due > now && due < look) look = due;
     }
-    if (again) tpr_loop_timer(tcp->loop, work, now + TPR_TCP_CHECK_US);
+    if (again) tpr_loop_timer(tcp->loop, work, look);
 }
 
 // ---- connecting, listening
@@ -5535,7 +5691,7 @@ static tprpc_status tpr_tcp_connect(void *instance, const char *address, uint32_
     if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "connecting to tcp://%.100s: no memory", address);
     int fd = tpr_os_socket(to.at.ss_family), code = 0;
     if (fd >= 0) {
-        tpr_os_tcp_options(fd, TPR_TCP_KEEPALIVE_S);
+        tpr_os_tcp_options(fd, tcp->silence_us == INT64_MAX ? -1 : tcp->silence_us / 1000);
         if (tpr_os_connect(fd, &to) != 0 && errno != EINPROGRESS) code = errno;
     }
     if (fd < 0 || !tpr_tcp_socket_add(&self->socket, fd, TPR_OS_WRITABLE)) {
@@ -5598,7 +5754,7 @@ TPR_COLD static bool tpr_tcp_accept(tpr_tcp_listener *listener) {
         tpr_tcp_conn *conn = tpr_tcp_conn_new(tcp);   // first: what is not accepted is not lost
         int fd = conn ? tpr_os_accept(listener->socket.fd) : -1;
         if (fd >= 0 && tpr_tcp_socket_add(&conn->socket, fd, TPR_OS_READABLE)) {
-            tpr_os_tcp_options(fd, TPR_TCP_KEEPALIVE_S);
+            tpr_os_tcp_options(fd, tcp->silence_us == INT64_MAX ? -1 : tcp->silence_us / 1000);
             snprintf(conn->peer, sizeof conn->peer, "of unknown address");
             if (tpr_os_peer_address(fd, &from) == 0) tpr_os_address_text(&from, true, conn->peer, sizeof conn->peer);
             listener->owner->accepted(listener->owner, conn);
@@ -5726,8 +5882,8 @@ TPR_COLD static void tpr_tcp_lost(tpr_tcp_conn *conn) {
     else if (conn->cause == TPR_TCP_EOF)
         tprpc_error_set(&error, TPRPC_ERROR_PEER, 0, "tcp %s closed the connection", conn->peer);
     else if (conn->cause == TPR_TCP_SILENT)
-        tprpc_error_set(&error, TPRPC_ERROR_PEER, ETIMEDOUT, "tcp %s has acknowledged nothing for %d s", conn->peer,
-                        TPR_TCP_KEEPALIVE_S);
+        tprpc_error_set(&error, TPRPC_ERROR_PEER, ETIMEDOUT, "tcp %s has acknowledged nothing for %lld s", conn->peer,
+                        (long long)(conn->socket.tcp->silence_us / 1000000));
     else tprpc_error_set(&error, status, conn->cause, "tcp %s: %s", conn->peer, strerror(conn->cause));
     tpr_tcp_event(conn, TPRPC_EVENT_LOST, &error);
 }
@@ -5815,7 +5971,7 @@ static tprpc_status tpr_tcp_open(const tprpc_host *host, void *user, void **inst
     }
     tcp->loop = loop;
     tcp->quota = TPR_TCP_CHUNK;
-    tcp->silence_us = TPR_TCP_KEEPALIVE_S * INT64_C(1000000);
+    tcp->silence_us = host->context->silence_ms < 0 ? INT64_MAX : host->context->silence_ms * 1000;
     tcp->check.run = tpr_tcp_check;
     tpr_base_list_init(&tcp->sockets);
     tpr_base_list_init(&tcp->broken);
@@ -8440,6 +8596,7 @@ static tprpc_status tpr_backends_found(tprpc_context *ctx, const tprpc_context_d
     if (desc->let_read) tpr_os_let_read();
     ctx->env.nesting = ctx->limits.nesting;
     ctx->lanes = desc->lanes ? (uint32_t)desc->lanes : 1;
+    ctx->silence_ms = desc->silence_ms ? desc->silence_ms : (int64_t)TPR_CONTEXT_SILENCE_MS;
     ctx->ordered_channels = desc->channels != NULL;
     if (desc->log) {
         ctx->env.logger.lines =
@@ -8546,6 +8703,10 @@ TPRPC_API tprpc_status tprpc_context_create_for(const tprpc_context_desc *desc, 
     if (desc->lanes < 0 || desc->lanes > TPR_CONTEXT_LANES)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "lanes is %d, not 0 to %d", (int)desc->lanes,
                                TPR_CONTEXT_LANES);
+    if (desc->silence_ms && desc->silence_ms != TPRPC_FOREVER &&
+        (desc->silence_ms < TPR_CONTEXT_SILENCE_LEAST_MS || desc->silence_ms > TPR_CONTEXT_SILENCE_MOST_MS))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "silence_ms is %lld, neither %d to %d nor TPRPC_FOREVER",
+                               (long long)desc->silence_ms, TPR_CONTEXT_SILENCE_LEAST_MS, TPR_CONTEXT_SILENCE_MOST_MS);
     limits = desc->limits;
     tpr_context_limits(&limits);
     memset(&memory, 0, sizeof memory);
@@ -12340,6 +12501,7 @@ enum {
     TPR_STORE_TAG = 0x726f7473,            // "stor"
     TPR_STORE_TIMEOUT_MS = 60000,          // of a store that is given none
     TPR_STORE_HELLO_US = 10000000,         // for the first bytes of a connection
+    TPR_STORE_ATTEMPT_US = 3000000,        // to connect, until it is tried anew: the kernel tries ever more seldom
     TPR_STORE_WAITS = 4096,                // waiting gets of one connection
     TPR_STORE_BUSY = 64,                   // other operations of one connection, before it is read no further
     TPR_STORE_UNSENT = 256 << 10,          // bytes of replies of one connection, likewise
@@ -12419,6 +12581,11 @@ struct tprpc_store {
     uint8_t        *buffer;
     int64_t         offset, wait_us, look_us;   // read so far; time to the next attempt to lock, and the next look
     tpr_base_list   active, waiting;       // to be done in order; gets whose key is not there
+
+    bool            away;                  // a client's: the server was lost and is not back
+    bool            any_port;              // a server's: it takes a free port where the URL says 0
+    char            real_name[96];         // and this is its URL then
+    uint32_t        launch_rank, launch_size;   // as the launcher of pmix:// says; size 0: it was none
 };
 
 struct tprpc_store_op {
@@ -12447,6 +12614,7 @@ struct tprpc_store_op {
     void           *user;
     tprpc_store_done callback;             // a user's, which gets `user`
     size_t          bytes;                 // of the struct with the request's strings
+    bool            hasty;                 // does not wait for a server that was lost
 };
 
 static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
@@ -13203,12 +13371,14 @@ static const tpr_store_kind tpr_store_server = {tpr_store_local_submit, tpr_stor
 
 // ---- tcp: a client
 
-// Ends what waits for the server.
-static void tpr_store_client_fail(tprpc_store *store, const tprpc_error *error) {
+// Ends what waits for the server, or of it what is hasty.
+static void tpr_store_client_fail(tprpc_store *store, bool hasty, const tprpc_error *error) {
     for (int sent = 0; sent < 2; sent++) {
         tpr_base_list *list = sent && store->conn ? &store->conn->ops : &store->unsent;
-        while (!tpr_base_list_empty(list)) {
-            tprpc_store_op *op = TPR_CONTAINER(list->next, tprpc_store_op, link);
+        for (tpr_base_list *i = list->next, *next; i != list; i = next) {
+            tprpc_store_op *op = TPR_CONTAINER(i, tprpc_store_op, link);
+            next = i->next;
+            if (hasty && !op->hasty) continue;
             tpr_base_list_remove(&op->link);
             tpr_store_finish(op, error->status, NULL, 0, error);
         }
@@ -13227,6 +13397,7 @@ static void tpr_store_client_retry(tprpc_store *store, const tprpc_error *error,
     tprpc_error late = *error;
     tpr_store_client_hang_up(store, error->status);
     tpr_store_why(store, error->text);
+    if (store->away) tpr_store_client_fail(store, true, &store->lost);
     store->state = last || now >= store->deadline_us ? TPR_STORE_IDLE : TPR_STORE_PAUSED;
     if (store->state == TPR_STORE_PAUSED) {
         int64_t pause = store->retry_us;
@@ -13238,7 +13409,7 @@ static void tpr_store_client_retry(tprpc_store *store, const tprpc_error *error,
         tpr_store_error(store, &late, TPRPC_ERROR_UNREACHABLE, "no server after %lld ms: %.110s",
                         (long long)store->timeout_ms, error->text);
     late.os_code = error->os_code;
-    tpr_store_client_fail(store, &late);
+    tpr_store_client_fail(store, false, &late);
 }
 
 static void tpr_store_client_send(tprpc_store *store) {
@@ -13305,6 +13476,7 @@ static void tpr_store_client_meet(tprpc_store *store) {
     tpr_timer_cancel(&store->home->wheel, &store->timer);
     tpr_store_why(store, "");
     store->state = TPR_STORE_READY;
+    store->away = false;
     tpr_store_client_send(store);
 }
 
@@ -13334,8 +13506,10 @@ TPR_COLD static void tpr_store_client_event(tprpc_conn_owner *owner, uint32_t ev
     tpr_store_error(store, &store->lost, lost ? TPRPC_ERROR_PEER : status, "lost its server: %.130s",
                     lost ? error->text : tprpc_status_name(status));
     if (lost) store->lost.os_code = error->os_code;
-    store->state = TPR_STORE_LOST;
-    tpr_store_client_fail(store, &store->lost);
+    // One that closed or died may come back: who asks next connects again. What is no store stays none.
+    store->state = lost ? TPR_STORE_IDLE : TPR_STORE_LOST;
+    store->away = lost;
+    tpr_store_client_fail(store, false, &store->lost);
     tpr_store_client_hang_up(store, TPRPC_ERROR_PEER);
 }
 
@@ -13343,13 +13517,15 @@ static void tpr_store_client_connect(tprpc_store *store) {
     tprpc_error error = TPR_ZERO;
     void *conn = NULL;
     store->state = TPR_STORE_CONNECTING;
+    store->last_id = 0;                // what was sent on another connection has ended
     store->conn = tpr_store_conn_new(store, tpr_store_client_event);
     if (!store->conn) {
         tprpc_error_set(&error, TPRPC_ERROR_MEMORY, 0, "no memory for a connection");
         tpr_store_client_retry(store, &error, false);
         return;
     }
-    tpr_store_set_timer(store, store->deadline_us);
+    int64_t until = tpr_loop_clock(store->home) + TPR_STORE_ATTEMPT_US;
+    tpr_store_set_timer(store, until < store->deadline_us ? until : store->deadline_us);
     if (store->transport->connect(store->instance, store->address, 0, &store->conn->owner, &conn, &error) == TPRPC_OK)
         store->conn->conn = conn;
     else tpr_store_client_retry(store, &error, false);
@@ -13419,7 +13595,7 @@ static tprpc_status tpr_store_tcp_address(tprpc_store *store, tprpc_error *error
     store->transport = found->backend->transport;
     store->instance = found->instances[store->home->index];
     if (!length || length >= sizeof host || !tpr_store_number(tpr_store_bytes(colon + 1, strlen(colon + 1)), &port) ||
-        port < 1 || port > 65535)
+        port < !store->any_port || port > 65535)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "store %.100s is not tcp://host:port", store->name);
     if (at[0] == '[' && length > 2 && at[length - 1] == ']') {
         at++;
@@ -13447,6 +13623,11 @@ static tprpc_status tpr_store_tcp_open(tprpc_store *store, bool serve, tprpc_err
     else if (serve)
         status = store->transport->listen(store->instance, store->address, &store->listen_owner, &store->listener,
                                           error);
+    if (store->listener && store->any_port) {
+        store->transport->address(store->listener, store->address, sizeof store->address);
+        snprintf(store->real_name, sizeof store->real_name, "tcp://%s", store->address);
+        store->name = store->real_name;
+    }
     tpr_loop_leave(store->home);
     return status;
 }
@@ -13657,6 +13838,12 @@ static tprpc_status tpr_store_env_number(const char *name, int64_t least, int64_
     return TPRPC_OK;
 }
 
+// Whether torchrun serves a store of its own, whose protocol is another, at MASTER_PORT.
+static bool tpr_store_env_shared(void) {
+    const char *own = tpr_os_env("TORCHELASTIC_USE_AGENT_STORE");
+    return own && strcmp(own, "True") == 0;
+}
+
 // What env:// stands for: the rank, the size of the world, and the tcp:// URL, which rank 0 serves. Any pointer may be
 // NULL.
 static tprpc_status tpr_store_env(int32_t *rank, int32_t *world_size, char *url, size_t size, tprpc_error *error) {
@@ -13671,20 +13858,22 @@ static tprpc_status tpr_store_env(int32_t *rank, int32_t *world_size, char *url,
     if (rank) *rank = at;
     if (world_size) *world_size = of;
     if (!url) return TPRPC_OK;
+    if (tpr_store_env_shared() && ++port > 65535)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "env://: torchrun's own store is at MASTER_PORT, and "
+                               "there is no port after 65535");
     bool bare = strchr(host, ':') && host[0] != '[';
     if ((size_t)snprintf(url, size, bare ? "tcp://[%s]:%d" : "tcp://%s:%d", host, port) < size) return TPRPC_OK;
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "env://: MASTER_ADDR is longer than a host's name");
 }
 
-// What to do when rank 0 cannot listen on MASTER_PORT because a launcher's own store does, whose protocol is another.
+// What to do when rank 0 cannot listen beside torchrun's store.
 static void tpr_store_env_taken(tprpc_error *error) {
-    const char *own = tpr_os_env("TORCHELASTIC_USE_AGENT_STORE");
     tprpc_error before;
-    if (!error || error->os_code != EADDRINUSE || !own || strcmp(own, "True") != 0) return;
+    if (!error || error->os_code != EADDRINUSE || !tpr_store_env_shared()) return;
     before = *error;
     tprpc_error_set(error, before.status, before.os_code,
-                    "%.110s: torchrun serves a store of its own there; give all workers another MASTER_PORT, or a "
-                    "tcp:// with a free port instead of env://", before.text);
+                    "%.110s: it is the port after MASTER_PORT, where torchrun serves a store of its own; give all "
+                    "workers another MASTER_PORT", before.text);
 }
 
 // ---- opening and closing
@@ -13764,7 +13953,7 @@ static tprpc_status tpr_store_open_kind(tprpc_store *store, const tprpc_store_de
 #endif
     }
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "\"%.100s\" is no store: tcp://host:port, file://path, "
-                           "env:// and "
+                           "env://, pmix:// and "
                            "local:// are", store->name);
 }
 
@@ -13794,6 +13983,136 @@ static tprpc_store *tpr_store_new(tprpc_context *ctx, const tprpc_store_desc *de
     tpr_base_list_init(&store->waiting);
     return store;
 }
+
+// any_port: of a server's tcp:// with port 0.
+static tprpc_status tpr_store_open_named(tprpc_context *ctx, const tprpc_store_desc *desc, const char *name, bool serve,
+                                         bool any_port, tprpc_store **out, tprpc_error *error) {
+    tprpc_store *store = tpr_store_new(ctx, desc, name);
+    if (!store) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the store %.100s", name);
+    store->any_port = any_port;
+    tprpc_status status = tpr_store_open_kind(store, desc, serve, error);
+    if (status != TPRPC_OK) {
+        tpr_store_free(store);
+        return status;
+    }
+    tpr_loop_enter(store->home);
+    tpr_base_list_add(&store->home->objects, &store->object.node);
+    tpr_loop_leave(store->home);
+    *out = store;
+    return TPRPC_OK;
+}
+
+// ---- pmix: a tcp:// store, of which the launcher's server tells the others where rank 0 serves it
+
+#if defined(TPRPC_WITH_PMIX) && !defined(TPRPC_NO_DLOPEN)
+enum { TPR_STORE_PMIX_NAP_US = 20000, TPR_STORE_PMIX_ASK_S = 10 };   // between questions, and for an answer
+
+typedef struct tpr_store_launch {
+    tpr_os_pmix pmix;
+    uint32_t    size, here;                // ranks of the job, and of those on this host
+    char        key[160], where[96];       // where: host:port
+} tpr_store_launch;
+
+// Where rank 0 serves: "host:0", or where it did for a group of the same name that was before, for others may still be
+// told that.
+static tprpc_status tpr_store_pmix_host(tpr_store_launch *launch, const tprpc_store_desc *desc, tprpc_error *error) {
+    const char *named = desc->address && desc->address[0] ? desc->address : NULL, *why = NULL;
+    tpr_os_address address;
+    if (!tpr_os_pmix_text(&launch->pmix, launch->key, 1, launch->where, sizeof launch->where)) return TPRPC_OK;
+    if (!named && launch->here == launch->size) {
+        why = tpr_os_resolve("127.0.0.1", 0, &address);
+    } else if (tpr_os_interface(named, &address) != 0) {
+        if (errno != ENODEV) return tpr_base_os_error(error, errno, "looking for", "an interface");
+        why = named ? tpr_os_resolve(named, 0, &address) : "no interface but loopback is up";
+    }
+    if (why)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "pmix://: the address \"%.80s\", where rank 0 would "
+                               "serve, is none: %s", named ? named : "", why);
+    tpr_os_address_text(&address, true, launch->where, sizeof launch->where);
+    return TPRPC_OK;
+}
+
+// Waits until rank 0 has said where it serves.
+static tprpc_status tpr_store_pmix_ask(tpr_store_launch *launch, int64_t timeout_ms, tprpc_error *error) {
+    const int64_t deadline = tpr_context_deadline(tpr_os_now_us(), timeout_ms);
+    uint32_t never = 0;
+    for (;;) {
+        int64_t left = deadline - tpr_os_now_us();
+        int seconds = (int)TPR_STORE_PMIX_ASK_S;
+        if (left < seconds * INT64_C(1000000)) seconds = (int)(left / 1000000) + 1;
+        const char *why = tpr_os_pmix_text(&launch->pmix, launch->key, seconds, launch->where, sizeof launch->where);
+        if (!why) return TPRPC_OK;
+        if (tpr_os_now_us() >= deadline)
+            return tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, "pmix://: rank 0 has not said within %lld ms where "
+                                   "it serves the store: %s", (long long)timeout_ms, why);
+        tpr_os_futex_wait(&never, 0, TPR_STORE_PMIX_NAP_US);
+    }
+}
+
+// With a session begun: opens the store, at rank 0 to serve it.
+static tprpc_status tpr_store_pmix_meet(tpr_store_launch *launch, tprpc_context *ctx, const tprpc_store_desc *desc,
+                                        tprpc_store **out, tprpc_error *error) {
+    const bool serve = launch->pmix.self.rank == 0;
+    char url[TPR_COUNT(launch->where) + 8];
+    const char *why = tpr_os_pmix_number(&launch->pmix, PMIX_JOB_SIZE, &launch->size);
+    if (!why) why = tpr_os_pmix_number(&launch->pmix, PMIX_LOCAL_SIZE, &launch->here);
+    if (why) return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "pmix://: the size of the job is not known: %s", why);
+    if (launch->here != launch->size && !desc->insecure)
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: the %u ranks are on several hosts: that "
+                               "needs a `secret` (TLS, which is not built in) or `insecure`", (unsigned)launch->size);
+    const int64_t timeout_ms = tpr_context_time(desc->timeout_ms, TPR_STORE_TIMEOUT_MS);
+    tprpc_status status =
+        serve ? tpr_store_pmix_host(launch, desc, error) : tpr_store_pmix_ask(launch, timeout_ms, error);
+    if (status != TPRPC_OK) return status;
+    snprintf(url, sizeof url, "tcp://%s", launch->where);
+    status = tpr_store_open_named(ctx, desc, url, serve, serve, out, error);
+    if (status != TPRPC_OK && serve && error && error->os_code == EADDRINUSE) {
+        tprpc_error before = *error;
+        tprpc_error_set(error, status, EADDRINUSE, "%.140s: a second group of these ranks needs a name of its own, as "
+                        "pmix://second", before.text);
+    }
+    if (status != TPRPC_OK) return status;
+    (*out)->launch_rank = launch->pmix.self.rank;
+    (*out)->launch_size = launch->size;
+    why = serve ? tpr_os_pmix_put(&launch->pmix, launch->key, (*out)->address) : NULL;
+    if (!why) return TPRPC_OK;
+    tprpc_store_close(*out);
+    *out = NULL;
+    return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "pmix://: the launcher does not take the store's address: %s",
+                           why);
+}
+
+// Blocks until the address is known, at most the store's timeout. What follows the slashes tells groups of one job
+// apart.
+TPR_COLD
+static tprpc_status tpr_store_pmix_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
+                                        tprpc_error *error) {
+    tpr_store_launch launch;
+    char why[160];
+    memset(&launch, 0, sizeof launch);
+    if ((size_t)snprintf(launch.key, sizeof launch.key, "tprpc/%s", desc->url + 7) >= sizeof launch.key)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "\"%.80s\" has a name that is too long", desc->url);
+    if (!tpr_os_env("PMIX_NAMESPACE"))
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: no PMIx launcher, as mpirun or srun "
+                               "--mpi=pmix, started this process (PMIX_NAMESPACE is not set)");
+    if (!tpr_os_pmix_begin(&launch.pmix, why, sizeof why))
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: %s", why);
+    tprpc_status status = tpr_store_pmix_meet(&launch, ctx, desc, out, error);
+    tpr_os_pmix_end(&launch.pmix);
+    return status;
+}
+#else
+TPR_COLD
+static tprpc_status tpr_store_pmix_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
+                                        tprpc_error *error) {
+    (void)ctx, (void)desc, (void)out;
+#ifndef TPRPC_WITH_PMIX
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: built without TPRPC_WITH_PMIX");
+#else
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: built with TPRPC_NO_DLOPEN");
+#endif
+}
+#endif
 
 // ---- beginning an operation
 
@@ -13878,17 +14197,26 @@ static tprpc_status tpr_store_start(tprpc_store *store, tprpc_store_op *op, tprp
 
 // Begins an operation. Any thread, with or without the lock of a loop of ctx. `done` runs under the lock of that loop
 // of ctx, later; the operation is freed after it, unless it sets `kept`. *out is for cancelling, until done runs.
-TPR_COLD static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
-                                     const tprpc_store_request *request, void (*done)(tprpc_store_op *op, void *user),
-                                     void *user, tprpc_store_op **out, tprpc_error *error) {
+// hasty: it fails, rather than waits, when the server was lost and is not there again.
+TPR_COLD static tprpc_status tpr_store_submit_as(tprpc_store *store, tprpc_context *ctx, uint32_t loop, bool hasty,
+                                                 const tprpc_store_request *request,
+                                                 void (*done)(tprpc_store_op *op, void *user), void *user,
+                                                 tprpc_store_op **out, tprpc_error *error) {
     tprpc_status status = tpr_store_check(store, request, error);
     if (status != TPRPC_OK) return status;
     tprpc_store_op *op = tpr_store_op_new(store, ctx, loop, request);
     if (!op) return tpr_store_error(store, error, TPRPC_ERROR_MEMORY, "no memory for an operation");
     op->done = done;
     op->user = user;
+    op->hasty = hasty;
     if (out) *out = op;
     return tpr_store_start(store, op, error);
+}
+
+static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
+                                     const tprpc_store_request *request, void (*done)(tprpc_store_op *op, void *user),
+                                     void *user, tprpc_store_op **out, tprpc_error *error) {
+    return tpr_store_submit_as(store, ctx, loop, false, request, done, user, out, error);
 }
 
 // Asks that an operation end soon, with CANCELLED. Before its `done` runs.
@@ -13976,19 +14304,10 @@ TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_de
         if (status != TPRPC_OK) return status;
         name = url;
     }
-    tprpc_store *store = tpr_store_new(ctx, desc, name);
-    if (!store) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the store %.100s", name);
-    status = tpr_store_open_kind(store, desc, desc->serve || rank == 0, error);
-    if (status != TPRPC_OK) {
-        if (rank >= 0) tpr_store_env_taken(error);
-        tpr_store_free(store);
-        return status;
-    }
-    tpr_loop_enter(store->home);
-    tpr_base_list_add(&store->home->objects, &store->object.node);
-    tpr_loop_leave(store->home);
-    *out = store;
-    return TPRPC_OK;
+    if (!desc->table && tpr_base_starts_with(name, "pmix://")) return tpr_store_pmix_open(ctx, desc, out, error);
+    status = tpr_store_open_named(ctx, desc, name, desc->serve || rank == 0, false, out, error);
+    if (status != TPRPC_OK && rank >= 0) tpr_store_env_taken(error);
+    return status;
 }
 
 TPR_COLD
@@ -16528,8 +16847,8 @@ static tprpc_status tpr_agent_check_desc(const tprpc_agent_desc *desc, tprpc_err
                                desc->name);
     if (desc->init_method && !desc->store && !strstr(desc->init_method, "://"))
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
-                               "init_method \"%.80s\" is none such as tcp://host:port, file://path or "
-                               "env://",
+                               "init_method \"%.80s\" is none such as tcp://host:port, file://path, "
+                               "env:// or pmix://",
                                desc->init_method);
     if (desc->init_method && strlen(desc->init_method) >= TPR_AGENT_TEXT)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: its init_method is too long", desc->name);
@@ -17433,7 +17752,9 @@ static bool tpr_group_ask(tprpc_agent *agent, int32_t kind, const char *key, con
     request.value_size = size;
     request.deadline_us = deadline_us;
     agent->start_pending++;
-    if (tpr_store_submit(agent->store, agent->ctx, 0, &request, done, slot, &slot->op, &error) == TPRPC_OK) return true;
+    bool leaving = agent->state > TPR_AGENT_READY;   // whoever leaves does not wait for a store that has gone before
+    if (tpr_store_submit_as(agent->store, agent->ctx, 0, leaving, &request, done, slot, &slot->op, &error) == TPRPC_OK)
+        return true;
     agent->start_pending--;
     slot->op = NULL;
     tpr_group_start_failed(agent, error.status, error.text);
@@ -17627,6 +17948,32 @@ static tprpc_status tpr_group_listen(tprpc_agent *agent, const char *host, tprpc
     return TPRPC_OK;
 }
 
+// pmix:// says who this is only to who opens the store, so that comes first. Then url is the store's own.
+static tprpc_status tpr_group_launched(tprpc_agent *agent, char *url, size_t size, tprpc_error *error) {
+    tprpc_store_desc desc = TPR_ZERO;
+    tprpc_store *store = NULL;
+    desc.url = agent->init_method;
+    desc.insecure = agent->insecure;
+    desc.timeout_ms = agent->start_timeout_ms;
+    desc.address = agent->address;
+    tprpc_status status = tprpc_store_open(agent->ctx, &desc, &store, error);
+    if (status != TPRPC_OK) return status;
+    if (agent->is_static && (agent->rank != store->launch_rank || agent->world_size != store->launch_size)) {
+        status = tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s was given rank %u of %u, but the launcher "
+                                 "made it rank %u of %u", agent->name, (unsigned)agent->rank,
+                                 (unsigned)agent->world_size, (unsigned)store->launch_rank,
+                                 (unsigned)store->launch_size);
+        tprpc_store_close(store);
+        return status;
+    }
+    agent->rank = store->launch_rank;
+    agent->world_size = store->launch_size;
+    agent->is_static = agent->own_store = true;
+    agent->store = store;
+    snprintf(url, size, "%s", store->name);
+    return TPRPC_OK;
+}
+
 // What a start does before it waits: environment, store, address, listener. May block for names; no lock is held.
 static tprpc_status tpr_group_prepare(tprpc_agent *agent, tprpc_error *error) {
     char url[TPR_AGENT_TEXT], host[80];
@@ -17642,6 +17989,9 @@ static tprpc_status tpr_group_prepare(tprpc_agent *agent, tprpc_error *error) {
             agent->is_static = true;
         }
     }
+    if (!agent->store && tpr_base_starts_with(url, "pmix://"))
+        status = tpr_group_launched(agent, url, sizeof url, error);
+    if (status != TPRPC_OK) return status;
     uint32_t slots = agent->is_static ? agent->world_size : 1;
     agent->starts = (tpr_agent_start *)tpr_agent_alloc(agent, slots * sizeof *agent->starts);
     if (!agent->starts)

@@ -640,6 +640,24 @@ check "symbols without files" leaves_none -DTPRPC_NO_FILES "$opening|$naming|rea
 check "no trace without files" no_trace
 check "symbols without getenv" leaves_none -DTPRPC_NO_GETENV '(__)?(secure_)?getenv|(__)?environ'
 
+# What can be added. The header of PMIx is not ours: no warning of its own counts.
+pmix=
+for folder in /usr/include /usr/local/include /usr/lib/*/pmix2/include; do
+    [ ! -f "$folder/pmix.h" ] || pmix="-DTPRPC_WITH_PMIX -idirafter $folder"
+done
+if [ -n "$pmix" ]; then
+    for compiler in $compilers; do
+        for std in c99 c++11 c++20; do
+            check "with: TPRPC_WITH_PMIX $compiler $std" compiles $compiler $std "$pmix" "$implement" "$include"
+        done
+    done
+    check "with: TPRPC_WITH_PMIX, symbols" leaves_none "$pmix" 'PMIx_.*'
+    check "with: TPRPC_WITH_PMIX, symbols without dlopen" leaves_none "$pmix -DTPRPC_NO_DLOPEN" 'PMIx_.*|dl(open|sym|error)'
+    check "with: TPRPC_WITH_PMIX, without: all" compiles gcc c99 "$pmix$all" "$implement" "$include"
+else
+    skip compile_pmix 'pmix.h is missing'
+fi
+
 check "two copies, hidden" vendored -fvisibility=hidden -fvisibility=hidden
 check "two copies, static" vendored -DTPRPC_STATIC -DTPRPC_STATIC
 check "two copies, one of each" vendored -DTPRPC_STATIC -fvisibility=hidden
