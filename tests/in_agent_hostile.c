@@ -259,6 +259,21 @@ static void intro_too_long(mallory *m) {
     intro_of(m, name, 129, 0);
 }
 
+/* Device maps behind an introduction: too many, cut, or a number alone. */
+static void maps_of(mallory *m, uint32_t count, size_t bytes) {
+    uint8_t body[200] = {0};
+    tprpc_message message = {0};
+    const size_t size = tpr_wire_put_intro(body, sizeof body, "mallory", 7);
+    tpr_base_store_le32(body + size, count);
+    message.metadata = body;
+    message.metadata_size = size + bytes;
+    say(m, TPR_WIRE_INTRO, 0, 0, &message);
+}
+static void maps_too_many(mallory *m) { maps_of(m, TPR_WIRE_MAPS + 1, 100); }
+static void maps_wild(mallory *m) { maps_of(m, UINT32_MAX, 100); }
+static void maps_cut(mallory *m) { maps_of(m, 3, 4 + 3 * TPR_WIRE_MAP_BYTES - 1); }
+static void maps_begun(mallory *m) { maps_of(m, 0, 3); }
+
 static const struct { const char *name; void (*run)(mallory *m); } attacks[] = {
     {"call_first", call_first}, {"cancel_first", cancel_first}, {"intro_twice", intro_twice},
     {"reply_to_it", reply_to_it}, {"error_to_it", error_to_it}, {"kind_0", kind_0}, {"kind_6", kind_6},
@@ -266,6 +281,7 @@ static const struct { const char *name; void (*run)(mallory *m); } attacks[] = {
     {"no_prefix", no_prefix}, {"short_prefix", short_prefix}, {"payloads_in_a_call", payloads_in_a_call},
     {"intro_empty", intro_empty}, {"intro_no_name", intro_no_name}, {"intro_not_utf8", intro_not_utf8},
     {"intro_with_0", intro_with_0}, {"intro_cut", intro_cut}, {"intro_too_long", intro_too_long},
+    {"maps_too_many", maps_too_many}, {"maps_wild", maps_wild}, {"maps_cut", maps_cut}, {"maps_begun", maps_begun},
 };
 
 static void attack_all(side *s) {
@@ -472,6 +488,24 @@ static void error_status_wild(mallory *m, const tpr_wire_call *call) {
     say_error_of(m, call->id, "\xff\xff\xff\xff\1\0\0\0\0\0\0\0", 12);
 }
 
+/* Replies with a tensor that is said to be on a device, of which evil published 64:3 to 64:4, and to go to another. */
+static void say_on(mallory *m, uint64_t id, int32_t kind, int32_t index, int32_t to_kind, int32_t to_index) {
+    tprpc_tensor tensor = bytes_of(NULL, 0);
+    const tprpc_message message = tensors_of(&tensor, 1);
+    tensor.device.kind = kind;
+    tensor.device.index = index;
+    tensor.target.kind = to_kind;
+    tensor.target.index = to_index;
+    say(m, TPR_WIRE_REPLY, 0, id, &message);
+}
+static void on_its_own(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, 4, TPRPC_CPU, 0); }
+static void on_too_high(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, 5, TPRPC_CPU, 0); }
+static void on_too_low(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, 2, TPRPC_CPU, 0); }
+static void on_below_0(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, -1, TPRPC_CPU, 0); }
+static void on_no_kind(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, 77, 0, TPRPC_CPU, 0); }
+static void to_no_kind(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_CPU, 0, 77, 1); }
+static void to_its_own(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, 4, 0, 0); }
+
 static const struct { const char *name; void (*answer)(mallory *, const tpr_wire_call *); tprpc_status status;
                       bool ends; } answers[] = {
     {"reply_well", reply_well, TPRPC_OK, false}, {"call_back", call_back, TPRPC_ERROR_PROTOCOL, true},
@@ -483,6 +517,10 @@ static const struct { const char *name; void (*answer)(mallory *, const tpr_wire
     {"error_endless", error_endless, TPRPC_ERROR_PROTOCOL, false}, {"reply_others", reply_others, TPRPC_OK, false},
     {"reply_twice", reply_twice, TPRPC_OK, false}, {"error_status_0", error_status_0, TPRPC_ERROR_REMOTE, false},
     {"error_status_wild", error_status_wild, TPRPC_ERROR_REMOTE, false},
+    {"on_its_own", on_its_own, TPRPC_OK, false}, {"on_too_high", on_too_high, TPRPC_ERROR_PROTOCOL, false},
+    {"on_too_low", on_too_low, TPRPC_ERROR_PROTOCOL, false}, {"on_below_0", on_below_0, TPRPC_ERROR_PROTOCOL, false},
+    {"on_no_kind", on_no_kind, TPRPC_ERROR_PROTOCOL, false}, {"to_no_kind", to_no_kind, TPRPC_ERROR_UNSUPPORTED, false},
+    {"to_its_own", to_its_own, TPRPC_ERROR_UNSUPPORTED, false},
 };
 
 static tprpc_listener *evil_listen(side *s, tprpc_context *ctx) {
@@ -497,7 +535,10 @@ static tprpc_listener *evil_listen(side *s, tprpc_context *ctx) {
     REQUIRE_EQ_INT(tpr_pipe_listen_for(ctx, &desc, &ctx->loops[0], evil_accepts, ctx, &listener, NULL), TPRPC_OK);
     memset(&worker, 0, sizeof worker);
     snprintf(worker.name, sizeof worker.name, "evil");
-    worker.address_count = 1;
+    worker.address_count = worker.tells_devices = worker.run_count = 1;
+    worker.runs[0].kind = TPRPC_DEVICE_USER;
+    worker.runs[0].first = 3;
+    worker.runs[0].count = 2;
     snprintf(worker.addresses[0], sizeof worker.addresses[0], "%s", tprpc_listener_address(listener, "tcp"));
     request.size = sizeof request;
     request.kind = TPRPC_STORE_SET;
