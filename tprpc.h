@@ -233,9 +233,9 @@
 // nothing and are not checked; a tensor for a device that is not there is refused when it comes, as UNSUPPORTED.
 //
 // tprpc_agent_desc.devices limits which devices here calls may use: others are not published; tensors that come for
-// them, and those that this worker would send from them, are UNSUPPORTED. Without it all devices may be used, and
-// tprpc_agent_get_devices shows those of the maps. A reply whose tensors are said to be on a device that its worker did
-// not publish fails the call with PROTOCOL.
+// them (unless `place` says where they go), and those that this worker would send from them, are UNSUPPORTED. Without
+// it all devices may be used, and tprpc_agent_get_devices shows those of the maps. A reply whose tensors are said to be
+// on a device that its worker did not publish fails the call with PROTOCOL.
 //
 // Work on a device is ordered by streams: tprpc_call_options.streams and tprpc_request_stream say which. What a call
 // needs is held until its transfer needs it no longer, however the call ends: a converter's `prepare` is followed by
@@ -14670,8 +14670,7 @@ static bool tpr_agent_published(const tpr_wire_worker *where, tprpc_device devic
     if (!where->tells_devices || device.kind == TPRPC_CPU) return true;
     for (uint32_t i = 0; i < where->run_count; i++) {
         const tpr_wire_run *run = &where->runs[i];
-        if (run->kind == device.kind && device.index >= 0 && (uint32_t)device.index >= run->first &&
-            (uint32_t)device.index - run->first < run->count) return true;
+        if (run->kind == device.kind && (uint32_t)device.index - run->first < run->count) return true;
     }
     return false;
 }

@@ -523,6 +523,8 @@ static const struct { const char *name; void (*answer)(mallory *, const tpr_wire
     {"to_its_own", to_its_own, TPRPC_ERROR_UNSUPPORTED, false},
 };
 
+static bool evil_is_old;               /* it says nothing of its devices */
+
 static tprpc_listener *evil_listen(side *s, tprpc_context *ctx) {
     const char *addresses[] = {"tcp://127.0.0.1:0"};
     tprpc_listener_desc desc = {0};
@@ -539,6 +541,7 @@ static tprpc_listener *evil_listen(side *s, tprpc_context *ctx) {
     worker.runs[0].kind = TPRPC_DEVICE_USER;
     worker.runs[0].first = 3;
     worker.runs[0].count = 2;
+    if (evil_is_old) worker.tells_devices = 0;
     snprintf(worker.addresses[0], sizeof worker.addresses[0], "%s", tprpc_listener_address(listener, "tcp"));
     request.size = sizeof request;
     request.kind = TPRPC_STORE_SET;
@@ -599,3 +602,62 @@ static void call_evil(side *s) {
     STORE(&shared->stop, 1);
 }
 IN_MODES(answers_of_a_hostile_worker, INSIDE_MODES) { with_bob(with, call_evil); }
+
+/* ---- as a worker of an older version, which says nothing of its devices ---- */
+
+/* What a map has to do with it is not checked, and of its replies where they go alone; it is told the map, which it would
+   not understand. */
+static void call_old(side *s) {
+    heap h = {0};
+    tprpc_context *ctx = raw_context(&h, s->mode->transports);
+    tprpc_listener *listener;
+    tpr_wire_reader maps;
+    uint32_t count = 0;
+    evil_is_old = true;
+    listener = evil_listen(s, ctx);
+    CHECK(until(s, &shared->ready, 1));
+    for (size_t i = 0; i < 3; i++) {
+        void (*const asked[])(mallory *, const tpr_wire_call *) = {on_no_kind, to_its_own, reply_well};
+        const tprpc_status expected[] = {TPRPC_OK, TPRPC_ERROR_UNSUPPORTED, TPRPC_OK};
+        tprpc_call_options options = {0};
+        int done = 0;
+        evil.answer = asked[i];
+        options.on_done = done_once;
+        options.user = &done;
+        REQUIRE_EQ_INT(tprpc_call(s->agent, "evil", "echo", NULL, &options, NULL), TPRPC_OK);
+        REQUIRE(drive_until(s, ctx, &done, 1));
+        CHECK_EQ_INT(LOAD(&shared->status[0]), expected[i]);
+    }
+    CHECK_EQ_INT(evil.got[0].prefix.kind, TPR_WIRE_INTRO);
+    CHECK(tpr_wire_get_intro_maps(evil.got[0].body, evil.got[0].size, &maps, &count));
+    REQUIRE_EQ_INT(count, 1);
+    CHECK_EQ_INT(tpr_wire_read_map(&maps).to.index, 50);
+    if (evil.pipe) mallory_close(&evil);
+    tprpc_listener_close(listener);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+    CHECK_EQ_INT(h.blocks, 0);
+    STORE(&shared->stop, 1);
+}
+
+IN_MODES(a_worker_of_an_older_version, INSIDE_MODES) {
+    side sides[2] = {{0}};
+    group g;
+    const tprpc_device from = {TPRPC_CPU, 0}, to = {TPRPC_DEVICE_USER, 50};
+    share();
+    for (int i = 0; i < 2; i++) {
+        sides[i].methods = methods;
+        sides[i].tune = dynamic;
+    }
+    sides[0].mode = with;
+    sides[1].main = serve;
+    group_open(&g, sides, 2);
+    REQUIRE_EQ_INT(pthread_create(&sides[1].self, NULL, side_thread, &sides[1]), 0);
+    side_open(&sides[0]);
+    REQUIRE_EQ_INT(tprpc_agent_set_device_map(sides[0].agent, "evil", &from, &to, 1, NULL), TPRPC_OK);
+    side_join(&sides[0]);
+    call_old(&sides[0]);
+    side_leave(&sides[0]);
+    side_close(&sides[0]);
+    pthread_join(sides[1].self, NULL);
+    group_close(&g);
+}
