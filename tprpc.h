@@ -16243,7 +16243,7 @@ static uint32_t tpr_agent_map_at(const tprpc_agent *agent, const char *worker, t
 // Adds entries to the device map, or replaces those of the same worker and device: all of them, or none.
 static tprpc_status tpr_agent_add_maps(tprpc_agent *agent, const char *worker, const tprpc_device *from,
                                        const tprpc_device *to, size_t count, tprpc_error *error) {
-    const char *name = worker ? tpr_agent_text_locked(agent, worker) : NULL;
+    const char *name = worker && count ? tpr_agent_text_locked(agent, worker) : NULL;
     size_t most = agent->map_count;
     for (size_t i = 0; i < count && most <= TPR_WIRE_MAPS; i++)
         most += tpr_agent_map_at(agent, name, tpr_pipe_device(from[i])) == agent->map_count;
@@ -16251,8 +16251,9 @@ static tprpc_status tpr_agent_add_maps(tprpc_agent *agent, const char *worker, c
         return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "the device maps of %s would have over %d entries",
                                agent->name, TPR_WIRE_MAPS);
     tpr_agent_map *maps = agent->maps;
-    if (most > agent->map_capacity) maps = (tpr_agent_map *)tpr_agent_alloc(agent, most * sizeof *maps);
-    if (count && (!maps || (worker && !name)))
+    const bool named = !worker || name || !count;
+    if (named && most > agent->map_capacity) maps = (tpr_agent_map *)tpr_agent_alloc(agent, most * sizeof *maps);
+    if (count && (!named || !maps))
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a device map of %zu entries", most);
     if (maps != agent->maps) {
         if (agent->map_count) memcpy(maps, agent->maps, agent->map_count * sizeof *maps);
