@@ -16785,12 +16785,9 @@ static void tpr_group_start_check(tprpc_agent *agent) {
     if (!agent->start_pending) tpr_group_started(agent);
 }
 
-static int64_t tpr_group_start_deadline(tprpc_agent *agent) {
-    int64_t deadline = tpr_context_deadline(tprpc_now_us(agent->ctx), agent->start_timeout_ms);
-    return deadline == INT64_MAX ? TPRPC_FOREVER : deadline;
-}
-
 // ---- device maps
+
+static int64_t tpr_group_start_deadline(tprpc_agent *agent);
 
 // Whether an entry for every worker is not for a rank, which has one of its own for that device.
 static bool tpr_group_overridden(tpr_wire_reader maps, uint32_t count, uint32_t rank, tprpc_device from) {
@@ -16953,6 +16950,11 @@ TPR_COLD static void tpr_group_start_late(tprpc_work *work) {
     for (uint32_t r = 0; r < (agent->is_static ? agent->world_size : 1); r++)
         if (agent->starts[r].op) tpr_store_cancel_for(agent->store, agent->starts[r].op, TPRPC_ERROR_TIMEOUT);
     tpr_loop_timer(tpr_agent_home(agent), work, tpr_loop_clock(tpr_agent_home(agent)) + 1000000);
+}
+
+static int64_t tpr_group_start_deadline(tprpc_agent *agent) {
+    int64_t deadline = tpr_context_deadline(tprpc_now_us(agent->ctx), agent->start_timeout_ms);
+    return deadline == INT64_MAX ? TPRPC_FOREVER : deadline;
 }
 
 static void tpr_group_start_ranked(tprpc_store_op *op, void *arg) {

@@ -661,3 +661,66 @@ IN_MODES(a_worker_of_an_older_version, INSIDE_MODES) {
     pthread_join(sides[1].self, NULL);
     group_close(&g);
 }
+
+/* ---- as a worker of a static group, whose device maps are not what they should be ---- */
+
+static void put_key(tprpc_store *store, const char *key, const void *value, size_t size) {
+    tprpc_store_request request = {0};
+    request.size = sizeof request;
+    request.kind = TPRPC_STORE_SET;
+    request.key = key;
+    request.value = value;
+    request.value_size = size;
+    REQUIRE_EQ_INT(tprpc_store_wait(store, &request, WAIT_MS, NULL, NULL, NULL), TPRPC_OK);
+}
+
+/* How the start of ann ends in a group with evil, who said that he has maps: with these, or NULL: with none. */
+static void start_with(const void *maps, size_t size, uint32_t rank, tprpc_status status, const char *text) {
+    heap h = {0};
+    tprpc_context *ctx = raw_context(&h, NULL);
+    tprpc_store_desc store = {0};
+    tprpc_agent_desc desc = {0};
+    tprpc_agent *agent = NULL;
+    tprpc_error error = {0};
+    tpr_wire_worker worker;
+    uint8_t value[1400];
+    store.url = "local://";
+    REQUIRE_EQ_INT(tprpc_store_open(ctx, &store, &desc.store, NULL), TPRPC_OK);
+    memset(&worker, 0, sizeof worker);
+    snprintf(worker.name, sizeof worker.name, "evil");
+    worker.rank = rank;
+    worker.tells_devices = worker.has_maps = 1;
+    put_key(desc.store, "tprpc/rank/1", value, tpr_wire_put_worker(value, sizeof value, &worker));
+    if (maps) put_key(desc.store, "tprpc/devices/1", maps, size);
+    desc.context = ctx;
+    desc.name = "ann";
+    desc.world_size = 2;
+    desc.start_timeout_ms = maps ? WAIT_MS : 20;
+    REQUIRE_EQ_INT(tprpc_agent_create(&desc, &agent, NULL), TPRPC_OK);
+    if (text) CHECK_EQ_INT(tprpc_agent_wait_ready(agent, 0, &error), status);
+    else tprpc_agent_wait_ready(agent, 0, &error);
+    if (text) CHECK_CONTAINS(error.text, text);
+    CHECK_EQ_INT(tprpc_agent_destroy(agent), TPRPC_OK);
+    tprpc_store_close(desc.store);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+    CHECK_EQ_INT(h.blocks, 0);
+}
+
+TEST(odd_maps_in_the_store) {
+    uint8_t bytes[400];
+    tpr_wire_map maps[3];
+    tprpc_error outcome = {0};
+    memset(maps, 0xff, sizeof maps);   /* for every worker, to devices that nobody has */
+    size_t size = tpr_wire_put_mapped(bytes, sizeof bytes, &outcome, maps, 3);
+    start_with(bytes, size, 1, TPRPC_OK, "");
+    start_with(bytes, size - 1, 1, TPRPC_ERROR_PROTOCOL, "device maps in the store cannot be read");
+    start_with("", 0, 1, TPRPC_ERROR_PROTOCOL, "device maps in the store cannot be read");
+    start_with(NULL, 0, 1, TPRPC_ERROR_TIMEOUT, "the device maps of rank 1 did not come");
+    outcome.status = TPRPC_ERROR_INVALID;
+    memset(outcome.text, 'x', sizeof outcome.text - 1);
+    size = tpr_wire_put_mapped(bytes, sizeof bytes, &outcome, maps, 0);
+    start_with(bytes, size, 1, TPRPC_ERROR_INVALID, "ann cannot join: xxxxx");
+    start_with(bytes, size, 2, TPRPC_OK, NULL);   /* ranks that are not in the group, whatever comes of that */
+    start_with(bytes, size, 0, TPRPC_OK, NULL);
+    start_with(bytes, size, UINT32_MAX, TPRPC_OK, NULL);
+}
