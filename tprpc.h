@@ -228,6 +228,33 @@
 // reload: after it returned no code of that method runs.
 //
 //
+// DEVICES
+//
+// A tensor of a call is on a device: the host, or one whose kind a converter of the context serves. Where it goes is
+// said, in this order, by the tensor's `target`; by the device map of the caller, tprpc_agent_set_device_map, which
+// holds pairs for each worker, a device here and one there; else it goes to the device of the same kind and index. The
+// reply's tensors go back by the same map reversed, unless the handler gave them a target: one on to[i] there comes to
+// from[i] here. So a handler that answers with what it got sends it back to where it was. CUDA to host, host to CUDA
+// and host to host are maps like others; for host to host nothing but the host is needed.
+//
+// Maps are exchanged and checked when the group starts: each worker publishes in the store which devices it has, and
+// its maps. A worker that is not there (NO_WORKER), a device that is not there, two devices mapped to one (INVALID):
+// then start fails on every worker of a static group, with the sentence of the one whose map it is (or, where the store
+// is gone before that was read, with the store's). An entry for every worker (NULL) must fit all the others; give those
+// that have no such device an entry of their own. In a dynamic group two devices mapped to one fail start, and what
+// concerns a worker is checked when it is looked up: then the calls to it fail. Workers of older versions publish
+// nothing and are not checked; a tensor for a device that is not there is refused when it comes, as UNSUPPORTED.
+//
+// tprpc_agent_desc.devices limits which devices here calls may use: others are not published; tensors that come for
+// them (unless `place` says where they go), and those that this worker would send from them, are UNSUPPORTED. Without
+// it all devices may be used, and tprpc_agent_get_devices shows those of the maps. A reply whose tensors are said to be
+// on a device that its worker did not publish fails the call with PROTOCOL.
+//
+// Work on a device is ordered by streams: tprpc_call_options.streams and tprpc_request_stream say which. What a call
+// needs is held until its transfer needs it no longer, however the call ends: a converter's `prepare` is followed by
+// one `sent`, its `copy` and `allocate` by one `release`.
+//
+//
 // METRICS
 //
 // An agent counts its calls and requests, in all (tprpc_agent_get_stats), by method (tprpc_agent_get_methods) and by
@@ -362,6 +389,8 @@
 //   one attempt to reach a store's server             -                                     3 s
 //   a silent TCP peer is dead after                   tprpc_context_desc.silence_ms         30 s, found within 1 s
 //   names of workers and methods, in bytes            -                                     1 to 128
+//   entries of an agent's device maps                 tprpc_agent_set_device_map            1,024
+//   devices of an agent, and the runs they make       tprpc_agent_desc.devices              64, 16
 //   where an agent finds its group, in bytes          init_method, address                  255 each
 //   threads of an agent for blocking handlers         tprpc_agent_desc.worker_threads       1,024
 //   events of a trace until they are written, of      tprpc_agent_desc.trace_events         65,536 (at most 16,777,216)
@@ -602,7 +631,7 @@ typedef struct tprpc_tensor {        // memory on one device
     size_t       size;               // bytes
     tprpc_device device;
     void        *stream;             // TPRPC_CUDA: a CUstream; data is ready in its order
-    tprpc_device target;             // where the receiver is asked to place it
+    tprpc_device target;             // where the receiver is asked to place it; DEFAULT in a call's message that came
     int32_t      dtype, ndim;
     int64_t      shape[TPRPC_MAX_DIMS];
     int64_t      strides[TPRPC_MAX_DIMS];   // in elements; all 0: contiguous. Transfers refuse others by name
@@ -877,6 +906,12 @@ typedef struct tprpc_agent_desc {
     const char    *trace;            // where a timeline of calls is written to: what stands before this worker's name
                                      // in the file's path, say a folder with its / (default: NULL, nowhere)
     int32_t        trace_events;     // of each loop, kept until they are written (default: 65,536)
+    const char    *transports;       // of the private context: allowed, in order of preference; INVALID with `context`,
+                                     // which has its own (default: NULL, all that are viable)
+    const char    *channels;         // likewise (default: NULL, all that are viable)
+    const tprpc_device *devices;     // the devices here that calls may use, beside the host: see the manual's DEVICES
+                                     // (default: NULL, all that the context's converters have)
+    size_t         device_count;     // (default: 0)
 } tprpc_agent_desc;
 
 typedef struct tprpc_method_desc {
@@ -906,8 +941,9 @@ typedef struct tprpc_call_options {
 // Creates an agent, which is local: register; then start or wait_ready joins the group; leave is graceful.
 //   desc        copied, strings too; desc_size, version: sizeof(tprpc_agent_desc) and TPRPC_VERSION of the caller.
 //   out         the agent, destroyed by the caller before its context.
-// Errors: INVALID (names, sizes, an init_method that is none), UNSUPPORTED (a secret without TLS), MEMORY, LIMIT, a
-// private context's, and what the system says of the trace's file, with its path. Any thread.
+// Errors: INVALID (names, sizes, an init_method that is none, devices that are not there), UNSUPPORTED (a secret
+// without TLS, devices of a kind without a converter), MEMORY, LIMIT, what the system says of the trace's file, with
+// its path, and a private context's: INVALID for an unknown transport or channel lists the known ones. Any thread.
 TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size_t desc_size, int32_t version,
                                               tprpc_agent **out, tprpc_error *error);
 static inline tprpc_status tprpc_agent_create(const tprpc_agent_desc *desc, tprpc_agent **out, tprpc_error *error) {
@@ -944,12 +980,19 @@ TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeou
 TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error);
 
 // Says where tensors of a call to `worker` go that leave it to the map (their target is DEFAULT): from[i] here to to[i]
-// there. Adds to what was there, entry by entry: a later entry for the same device replaces the earlier. NULL worker:
-// every worker that has no entry of its own for that device. Before start, any thread. Devices here are known and
-// checked, those there when a tensor comes. A reply's tensors are not mapped: they go where the handler says. Errors,
-// by which no entry is taken: INVALID, UNSUPPORTED (a kind that no converter of this context serves), MEMORY.
+// there; and those of its reply back, to[i] there to from[i] here. Adds to what was there, entry by entry: a later
+// entry for the same device replaces the earlier. NULL worker: every worker that has no entry of its own for that
+// device. Before start, any thread; later it is INVALID, and calls that run go by the map as it was. Devices here are
+// known and checked; workers and their devices when this agent starts, or in a dynamic group when it looks the worker
+// up, as the manual's DEVICES says. Errors, by which no entry is taken: INVALID, UNSUPPORTED (a kind that no converter
+// of this context serves), LIMIT (over 1,024 entries in all), MEMORY.
 TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char *worker, const tprpc_device *from,
                                                   const tprpc_device *to, size_t count, tprpc_error *error);
+
+// Tells which devices here calls use, beside the host: those of the descriptor, or where it gave none, those of this
+// worker's maps and of the others' maps to it, as far as they are known; at most 64. Fills the first `capacity` of
+// `out`. Returns how many there are. Any thread.
+TPRPC_API size_t tprpc_agent_get_devices(tprpc_agent *agent, tprpc_device *out, size_t capacity);
 
 // Writes what the trace holds to its file, which is whole after it, and waits for that; leave and destroy do it, too.
 // OK and nothing done where nothing is traced. Errors: the system's; what was to be written is lost then, as the next
@@ -3831,9 +3874,74 @@ static bool tpr_wire_get_intro(const void *in, size_t size, char *name, uint32_t
     return !r.failed && tpr_base_name_fault(name, strlen(name), capacity - 1) == NULL;
 }
 
-// What a worker publishes in the store: its name, a word that tells it from another of that name, its addresses, and
-// its process as in a hello (0 where an older one did not say).
-enum { TPR_WIRE_NAME = 129, TPR_WIRE_ADDRESSES = 8 };
+// Device maps: behind an INTRO the caller's for the worker it calls, whose replies go back by it; and in the store all
+// of a worker's, with the outcome of its check of them.
+enum { TPR_WIRE_MAPS = 1024, TPR_WIRE_MAP_BYTES = 20 };
+enum { TPR_WIRE_MAPPED_BYTES = 4 + 4 + 243 + 4 + 1024 * 20 };   // of all in the store, at most
+typedef struct tpr_wire_map { uint32_t rank; tprpc_device from, to; } tpr_wire_map;   // rank UINT32_MAX: every worker
+
+static void tpr_wire_write_maps(tpr_wire_writer *w, const tpr_wire_map *maps, uint32_t count) {
+    tpr_wire_write_u32(w, count);
+    for (uint32_t i = 0; i < count; i++) {
+        tpr_wire_write_u32(w, maps[i].rank);
+        tpr_wire_write_u32(w, (uint32_t)maps[i].from.kind);
+        tpr_wire_write_u32(w, (uint32_t)maps[i].from.index);
+        tpr_wire_write_u32(w, (uint32_t)maps[i].to.kind);
+        tpr_wire_write_u32(w, (uint32_t)maps[i].to.index);
+    }
+}
+
+// Their number, or 0 and the reader failed; then as many calls of tpr_wire_read_map do not fail.
+static uint32_t tpr_wire_read_maps(tpr_wire_reader *r) {
+    uint32_t count = tpr_wire_read_u32(r);
+    if (count > TPR_WIRE_MAPS || (size_t)(r->end - r->at) < (size_t)count * TPR_WIRE_MAP_BYTES) r->failed = true;
+    return r->failed ? 0 : count;
+}
+
+static tpr_wire_map tpr_wire_read_map(tpr_wire_reader *r) {
+    tpr_wire_map map;
+    map.rank = tpr_wire_read_u32(r);
+    map.from.kind = (int32_t)tpr_wire_read_u32(r);
+    map.from.index = (int32_t)tpr_wire_read_u32(r);
+    map.to.kind = (int32_t)tpr_wire_read_u32(r);
+    map.to.index = (int32_t)tpr_wire_read_u32(r);
+    return map;
+}
+
+// Leaves `maps` at those behind an INTRO that was read before. False: they are broken; a caller without any gives 0.
+static bool tpr_wire_get_intro_maps(const void *in, size_t size, tpr_wire_reader *maps, uint32_t *count) {
+    *maps = tpr_wire_reader_of(in, size);
+    tpr_wire_read_u32(maps);
+    tpr_wire_read_bytes(maps, 128);
+    *count = maps->failed || maps->at == maps->end ? 0 : tpr_wire_read_maps(maps);
+    return !maps->failed;
+}
+
+static size_t tpr_wire_put_mapped(uint8_t *out, size_t size, const tprpc_error *outcome, const tpr_wire_map *maps,
+                                  uint32_t count) {
+    tpr_wire_writer w = tpr_wire_writer_of(out, size);
+    tpr_wire_write_u32(&w, (uint32_t)outcome->status);
+    tpr_wire_write_text(&w, outcome->text);
+    tpr_wire_write_maps(&w, maps, count);
+    return w.failed ? 0 : (size_t)(w.at - out);
+}
+
+static bool tpr_wire_get_mapped(const void *in, size_t size, tprpc_error *outcome, tpr_wire_reader *maps,
+                                uint32_t *count) {
+    *maps = tpr_wire_reader_of(in, size);
+    memset(outcome, 0, sizeof *outcome);
+    uint32_t status = tpr_wire_read_u32(maps);
+    tpr_wire_read_text(maps, outcome->text, sizeof outcome->text);
+    *count = tpr_wire_read_maps(maps);
+    if (status > (uint32_t)TPRPC_ERROR_SYSTEM || status == (uint32_t)TPRPC_PENDING) maps->failed = true;
+    if (!maps->failed) outcome->status = (tprpc_status)status;
+    return !maps->failed;
+}
+
+// What a worker publishes in the store: its name, a word that tells it from another of that name, its addresses, its
+// process as in a hello (0 where an older one did not say), and its devices (which an older one did not say).
+enum { TPR_WIRE_NAME = 129, TPR_WIRE_ADDRESSES = 8, TPR_WIRE_RUNS = 16 };
+typedef struct tpr_wire_run { int32_t kind; uint32_t first, count; } tpr_wire_run;   // devices of a kind, in a row
 typedef struct tpr_wire_worker {
     char     name[TPR_WIRE_NAME];
     uint64_t nonce;
@@ -3841,7 +3949,32 @@ typedef struct tpr_wire_worker {
     char     addresses[TPR_WIRE_ADDRESSES][TPR_WIRE_ADDRESS];
     uint64_t space;
     uint32_t process;
+    uint32_t tells_devices, has_maps; // has_maps: they are in the store under a key of their own
+    uint32_t run_count;
+    tpr_wire_run runs[TPR_WIRE_RUNS]; // beside the host
 } tpr_wire_worker;
+
+static void tpr_wire_write_devices(tpr_wire_writer *w, const tpr_wire_worker *worker) {
+    tpr_wire_write_u32(w, worker->has_maps);
+    tpr_wire_write_u32(w, worker->run_count);
+    for (uint32_t i = 0; i < worker->run_count; i++) {
+        tpr_wire_write_u32(w, (uint32_t)worker->runs[i].kind);
+        tpr_wire_write_u32(w, worker->runs[i].first);
+        tpr_wire_write_u32(w, worker->runs[i].count);
+    }
+}
+
+static void tpr_wire_read_devices(tpr_wire_reader *r, tpr_wire_worker *out) {
+    out->tells_devices = 1;
+    out->has_maps = tpr_wire_read_u32(r);
+    out->run_count = tpr_wire_read_u32(r);
+    if (out->run_count > TPR_WIRE_RUNS) r->failed = true;
+    for (uint32_t i = 0; i < out->run_count && !r->failed; i++) {
+        out->runs[i].kind = (int32_t)tpr_wire_read_u32(r);
+        out->runs[i].first = tpr_wire_read_u32(r);
+        out->runs[i].count = tpr_wire_read_u32(r);
+    }
+}
 
 static size_t tpr_wire_put_worker(uint8_t *out, size_t size, const tpr_wire_worker *worker) {
     tpr_wire_writer w = tpr_wire_writer_of(out, size);
@@ -3852,6 +3985,7 @@ static size_t tpr_wire_put_worker(uint8_t *out, size_t size, const tpr_wire_work
     for (uint32_t i = 0; i < worker->address_count; i++) tpr_wire_write_text(&w, worker->addresses[i]);
     tpr_wire_write_u64(&w, worker->space);
     tpr_wire_write_u32(&w, worker->process);
+    if (worker->tells_devices) tpr_wire_write_devices(&w, worker);
     return w.failed ? 0 : (size_t)(w.at - out);
 }
 
@@ -3868,6 +4002,7 @@ TPR_COLD static bool tpr_wire_get_worker(const void *in, size_t size, tpr_wire_w
     if (!r.failed && r.end - r.at >= 12) {
         out->space = tpr_wire_read_u64(&r);
         out->process = tpr_wire_read_u32(&r);
+        if (r.end - r.at >= 8) tpr_wire_read_devices(&r, out);
     }
     return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
 }
@@ -14906,6 +15041,7 @@ TPR_COLD static tprpc_status tpr_trace_open(tprpc_context *ctx, const char *work
 // methods, and those resolved, change under the locks of all loops, taken in order: any one of them is enough to read.
 
 enum { TPR_AGENT_NAME = 129, TPR_AGENT_TEXT = 256, TPR_AGENT_TAG = 0x746e6761 };   // "agnt"
+enum { TPR_AGENT_DEVICES = 64 };
 enum { TPR_AGENT_SLICE_US = 200 };     // of a wait that more than one loop must be driven for
 enum { TPR_AGENT_PATIENCE_US = 30000000 };   // of destroy, with receivers that keep what was given to them
 enum { TPR_AGENT_METHODS = 4096, TPR_AGENT_CALLERS = 65536 };   // counted one by one: names of methods, and callers
@@ -14959,6 +15095,11 @@ typedef struct tpr_agent_method {
     const char *traced;                // its name for the trace, of the agent's table of names; NULL: none
 } tpr_agent_method;
 
+typedef struct tpr_agent_table {       // a device map between two workers; NULL where one is meant: none
+    uint32_t count;
+    tpr_wire_map maps[1];              // count of them
+} tpr_agent_table;
+
 typedef struct tpr_agent_worker {      // a peer as this agent calls it
     tpr_pipe_user user;                // first: of its pipe
     struct tprpc_agent *agent;
@@ -14971,6 +15112,7 @@ typedef struct tpr_agent_worker {      // a peer as this agent calls it
     tpr_base_list calls;               // tpr_agent_call.node
     tprpc_store_op *op;
     tpr_agent_flow to;
+    tpr_agent_table *map;              // of tensors of calls to it; made before the first
 } tpr_agent_worker;
 
 typedef struct tpr_agent_placing {     // memory of a user's that a message is received in
@@ -15030,6 +15172,7 @@ typedef struct tpr_agent_server {      // a pipe that a caller's requests come i
     tpr_agent_flow from;
     tpr_agent_peer *peer;              // NULL: it has not introduced itself, or there are too many
     tpr_base_list peer_node;
+    tpr_agent_table *map;              // the caller's, by which replies go back
 } tpr_agent_server;
 
 typedef struct tpr_agent_request {
@@ -15129,6 +15272,9 @@ struct tprpc_agent {
     tpr_agent_peer *peers, **peers_tail;
     tpr_agent_counts *uncounted;       // for names beyond TPR_AGENT_METHODS
     tpr_trace      *trace;             // NULL: none
+    bool            devices_given;     // no others may be used
+    uint32_t        device_count;      // under the lock, but where they were given
+    tprpc_device    devices[TPR_AGENT_DEVICES];   // those given, or those of maps; without the host
 };
 
 static tpr_loop *tpr_agent_home(tprpc_agent *agent) { return &agent->ctx->loops[0]; }
@@ -15695,17 +15841,257 @@ static tprpc_status tpr_agent_check_device(tprpc_context *ctx, tprpc_device devi
                            what, i, (int)device.index, (int)device.kind, (int)count);
 }
 
-// Where a worker's tensors from a device go; DEFAULT: nobody said.
-static tprpc_device tpr_agent_mapped(const tpr_agent_worker *worker, tprpc_device from) {
-    const tprpc_agent *agent = worker->agent;
-    tprpc_device to = TPR_ZERO;
+// Whether tensors may be on a device here; the host is one of any index.
+static bool tpr_agent_has_device(const tprpc_agent *agent, tprpc_device device) {
+    if (device.kind == TPRPC_CPU) return true;
+    if (tpr_agent_check_device(agent->ctx, device, "", 0, NULL) != TPRPC_OK) return false;
+    for (uint32_t i = 0; agent->devices_given && i < agent->device_count; i++)
+        if (tpr_agent_same_device(agent->devices[i], device)) return true;
+    return !agent->devices_given;
+}
+
+// Puts a device of a map down as used, as far as there is room.
+TPR_COLD static void tpr_agent_use_device(tprpc_agent *agent, tprpc_device device) {
+    if (agent->devices_given || device.kind == TPRPC_CPU || !tpr_agent_has_device(agent, device)) return;
+    tpr_os_lock_take(&agent->lock);
+    uint32_t i = 0;
+    while (i < agent->device_count && !tpr_agent_same_device(agent->devices[i], device)) i++;
+    if (i == agent->device_count && i < TPR_AGENT_DEVICES) agent->devices[agent->device_count++] = device;
+    tpr_os_lock_give(&agent->lock);
+}
+
+// Puts devices of a kind down as what this worker publishes. False: they are in too many runs.
+static bool tpr_agent_tell_run(tprpc_agent *agent, int32_t kind, uint32_t first, uint32_t count) {
+    tpr_wire_worker *self = &agent->self;
+    for (uint32_t i = 0; i < self->run_count; i++) {
+        if (self->runs[i].kind != kind || self->runs[i].first + self->runs[i].count != first) continue;
+        self->runs[i].count += count;
+        return true;
+    }
+    if (!count) return true;
+    if (self->run_count == TPR_WIRE_RUNS) return false;
+    tpr_wire_run *run = &self->runs[self->run_count++];
+    run->kind = kind;
+    run->first = first;
+    run->count = count;
+    return true;
+}
+
+// The devices of a new agent: those given, or all that the context's converters have.
+TPR_COLD static tprpc_status tpr_agent_fill_devices(tprpc_agent *agent, const tprpc_agent_desc *desc,
+                                                    tprpc_error *error) {
+    tprpc_context *ctx = agent->ctx;
+    bool told = true;
+    agent->self.tells_devices = 1;
+    agent->devices_given = desc->device_count > 0;
+    for (size_t i = 0; i < desc->device_count; i++) {
+        const tprpc_device device = tpr_pipe_device(desc->devices[i]);
+        tprpc_status status = tpr_agent_check_device(ctx, device, "devices", i, error);
+        if (status != TPRPC_OK) return status;
+        if (tpr_agent_has_device(agent, device)) continue;   // the host, or given twice
+        if (agent->device_count == TPR_AGENT_DEVICES)
+            return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "agent %s has more than %d devices", agent->name,
+                                   TPR_AGENT_DEVICES);
+        agent->devices[agent->device_count++] = device;
+        told = told && tpr_agent_tell_run(agent, device.kind, (uint32_t)device.index, 1);
+    }
+    for (uint32_t i = 0; !agent->devices_given && i < ctx->backend_count; i++) {
+        const tprpc_backend *backend = ctx->backends[i].backend;
+        if (!backend->converter || backend->converter->kind == TPRPC_CPU) continue;
+        int32_t count = backend->converter->device_count ? backend->converter->device_count(backend->user) : INT32_MAX;
+        told = told && tpr_agent_tell_run(agent, backend->converter->kind, 0, count > 0 ? (uint32_t)count : 0);
+    }
+    if (told) return TPRPC_OK;
+    return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "the devices of agent %s are in more than %d runs of one kind",
+                           agent->name, TPR_WIRE_RUNS);
+}
+
+// What a worker has, in words: "kind 64: 0 to 1, kind 2: 0 to 7".
+TPR_COLD static void tpr_agent_runs_text(const tpr_wire_worker *where, char *out, size_t size) {
+    size_t used = (size_t)snprintf(out, size, where->run_count ? "" : "the host alone");
+    for (uint32_t i = 0; i < where->run_count && used < size; i++) {
+        const tpr_wire_run *run = &where->runs[i];
+        used += (size_t)snprintf(out + used, size - used, "%skind %d: %u to %u", i ? ", " : "", (int)run->kind,
+                                 (unsigned)run->first, (unsigned)(run->first + run->count - 1));
+    }
+}
+
+// Whether a worker has published the device; where it published nothing it may have any.
+static bool tpr_agent_published(const tpr_wire_worker *where, tprpc_device device) {
+    if (!where->tells_devices || device.kind == TPRPC_CPU) return true;
+    for (uint32_t i = 0; i < where->run_count; i++) {
+        const tpr_wire_run *run = &where->runs[i];
+        if (run->kind == device.kind && (uint32_t)device.index - run->first < run->count) return true;
+    }
+    return false;
+}
+
+// ---- device maps
+
+static tpr_agent_table *tpr_agent_table_new(tprpc_agent *agent, uint32_t count) {
+    tpr_agent_table *table =
+        (tpr_agent_table *)tpr_agent_alloc(agent, sizeof *table + (count - 1) * sizeof table->maps[0]);
+    if (table) table->count = count;
+    return table;
+}
+
+static void tpr_agent_table_free(tprpc_agent *agent, tpr_agent_table *table) {
+    if (table) tpr_agent_free(agent, table, sizeof *table + (table->count - 1) * sizeof table->maps[0]);
+}
+
+// Whether an entry is for the worker: his own, or one for all where he has none of his own.
+static bool tpr_agent_map_is_for(const tprpc_agent *agent, const tpr_agent_map *map, const char *worker) {
+    if (map->worker) return strcmp(map->worker, worker) == 0;
+    for (uint32_t i = 0; i < agent->map_count; i++) {
+        const tpr_agent_map *own = &agent->maps[i];
+        if (own->worker && tpr_agent_same_device(own->from, map->from) && strcmp(own->worker, worker) == 0)
+            return false;
+    }
+    return true;
+}
+
+// The device map for a worker of that name; *out NULL: it has no entry. Which does not change after the start.
+TPR_COLD static tprpc_status tpr_agent_map_for(tprpc_agent *agent, const char *name, tpr_agent_table **out,
+                                               tprpc_error *error) {
+    uint32_t count = 0;
+    *out = NULL;
+    for (uint32_t i = 0; i < agent->map_count; i++) count += tpr_agent_map_is_for(agent, &agent->maps[i], name);
+    if (!count) return TPRPC_OK;
+    *out = tpr_agent_table_new(agent, count);
+    if (!*out) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the device map of %s", name);
+    count = 0;
     for (uint32_t i = 0; i < agent->map_count; i++) {
         const tpr_agent_map *map = &agent->maps[i];
-        if (!tpr_agent_same_device(map->from, from)) continue;
-        if (map->worker && strcmp(map->worker, worker->name) == 0) return map->to;
-        if (!map->worker) to = map->to;
+        if (!tpr_agent_map_is_for(agent, map, name)) continue;
+        tpr_wire_map *entry = &(*out)->maps[count++];
+        entry->rank = map->worker ? 0 : UINT32_MAX;
+        entry->from = map->from;
+        entry->to = map->to;
     }
-    return to;
+    return TPRPC_OK;
+}
+
+// Whether no two devices of a map go to one: replies could not find back.
+TPR_COLD static tprpc_status tpr_agent_map_unique(const tprpc_agent *agent, const tpr_agent_table *table,
+                                                  const char *worker, tprpc_error *error) {
+    for (uint32_t i = 0; table && i < table->count; i++) {
+        for (uint32_t k = 0; k < i; k++) {
+            const tpr_wire_map *a = &table->maps[k], *b = &table->maps[i];
+            if (!tpr_agent_same_device(a->to, b->to)) continue;
+            return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                                   "%.40s maps device %d of kind %d and device %d of kind %d both to device %d of kind "
+                                   "%d of %.40s", agent->name, (int)a->from.index, (int)a->from.kind,
+                                   (int)b->from.index, (int)b->from.kind, (int)a->to.index, (int)a->to.kind, worker);
+        }
+    }
+    return TPRPC_OK;
+}
+
+// Whether a worker has the devices that it is mapped to. What was said of every worker need not fit oneself.
+TPR_COLD static tprpc_status tpr_agent_map_fits(const tpr_agent_worker *worker, tprpc_error *error) {
+    const tprpc_agent *agent = worker->agent;
+    const bool self = strcmp(worker->name, agent->name) == 0;
+    char text[80];
+    for (uint32_t i = 0; worker->map && worker->where && i < worker->map->count; i++) {
+        const tpr_wire_map *map = &worker->map->maps[i];
+        if ((self && map->rank == UINT32_MAX) || tpr_agent_published(worker->where, map->to)) continue;
+        tpr_agent_runs_text(worker->where, text, sizeof text);
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "%.40s maps device %d of kind %d to device %d of kind %d of %.40s, which has %s",
+                               agent->name, (int)map->from.index, (int)map->from.kind, (int)map->to.index,
+                               (int)map->to.kind, worker->name, text);
+    }
+    return TPRPC_OK;
+}
+
+// Whether every device map of the agent can be reversed, as far as that is known without the others.
+TPR_COLD static tprpc_status tpr_agent_maps_unique(tprpc_agent *agent, tprpc_error *error) {
+    tprpc_status status = TPRPC_OK;
+    for (uint32_t i = 0; i < agent->map_count && status == TPRPC_OK; i++) {
+        const char *name = agent->maps[i].worker ? agent->maps[i].worker : "";   // no worker's, so an entry for all
+        tpr_agent_table *table;
+        bool seen = false;
+        for (uint32_t k = 0; k < i && !seen; k++) seen = agent->maps[k].worker == agent->maps[i].worker;
+        if (seen) continue;
+        status = tpr_agent_map_for(agent, name, &table, error);
+        if (status == TPRPC_OK) status = tpr_agent_map_unique(agent, table, *name ? name : "every worker", error);
+        tpr_agent_table_free(agent, table);
+    }
+    return status;
+}
+
+// Where tensors from a device go, or `back` from there; DEFAULT: the map does not say.
+static tprpc_device tpr_agent_mapped(const tpr_agent_table *table, tprpc_device from, bool back) {
+    const tprpc_device none = TPR_ZERO;
+    for (uint32_t i = 0; table && i < table->count; i++) {
+        const tpr_wire_map *map = &table->maps[i];
+        if (tpr_agent_same_device(back ? map->to : map->from, from)) return back ? map->from : map->to;
+    }
+    return none;
+}
+
+// Takes the device map of a caller from his introduction. False: it is broken, or there is no memory for it.
+TPR_COLD static bool tpr_agent_learn_map(tpr_agent_server *server, const void *intro, size_t size) {
+    tpr_wire_reader maps;
+    uint32_t count;
+    if (!tpr_wire_get_intro_maps(intro, size, &maps, &count)) return false;
+    if (!count) return true;
+    server->map = tpr_agent_table_new(server->agent, count);
+    for (uint32_t i = 0; server->map && i < count; i++) {
+        server->map->maps[i] = tpr_wire_read_map(&maps);
+        tpr_agent_use_device(server->agent, server->map->maps[i].to);
+    }
+    return server->map != NULL;
+}
+
+// Introduces this agent to a worker, with what replies from there need.
+static void tpr_agent_introduce(tpr_agent_worker *worker) {
+    tprpc_agent *agent = worker->agent;
+    uint8_t few[512], *intro = few;
+    const size_t size = 160 + (worker->map ? worker->map->count * (size_t)TPR_WIRE_MAP_BYTES : 0);
+    if (size > sizeof few) intro = (uint8_t *)tpr_base_pool_alloc(&worker->loop->pool, size);
+    if (!intro) {
+        tpr_pipe_end(worker->pipe, TPRPC_ERROR_MEMORY, 0, "no memory to introduce %s", agent->name);
+        return;
+    }
+    size_t used = tpr_wire_put_intro(intro, size, agent->name, agent->rank);
+    if (worker->map) {
+        tpr_wire_writer w = tpr_wire_writer_of(intro + used, size - used);
+        tpr_wire_write_maps(&w, worker->map->maps, worker->map->count);
+        used = (size_t)(w.at - intro);
+    }
+    tpr_agent_say(agent, worker->pipe, TPR_WIRE_INTRO, 0, intro, used);
+    if (intro != few) tpr_base_pool_free(&worker->loop->pool, intro, size);
+}
+
+// ---- tensors that come and go
+
+// Whether the tensors of a message that came in may be where they are said to be, and go where they are to go. from:
+// who sent it, NULL: not known. placed: the user says where they go.
+static tprpc_status tpr_agent_check_in(const tprpc_agent *agent, const tpr_pipe_in *in, const tpr_wire_worker *from,
+                                       bool placed, tprpc_error *error) {
+    for (size_t i = 0; i < in->message.tensor_count; i++) {
+        const tprpc_tensor *tensor = &in->tensors[i];
+        const tprpc_device on = tpr_pipe_device(tensor->device);
+        const tprpc_device to = tensor->target.kind == TPRPC_DEVICE_DEFAULT ? on : tensor->target;
+        if (from && !tpr_agent_published(from, on)) {
+            char text[80];
+            tpr_agent_runs_text(from, text, sizeof text);
+            return tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0,
+                                   "tensor %zu is said to come from device %d of kind %d of %.40s, which has %s", i,
+                                   (int)on.index, (int)on.kind, from->name, text);
+        }
+        if (placed || tpr_agent_has_device(agent, to)) continue;
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                               "tensor %zu is for device %d of kind %d, which %.40s does not have%s", i, (int)to.index,
+                               (int)to.kind, agent->name, agent->devices_given ? " among its devices" : "");
+    }
+    return TPRPC_OK;
+}
+
+// Where the tensors were to go has been done: a message that is sent on goes by the map.
+static inline void tpr_agent_arrived(tpr_pipe_in *in) {
+    for (size_t i = 0; i < in->message.tensor_count; i++) memset(&in->tensors[i].target, 0, sizeof(tprpc_device));
 }
 
 static void *tpr_agent_stream_of(const tprpc_stream *streams, size_t count, tprpc_device device) {
@@ -15732,28 +16118,49 @@ static tprpc_status tpr_agent_check_streams(tprpc_context *ctx, const tprpc_call
     return TPRPC_OK;
 }
 
-// Sends a call whose tensors may have to be told where they go and in what order.
+// Sends a message whose tensors have to be told where they go, and in what order they are read.
+TPR_APART static tprpc_status tpr_agent_send_told(tprpc_agent *agent, tprpc_pipe *pipe, const tpr_wire_call *prefix,
+                                                  const tprpc_message *message, const tpr_agent_table *map, bool back,
+                                                  const tprpc_call_options *options, uint64_t id, tprpc_error *error) {
+    tpr_loop *loop = pipe->loop;
+    size_t count = message->tensor_count;
+    tprpc_message told = *message;
+    tprpc_tensor *tensors = (tprpc_tensor *)tpr_base_pool_alloc(&loop->pool, count * sizeof *tensors);
+    if (!tensors) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the message's tensors");
+    tprpc_status status = TPRPC_OK;
+    for (size_t i = 0; i < count && status == TPRPC_OK; i++) {
+        tprpc_tensor *tensor = &tensors[i];
+        *tensor = message->tensors[i];
+        tprpc_device from = tpr_pipe_device(tensor->device);
+        if (agent->devices_given && !tpr_agent_has_device(agent, from))
+            status = tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                                     "tensor %zu is on device %d of kind %d, which %.40s does not have among its "
+                                     "devices", i, (int)from.index, (int)from.kind, agent->name);
+        if (tensor->target.kind == TPRPC_DEVICE_DEFAULT) tensor->target = tpr_agent_mapped(map, from, back);
+        if (!tensor->stream && options)
+            tensor->stream = tpr_agent_stream_of(options->streams, options->stream_count, from);
+    }
+    told.tensors = tensors;
+    if (status == TPRPC_OK) status = tpr_agent_send_on(agent, pipe, prefix, &told, id, error);
+    tpr_base_pool_free(&loop->pool, tensors, count * sizeof *tensors);
+    return status;
+}
+
 static tprpc_status tpr_agent_send_call(tpr_agent_worker *worker, const tpr_wire_call *prefix,
                                         const tprpc_message *message, const tprpc_call_options *options, uint64_t id,
                                         tprpc_error *error) {
     tprpc_agent *agent = worker->agent;
-    size_t count = message->tensor_count;
-    if (TPR_LIKELY(!count || (!agent->map_count && !options->stream_count)))
+    if (TPR_LIKELY(!message->tensor_count || (!worker->map && !options->stream_count && !agent->devices_given)))
         return tpr_agent_send_on(agent, worker->pipe, prefix, message, id, error);
-    tprpc_message told = *message;
-    tprpc_tensor *tensors = (tprpc_tensor *)tpr_base_pool_alloc(&worker->loop->pool, count * sizeof *tensors);
-    if (!tensors) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the call's tensors");
-    for (size_t i = 0; i < count; i++) {
-        tprpc_tensor *tensor = &tensors[i];
-        *tensor = message->tensors[i];
-        tprpc_device from = tpr_pipe_device(tensor->device);
-        if (tensor->target.kind == TPRPC_DEVICE_DEFAULT) tensor->target = tpr_agent_mapped(worker, from);
-        if (!tensor->stream) tensor->stream = tpr_agent_stream_of(options->streams, options->stream_count, from);
-    }
-    told.tensors = tensors;
-    tprpc_status status = tpr_agent_send_on(agent, worker->pipe, prefix, &told, id, error);
-    tpr_base_pool_free(&worker->loop->pool, tensors, count * sizeof *tensors);
-    return status;
+    return tpr_agent_send_told(agent, worker->pipe, prefix, message, worker->map, false, options, id, error);
+}
+
+static tprpc_status tpr_agent_send_reply(tpr_agent_server *server, const tpr_wire_call *prefix,
+                                         const tprpc_message *message, tprpc_error *error) {
+    tprpc_agent *agent = server->agent;
+    if (TPR_LIKELY(!message->tensor_count || (!server->map && !agent->devices_given)))
+        return tpr_agent_send_on(agent, server->pipe, prefix, message, 0, error);
+    return tpr_agent_send_told(agent, server->pipe, prefix, message, server->map, true, NULL, 0, error);
 }
 
 // ---- calls begun here
@@ -15884,6 +16291,7 @@ static void tpr_agent_reply_read(tpr_pipe_in *in) {
     call->reading = false;
     call->placing = NULL;
     if (placing && good) tpr_agent_placing_free(placing);
+    if (good) tpr_agent_arrived(in);
     if (good) tpr_agent_call_end(call, TPRPC_OK, NULL);
     else if (!call->done) tpr_agent_call_fail(call, &in->error);
     if (!good) {
@@ -15911,6 +16319,17 @@ static void tpr_agent_reply_placed(tpr_loop_task *task) {
     tpr_pipe_unref(pipe);
 }
 
+// Whether a reply's tensors may be where they are; else the call has failed.
+TPR_APART static bool tpr_agent_reply_fits(const tpr_agent_worker *worker, tpr_agent_call *call) {
+    tprpc_error error = TPR_ZERO;
+    if (tpr_agent_check_in(worker->agent, call->in, worker->where, call->place != NULL, &error) == TPRPC_OK)
+        return true;
+    call->parked = true;               // there is no read yet that it could abort
+    tpr_agent_call_fail(call, &error);
+    call->parked = false;
+    return false;
+}
+
 static void tpr_agent_on_reply(tpr_agent_worker *worker, tpr_agent_call *call, tpr_pipe_in *in) {
     call->in = in;
     in->user = call;
@@ -15922,7 +16341,8 @@ static void tpr_agent_on_reply(tpr_agent_worker *worker, tpr_agent_call *call, t
             tensor->target.kind == TPRPC_DEVICE_DEFAULT ? tpr_pipe_device(tensor->device) : tensor->target;
         tensor->stream = tpr_agent_stream_of(call->streams, call->stream_count, device);
     }
-    if (call->place && in->message.tensor_count) {
+    const bool fits = TPR_LIKELY(!in->message.tensor_count) || tpr_agent_reply_fits(worker, call);
+    if (fits && call->place && in->message.tensor_count) {
         call->parked = true;           // nothing moves until it is placed
         call->placing = tpr_agent_place(worker->agent, in, call->place, call->on_unplaced, call->user, call,
                                         tpr_agent_reply_placed);
@@ -16034,8 +16454,10 @@ TPR_COLD static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
     tpr_agent_on(worker->agent, worker->loop)->sends--;
     if (!worker->pipe) return;
     if (op->status == TPRPC_OK && worker->where && tpr_wire_get_worker(op->value, op->value_size, worker->where)) {
+        tprpc_error error = TPR_ZERO;
         worker->rank = worker->where->rank;
-        tpr_agent_worker_reach(worker);
+        if (tpr_agent_map_fits(worker, &error) == TPRPC_OK) tpr_agent_worker_reach(worker);
+        else tpr_pipe_end(worker->pipe, error.status, 0, "%s", error.text);
     } else if (op->status == TPRPC_OK || (op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK)) {   // not mute
         tpr_pipe_end(worker->pipe, TPRPC_ERROR_NO_WORKER, 0, "there is no worker %s in the group", worker->name);
     } else {
@@ -16046,17 +16468,17 @@ TPR_COLD static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
 // Makes sure that the worker has a pipe, which may still be on its way. Under its loop's lock.
 static tprpc_status tpr_agent_worker_connect(tpr_agent_worker *worker, tprpc_error *error) {
     tprpc_agent *agent = worker->agent;
-    uint8_t intro[160];
     char key[TPR_AGENT_NAME + 16];
     if (worker->pipe) return TPRPC_OK;
+    if (!worker->map && tpr_agent_map_for(agent, worker->name, &worker->map, error) != TPRPC_OK)
+        return TPRPC_ERROR_MEMORY;
     if (!worker->where) worker->where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *worker->where);
     if (!worker->where)
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
     worker->pipe = tpr_pipe_new(agent->ctx, worker->loop, true, false, error);
     if (!worker->pipe) return error ? error->status : TPRPC_ERROR_MEMORY;
     worker->pipe->user = &worker->user;
-    tpr_agent_say(agent, worker->pipe, TPR_WIRE_INTRO, 0, intro,
-                  tpr_wire_put_intro(intro, sizeof intro, agent->name, agent->rank));
+    tpr_agent_introduce(worker);
     if (!worker->pipe)
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
     if (agent->is_static || worker->known) {
@@ -16289,6 +16711,7 @@ static void tpr_agent_server_unref(tpr_agent_server *server) {
     tpr_agent_peer_out(server);
     tpr_base_list_remove(&server->node);
     tpr_base_map_clear(&server->by_call);
+    tpr_agent_table_free(server->agent, server->map);
     tpr_agent_free(server->agent, server, sizeof *server);
 }
 
@@ -16550,6 +16973,7 @@ static void tpr_agent_request_read(tpr_pipe_in *in) {
     request->reading = false;
     server->refs++;
     if (good) {
+        tpr_agent_arrived(in);
         request->whole = true;
         if (TPR_UNLIKELY(server->agent->trace != NULL)) request->whole_ns = tpr_trace_now(server->agent->ctx);
         if (request->lane) tpr_agent_lane_next(server, request->lane);
@@ -16660,6 +17084,23 @@ static void tpr_agent_on_cancel(tpr_agent_server *server, uint64_t call) {
     if (request->reading && !request->parked) tpr_agent_abort_in(request->in);
 }
 
+// Whether a call's tensors may go where they are to go; else it is refused.
+static bool tpr_agent_takes_tensors(tpr_agent_server *server, const tpr_wire_call *prefix, tpr_pipe_in *in) {
+    tprpc_agent *agent = server->agent;
+    tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
+    const tpr_agent_method *method = (const tpr_agent_method *)tpr_base_map_get(&agent->methods, prefix->method);
+    tprpc_error error = TPR_ZERO;
+    if (!method || tpr_agent_check_in(agent, in, NULL, method->desc.place != NULL, &error) == TPRPC_OK) return true;
+    on->received++;
+    on->received_failed++;
+    server->refs++;                    // both of what follows may end its pipe
+    tpr_agent_drop_in(in);
+    if (!(prefix->flags & TPR_WIRE_CALL_ONE_WAY) && server->pipe)
+        tpr_agent_say_error(agent, server->pipe, prefix->id, error.status, 0, error.text);
+    tpr_agent_server_unref(server);
+    return false;
+}
+
 static void tpr_agent_server_message(tpr_pipe_user *user, tpr_pipe_in *in) {
     tpr_agent_server *server = (tpr_agent_server *)(void *)user;
     tprpc_agent *agent = server->agent;
@@ -16668,13 +17109,15 @@ static void tpr_agent_server_message(tpr_pipe_user *user, tpr_pipe_in *in) {
     uint32_t rank;
     bool good = tpr_wire_get_call(in->prefix, in->prefix_size, &prefix);
     if (good && prefix.kind == TPR_WIRE_CALL && server->caller && !in->message.payload_count) {
-        tpr_agent_on_call(server, &prefix, in);
+        if (!in->message.tensor_count || tpr_agent_takes_tensors(server, &prefix, in))
+            tpr_agent_on_call(server, &prefix, in);
         return;
     }
     if (good && prefix.kind == TPR_WIRE_INTRO && !server->caller &&
         tpr_wire_get_intro(in->message.metadata, in->message.metadata_size, name, sizeof name, &rank)) {
         server->caller = tpr_agent_text_locked(agent, name);
-        good = server->caller != NULL && tpr_agent_peer_in(server);
+        good = server->caller && tpr_agent_learn_map(server, in->message.metadata, in->message.metadata_size) &&
+               tpr_agent_peer_in(server);
     } else if (good && prefix.kind == TPR_WIRE_CANCEL && server->caller) {
         tpr_agent_on_cancel(server, prefix.id);
     } else {
@@ -16749,7 +17192,7 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
             status = tpr_pipe_check(message, pipe->message_bytes, pipe->metadata_bytes, pipe->tensors, &error);
             if (status == TPRPC_OK && message->payload_count) status = TPRPC_ERROR_INVALID;
             if (status == TPRPC_OK && !request->one_way) {
-                status = tpr_agent_send_on(agent, pipe, &prefix, message, 0, &error);
+                status = tpr_agent_send_reply(request->server, &prefix, message, &error);
                 if (TPR_UNLIKELY(agent->trace != NULL) && status == TPRPC_OK)
                     tpr_agent_trace_request(request, TPR_TRACE_ANSWER, begun, message, TPRPC_OK);
             } else if (status == TPRPC_OK && message->release) {   // nobody waits: it is only released
@@ -16775,6 +17218,7 @@ static void tpr_agent_dispose(tprpc_agent *agent) {
     for (uint32_t i = 0; i < tpr_agent_workers(agent); i++) {
         tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
         tpr_agent_free(agent, worker->where, sizeof *worker->where);
+        tpr_agent_table_free(agent, worker->map);
         tpr_agent_free(agent, worker, sizeof *worker);
     }
     for (uint32_t i = 0; i < TPR_AGENT_CHUNKS; i++)
@@ -16854,6 +17298,13 @@ static tprpc_status tpr_agent_check_desc(const tprpc_agent_desc *desc, tprpc_err
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: its init_method is too long", desc->name);
     if (desc->address && strlen(desc->address) >= TPR_AGENT_TEXT)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: its address is too long", desc->name);
+    if (desc->context && (desc->transports || desc->channels))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: %s are those of its private context, and it "
+                               "was given one, which has its own", desc->name,
+                               desc->transports ? "transports" : "channels");
+    if (desc->device_count && !desc->devices)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: devices is NULL, device_count is not 0",
+                               desc->name);
     if (desc->world_size < 0 || desc->world_size > 1 << 20)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "world_size is %d, not 0 to %d", (int)desc->world_size,
                                1 << 20);
@@ -16903,8 +17354,9 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
         tpr_base_list_init(&on->running);
         on->held_tail = &on->held;
     }
-    tprpc_status status = desc->trace ? tpr_trace_open(ctx, agent->name, desc->trace, desc->trace_events, &agent->trace,
-                                                       error) : TPRPC_OK;
+    tprpc_status status = tpr_agent_fill_devices(agent, desc, error);
+    if (status == TPRPC_OK && desc->trace)
+        status = tpr_trace_open(ctx, agent->name, desc->trace, desc->trace_events, &agent->trace, error);
     return status == TPRPC_OK ? tpr_agent_start_threads(agent, error) : status;
 }
 
@@ -17076,15 +17528,28 @@ static tpr_agent_request *tpr_agent_request_enter(tprpc_request handle, tpr_loop
 
 static void tpr_agent_request_exit(tpr_loop *loop) { if (loop) tpr_loop_leave(loop); }
 
+// Where the entry of a worker (of the table of names) for a device is, or would be.
+static uint32_t tpr_agent_map_at(const tprpc_agent *agent, const char *worker, tprpc_device from) {
+    uint32_t at = 0;
+    while (at < agent->map_count &&
+           (agent->maps[at].worker != worker || !tpr_agent_same_device(agent->maps[at].from, from))) at++;
+    return at;
+}
+
 // Adds entries to the device map, or replaces those of the same worker and device: all of them, or none.
 static tprpc_status tpr_agent_add_maps(tprpc_agent *agent, const char *worker, const tprpc_device *from,
                                        const tprpc_device *to, size_t count, tprpc_error *error) {
-    size_t most = agent->map_count + count;
-    const char *name = worker ? tpr_agent_text_locked(agent, worker) : NULL;
+    const char *name = worker && count ? tpr_agent_text_locked(agent, worker) : NULL;
+    size_t most = agent->map_count;
+    for (size_t i = 0; i < count && most <= TPR_WIRE_MAPS; i++)
+        most += tpr_agent_map_at(agent, name, tpr_pipe_device(from[i])) == agent->map_count;
+    if (most > TPR_WIRE_MAPS)
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "the device maps of %s would have over %d entries",
+                               agent->name, TPR_WIRE_MAPS);
     tpr_agent_map *maps = agent->maps;
-    if (most > agent->map_capacity)
-        maps = most <= 65536 ? (tpr_agent_map *)tpr_agent_alloc(agent, most * sizeof *maps) : NULL;
-    if (count && (!maps || (worker && !name)))
+    const bool named = !worker || name || !count;
+    if (named && most > agent->map_capacity) maps = (tpr_agent_map *)tpr_agent_alloc(agent, most * sizeof *maps);
+    if (count && (!named || !maps))
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a device map of %zu entries", most);
     if (maps != agent->maps) {
         if (agent->map_count) memcpy(maps, agent->maps, agent->map_count * sizeof *maps);
@@ -17094,14 +17559,14 @@ static tprpc_status tpr_agent_add_maps(tprpc_agent *agent, const char *worker, c
     }
     for (size_t i = 0; i < count; i++) {
         tprpc_device device = tpr_pipe_device(from[i]);
-        uint32_t at = 0;
-        while (at < agent->map_count && (maps[at].worker != name || !tpr_agent_same_device(maps[at].from, device)))
-            at++;
+        const uint32_t at = tpr_agent_map_at(agent, name, device);
         maps[at].worker = name;
         maps[at].from = device;
         maps[at].to = to[i];
         if (at == agent->map_count) agent->map_count++;
+        tpr_agent_use_device(agent, device);
     }
+    if (count) agent->self.has_maps = 1;
     return TPRPC_OK;
 }
 
@@ -17208,6 +17673,7 @@ TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size_t desc_size, int32_t version,
                                               tprpc_agent **out, tprpc_error *error) {
     tprpc_context *ctx = NULL;
+    tprpc_context_desc own = TPR_ZERO;
     TPRPC_ASSERT(out);
     if (!out) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "tprpc_agent_create: out is NULL");
     *out = NULL;
@@ -17223,7 +17689,9 @@ TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size
     if (desc->context && !tpr_context_usable(desc->context))
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "the context was inherited by a fork");
     ctx = desc->context;
-    if (!ctx) status = tprpc_context_create(NULL, &ctx, error);
+    own.transports = desc->transports;
+    own.channels = desc->channels;
+    if (!ctx) status = tprpc_context_create_for(&own, sizeof own, TPRPC_VERSION, &ctx, error);
     if (status != TPRPC_OK) return status;
     tprpc_agent *agent = (tprpc_agent *)tpr_base_new(&ctx->env.memory, sizeof *agent, (uint32_t)TPR_AGENT_TAG);
     if (!agent) {
@@ -17325,6 +17793,10 @@ TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char
     tprpc_status status = TPRPC_OK;
     for (size_t i = 0; i < count && status == TPRPC_OK; i++) {
         status = tpr_agent_check_device(agent->ctx, tpr_pipe_device(from[i]), "from", i, error);
+        if (status == TPRPC_OK && !tpr_agent_has_device(agent, tpr_pipe_device(from[i])))
+            status = tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                                     "from[%zu] is device %d of kind %d, which %.60s does not have among its devices",
+                                     i, (int)from[i].index, (int)from[i].kind, agent->name);
         bool none = to[i].kind < TPRPC_CPU || to[i].index < 0 || (to[i].kind == TPRPC_CPU && to[i].index);
         if (status == TPRPC_OK && none)
             status = tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "to[%zu] is device %d of kind %d, which is none", i,
@@ -17338,6 +17810,17 @@ TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char
                                agent->name);
     tpr_loop_leave(home);
     return status;
+}
+
+TPR_COLD
+TPRPC_API size_t tprpc_agent_get_devices(tprpc_agent *agent, tprpc_device *out, size_t capacity) {
+    TPRPC_ASSERT(agent && (out || !capacity));
+    if (!agent || (!out && capacity) || !tpr_context_usable(agent->ctx)) return 0;
+    tpr_os_lock_take(&agent->lock);
+    const size_t count = agent->device_count;
+    for (size_t i = 0; i < count && i < capacity; i++) out[i] = agent->devices[i];
+    tpr_os_lock_give(&agent->lock);
+    return count;
 }
 
 TPR_COLD
@@ -17765,6 +18248,118 @@ static void tpr_group_start_check(tprpc_agent *agent) {
     if (!agent->start_pending) tpr_group_started(agent);
 }
 
+// ---- device maps
+
+static int64_t tpr_group_start_deadline(tprpc_agent *agent);
+
+// Whether an entry for every worker is not for a rank, which has one of its own for that device.
+static bool tpr_group_overridden(tpr_wire_reader maps, uint32_t count, uint32_t rank, tprpc_device from) {
+    for (uint32_t i = 0; i < count; i++) {
+        const tpr_wire_map map = tpr_wire_read_map(&maps);
+        if (map.rank == rank && tpr_agent_same_device(map.from, from)) return true;
+    }
+    return false;
+}
+
+// Another rank's device maps have come, or not.
+static void tpr_group_mapped_peer(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    tpr_wire_reader maps;
+    tprpc_error outcome;
+    uint32_t count;
+    slot->op = NULL;
+    agent->start_pending--;
+    if (op->status == TPRPC_ERROR_TIMEOUT) {
+        char text[80];
+        snprintf(text, sizeof text, "the device maps of rank %u did not come", (unsigned)slot->rank);
+        tpr_group_start_failed(agent, TPRPC_ERROR_TIMEOUT, text);
+    } else if (op->status != TPRPC_OK) {
+        tpr_group_start_failed(agent, op->status, op->error.text);
+    } else if (!tpr_wire_get_mapped(op->value, op->value_size, &outcome, &maps, &count)) {
+        tpr_group_start_failed(agent, TPRPC_ERROR_PROTOCOL, "a worker's device maps in the store cannot be read");
+    } else if (outcome.status != TPRPC_OK) {
+        tpr_group_start_failed(agent, outcome.status, outcome.text);
+    } else {
+        const tpr_wire_reader all = maps;
+        for (uint32_t i = 0; i < count; i++) {
+            const tpr_wire_map map = tpr_wire_read_map(&maps);
+            const bool mine = map.rank == agent->rank ||
+                              (map.rank == UINT32_MAX && !tpr_group_overridden(all, count, agent->rank, map.from));
+            if (mine) tpr_agent_use_device(agent, map.to);
+        }
+    }
+    tpr_group_start_check(agent);
+}
+
+static void tpr_group_mapped_self(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    slot->op = NULL;
+    slot->agent->start_pending--;
+    if (op->status != TPRPC_OK) tpr_group_start_failed(slot->agent, op->status, op->error.text);
+    tpr_group_start_check(slot->agent);
+}
+
+// Whether the agent's own maps fit the group, which is there.
+static tprpc_status tpr_group_check_maps(tprpc_agent *agent, tprpc_error *error) {
+    tprpc_status status = TPRPC_OK;
+    for (uint32_t i = 0; i < agent->map_count; i++) {
+        const char *name = agent->maps[i].worker;
+        if (name && !tpr_agent_worker_of(agent, name, false))
+            return tprpc_error_set(error, TPRPC_ERROR_NO_WORKER, 0, "%.40s has a device map for worker %.100s, who is "
+                                   "not in the group", agent->name, name);
+    }
+    for (uint32_t i = 0; i < tpr_agent_workers(agent) && status == TPRPC_OK; i++) {
+        tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (!worker->map) status = tpr_agent_map_for(agent, worker->name, &worker->map, error);
+        if (status == TPRPC_OK) status = tpr_agent_map_unique(agent, worker->map, worker->name, error);
+        if (status == TPRPC_OK) status = tpr_agent_map_fits(worker, error);
+    }
+    return status;
+}
+
+// Publishes the agent's own maps, or what is wrong with them, which is then wrong for all.
+static void tpr_group_publish_maps(tprpc_agent *agent) {
+    uint8_t *value = (uint8_t *)tpr_agent_alloc(agent, TPR_WIRE_MAPPED_BYTES);
+    tpr_wire_map *maps = (tpr_wire_map *)tpr_agent_alloc(agent, agent->map_count * sizeof *maps);
+    tprpc_error outcome = TPR_ZERO;
+    char key[64];
+    if (!value || !maps) tpr_group_start_failed(agent, TPRPC_ERROR_MEMORY, "no memory for its device maps");
+    else tpr_group_check_maps(agent, &outcome);
+    for (uint32_t i = 0; maps && outcome.status == TPRPC_OK && i < agent->map_count; i++) {
+        const tpr_agent_map *map = &agent->maps[i];
+        maps[i].rank = map->worker ? tpr_agent_worker_of(agent, map->worker, false)->rank : UINT32_MAX;
+        maps[i].from = map->from;
+        maps[i].to = map->to;
+    }
+    snprintf(key, sizeof key, "tprpc/devices/%u", (unsigned)agent->rank);
+    if (value && maps)
+        tpr_group_ask(agent, TPRPC_STORE_SET, key, value,
+                      tpr_wire_put_mapped(value, TPR_WIRE_MAPPED_BYTES, &outcome, maps,
+                                          outcome.status == TPRPC_OK ? agent->map_count : 0),
+                      0, tpr_group_mapped_self, &agent->starts[agent->rank]);
+    if (outcome.status != TPRPC_OK) tpr_group_start_failed(agent, outcome.status, outcome.text);
+    tpr_agent_free(agent, maps, agent->map_count * sizeof *maps);
+    tpr_agent_free(agent, value, TPR_WIRE_MAPPED_BYTES);
+}
+
+// All ranks are known, if nothing has failed: the maps of those that have any are exchanged.
+static void tpr_group_gathered(tprpc_agent *agent) {
+    int64_t deadline = tpr_group_start_deadline(agent);
+    char key[64];
+    const bool all = !agent->start_pending && agent->start_error.status == TPRPC_OK;
+    if (all && agent->map_count) tpr_group_publish_maps(agent);
+    for (uint32_t i = 0; all && i < tpr_agent_workers(agent) && agent->start_error.status == TPRPC_OK; i++) {
+        const tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (!worker->where || !worker->where->has_maps || worker->rank == agent->rank) continue;
+        if (worker->rank >= agent->world_size || agent->starts[worker->rank].op) continue;
+        snprintf(key, sizeof key, "tprpc/devices/%u", (unsigned)worker->rank);
+        tpr_group_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline, tpr_group_mapped_peer,
+                      &agent->starts[worker->rank]);
+    }
+    tpr_group_start_check(agent);
+}
+
 // Another rank's word has come, or not.
 static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
@@ -17792,7 +18387,7 @@ static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
         if (!worker) tpr_group_start_failed(agent, TPRPC_ERROR_MEMORY, "no memory for a worker");
     }
     tpr_agent_free(agent, where, sizeof *where);
-    tpr_group_start_check(agent);
+    tpr_group_gathered(agent);
 }
 
 // The claim of a key has come back with what it holds now: ours, or another's.
@@ -18025,6 +18620,7 @@ static tprpc_status tpr_group_begin(tprpc_agent *agent, tprpc_done on_ready, voi
     tpr_loop_leave(home);
     if (!fresh) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s was started before", agent->name);
     tprpc_status status = tpr_group_prepare(agent, error);
+    if (status == TPRPC_OK && !agent->is_static) status = tpr_agent_maps_unique(agent, error);
     tpr_loop_enter(home);
     if (status == TPRPC_OK) {
         agent->on_ready = on_ready;

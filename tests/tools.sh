@@ -367,7 +367,7 @@ two_ends frame "$times iters bandwidth_gbps" "size=1048576 channel=basic" --iter
 # What tprpc-info tells of this machine, as a table and as JSON.
 info_table() {
     build/tprpc-info >"$out" 2>"$said" || { bad info_table "exit status $?"; return; }
-    for word in '^tprpc ' '^transports' '^  tcp  ' '^channels' '^  basic ' '^limits' '^  open files '; do
+    for word in '^tprpc ' '^transports' '^  tcp  ' '^channels' '^  basic ' '^converters' '^limits' '^  open files '; do
         grep -q "$word" "$out" || { bad info_table "nothing like \"$word\""; return; }
     done
     ok info_table
@@ -379,8 +379,8 @@ info_json() {
 import json, os, re, resource, sys
 header = open("tprpc.h").read()
 told = json.loads(open(sys.argv[1]).read())
-assert sorted(told) == ["channels", "limits", "transports", "version"], sorted(told)
-names = [b["name"] for kind in ("transports", "channels") for b in told[kind]]
+assert sorted(told) == ["channels", "converters", "limits", "transports", "version"], sorted(told)
+names = [b["name"] for kind in ("transports", "channels", "converters") for b in told[kind]]
 known = re.findall(r"&tpr_(\w+)_backend,", header)
 assert sorted(names) == sorted(known), (names, known)
 for kind in ("transports", "channels"):
