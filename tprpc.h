@@ -7412,11 +7412,17 @@ static void tpr_batch_run(tprpc_work *work) {
     if (queue->posted) tprpc_defer(queue->host->context, work);
 }
 
+// Whether there is memory to receive in; what is refused has none, and is aborted before this loop's worker has a turn.
+static bool tpr_batch_has_memory(const tpr_batch *batch) {
+    for (size_t i = 0; i < batch->count; i++) if (batch->buffers[i].size && !batch->buffers[i].data) return false;
+    return true;
+}
+
 // Puts workers to it: this loop's, and for a large one helpers on the next loops.
 static void tpr_batch_fetch(tpr_batch *batch) {
     tpr_batch_queue *queue = batch->end->queue;
     tprpc_context *ctx = queue->host->context;
-    uint32_t loops = batch->total < TPR_BATCH_SPREAD ? 1 : ctx->loop_count;
+    uint32_t loops = batch->total < TPR_BATCH_SPREAD || !tpr_batch_has_memory(batch) ? 1 : ctx->loop_count;
     batch->workers = 1;
     if (batch->total > TPR_BATCH_CHUNK) batch->end->first = batch;
     for (uint32_t i = 1; i < loops && i <= TPR_BATCH_HELPERS; i++) {
