@@ -219,8 +219,8 @@
 // whose tensors do not fit waits until others were answered, callers in turn and each one's in order, and meanwhile its
 // tensors stay where they are, at the caller. One that is larger than the limit comes in when no other tensors are
 // held. What came with the requests' frames (bodies, small tensors) is there already: where that alone would be more
-// than a limit, a request is refused with LIMIT. Tensors that `place` puts into the user's memory, or that go to devices, do not count.
-// Handlers that keep requests until others have come (a barrier) need limits that hold them all.
+// than a limit, a request is refused with LIMIT. Tensors that `place` puts into the user's memory, or that go to
+// devices, do not count. Handlers that keep requests until others have come (a barrier) need limits that hold them all.
 //
 // leave is graceful: in a static group it waits until all leave and serves them meanwhile. destroy is not: it ends
 // what is open with CLOSED, runs the last callbacks on the calling thread, and nothing runs after it. Join your own
@@ -15403,8 +15403,9 @@ static void tpr_agent_server_unref(tpr_agent_server *server) {
 // ---- admission: what a caller may make this end hold
 //
 // Bytes that came with a request's frame are counted as they come; a request that would be too many, or with whose
-// frame those would be too many, is refused, however much tensors hold. What its tensors need is asked for before anything of them is allocated or moved:
-// until there is room they stay where they are, at the caller. Tensors for which the method has a `place` need none.
+// frame those would be too many, is refused, however much tensors hold. What its tensors need is asked for before
+// anything of them is allocated or moved: until there is room they stay where they are, at the caller. Tensors for
+// which the method has a `place` need none.
 
 // Of all loops, as far as this one knows by now.
 static uint64_t tpr_agent_sum(tprpc_agent *agent, bool tensors) {
