@@ -14118,7 +14118,8 @@ typedef struct tpr_agent_server {      // a pipe that a caller's requests come i
     uint32_t      unanswered;          // requests
     uint64_t      held, tensors;       // bytes of the library's that its requests hold; of these those of tensors
     tpr_base_list waiting;             // requests whose tensors are not let in yet, by frame.node
-    tpr_base_list hungry_node;         // of the loop's, while there are such
+    tpr_base_list hungry_node;         // of the loop's, while there are such, and
+    uint64_t      ticket;              // its turn among those of all loops
 } tpr_agent_server;
 
 typedef struct tpr_agent_request {
@@ -14165,11 +14166,16 @@ typedef struct tpr_agent_loop {        // what an agent has on one loop
     uint64_t retried;                  // how often calls were sent again
     uint64_t bytes_held, tensors_held; // as of a server; written under the lock, read by all loops
     tpr_base_list hungry;              // servers with requests that wait to be let in
-    bool     blocked;                  // the first of them waits for other callers' requests: nobody overtakes it
-    uint32_t look_set;                 // atomic: `look` is under way
-    tprpc_work look;                   // whether those may come in, and for threads that wait, whether a job has
-    tpr_loop *loop;
+    uint64_t ticket;                   // atomic: of the first that waits for other callers' requests; 0: none does
 } tpr_agent_loop;
+
+typedef struct tpr_agent_look {        // has a loop look whether requests may come in, or a job be run by who waits
+    tprpc_work      work;
+    uint32_t        set;               // atomic: it is under way
+    tpr_loop       *loop;
+    tpr_agent_loop *on;
+    struct tprpc_agent *agent;
+} tpr_agent_look;
 
 #ifndef TPRPC_NO_THREADS
 typedef struct tpr_agent_thread { tpr_os_thread thread; struct tprpc_agent *agent; char name[24]; uintptr_t id;
@@ -14195,6 +14201,7 @@ struct tprpc_agent {
     tprpc_listener *listener;
     tpr_wire_worker self;
     tpr_agent_loop *loops;             // ctx->loop_count of them
+    tpr_agent_look *looks;             // likewise; apart from those, for other loops touch them
     tpr_base_map    methods, names, by_name, resolved;   // by id; text by hash; workers by hash of their name; text by
                                                          // id
     tpr_agent_worker **workers[TPR_AGENT_CHUNKS];   // by index, in chunks that stay: read without a lock
@@ -14215,6 +14222,7 @@ struct tprpc_agent {
     uint32_t        waiting;           // atomic: requests that wait to be let in
     uint32_t        queued, free_threads, waiting_threads;   // atomic: jobs that no thread has begun; threads that
                                        // have none; that wait for a future within one
+    uint64_t        tickets;           // atomic: given out
     uint64_t        unlooked;          // bytes that a loop's requests may hold without a look at the other loops'
     int32_t         worker_threads;
     uint32_t        thread_count;
@@ -15428,8 +15436,8 @@ static inline void tpr_agent_count_held(tpr_agent_request *request, uint64_t byt
 // Has every loop look whether requests may come in that wait, or a job be run by a thread that waits.
 TPR_COLD static void tpr_agent_look_soon(tprpc_agent *agent) {
     for (uint32_t i = 0; i < agent->ctx->loop_count; i++)
-        if (!TPR_ATOMIC_SWAP(&agent->loops[i].look_set, 1u))
-            tpr_loop_defer(&agent->ctx->loops[i], &agent->loops[i].look, false);
+        if (!TPR_ATOMIC_SWAP(&agent->looks[i].set, 1u))
+            tpr_loop_defer(&agent->ctx->loops[i], &agent->looks[i].work, false);
 }
 
 // A request's memory goes: others may come in.
@@ -15808,14 +15816,20 @@ static inline const char *tpr_agent_full(const tpr_agent_server *server, const t
 
 static void tpr_agent_receive(tpr_agent_request *request);
 
-// Whether a request's tensors may come in. One that is larger than a limit may where no others of its kind are held.
-static bool tpr_agent_has_room(tpr_agent_request *request, uint64_t bytes, bool *blocked) {
-    const tpr_agent_server *server = request->server;
+typedef enum tpr_agent_room { TPR_AGENT_ROOM, TPR_AGENT_NO_ROOM, TPR_AGENT_ROOM_LATER } tpr_agent_room;
+
+// Whether a request's tensors may come in: now, once others of its caller's are answered, or once others are, whose turn
+// may come before (ticket 0: all of those who wait). One that is larger than a limit may where no tensors are held.
+static tpr_agent_room tpr_agent_room_for(const tpr_agent_server *server, uint64_t bytes, uint64_t ticket) {
     tprpc_agent *agent = server->agent;
     const tprpc_limits *limits = &agent->ctx->limits;
-    if (server->tensors && server->held + bytes > limits->peer_bytes) return false;
-    *blocked = tpr_agent_sum(agent, true) && tpr_agent_sum(agent, false) + bytes > limits->served_bytes;
-    return !*blocked;
+    if (server->tensors && server->held + bytes > limits->peer_bytes) return TPR_AGENT_NO_ROOM;
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++) {
+        const uint64_t other = TPR_ATOMIC_LOAD_FULL(&agent->loops[i].ticket);
+        if (other && (!ticket || (other < ticket && i != server->loop->index))) return TPR_AGENT_ROOM_LATER;
+    }
+    bool over = tpr_agent_sum(agent, true) && tpr_agent_sum(agent, false) + bytes > limits->served_bytes;
+    return over ? TPR_AGENT_ROOM_LATER : TPR_AGENT_ROOM;
 }
 
 static void tpr_agent_unwait(tpr_agent_request *request) {
@@ -15826,20 +15840,21 @@ static void tpr_agent_unwait(tpr_agent_request *request) {
     if (tpr_base_list_empty(&server->waiting)) tpr_base_list_remove(&server->hungry_node);
 }
 
-// Lets requests in that wait, callers in turn, each one's in order.
-TPR_COLD static void tpr_agent_admit(tpr_agent_loop *on) {
-    tpr_base_list full;
-    tpr_base_list_init(&full);
-    on->blocked = false;
-    while (!on->blocked && !tpr_base_list_empty(&on->hungry)) {
+// Lets requests in that wait, callers in turn, each one's in order. Who waits for all is overtaken by nobody.
+TPR_COLD static void tpr_agent_admit(tprpc_agent *agent, tpr_agent_loop *on) {
+    tpr_base_list passed;
+    uint64_t ticket = 0;
+    tpr_base_list_init(&passed);
+    while (!ticket && !tpr_base_list_empty(&on->hungry)) {
         tpr_agent_server *server = TPR_CONTAINER(on->hungry.next, tpr_agent_server, hungry_node);
         tpr_agent_request *request = TPR_CONTAINER(server->waiting.next, tpr_agent_request, frame.node);
         const uint64_t bytes = tpr_agent_needs(request, NULL);
-        const bool room = tpr_agent_has_room(request, bytes, &on->blocked);
-        if (on->blocked) break;
+        const tpr_agent_room room = tpr_agent_room_for(server, bytes, server->ticket);
         tpr_base_list_remove(&server->hungry_node);
-        tpr_base_list_add(room ? &on->hungry : &full, &server->hungry_node);
-        if (!room) continue;
+        tpr_base_list_add(room == TPR_AGENT_ROOM ? &on->hungry : &passed, &server->hungry_node);
+        if (room == TPR_AGENT_ROOM_LATER) ticket = server->ticket;
+        if (room != TPR_AGENT_ROOM) continue;
+        server->ticket = TPR_ATOMIC_ADD(&agent->tickets, (uint64_t)1) + 1;
         tpr_agent_unwait(request);
         tpr_agent_count_held(request, bytes, true);
         tpr_agent_receive(request);    // may end the pipe, and the server with it
@@ -15847,20 +15862,23 @@ TPR_COLD static void tpr_agent_admit(tpr_agent_loop *on) {
     while (!tpr_base_list_empty(&on->hungry)) {   // behind those that were passed over
         tpr_base_list *node = on->hungry.next;
         tpr_base_list_remove(node);
-        tpr_base_list_add(&full, node);
+        tpr_base_list_add(&passed, node);
     }
-    while (!tpr_base_list_empty(&full)) {
-        tpr_base_list *node = full.next;
+    while (!tpr_base_list_empty(&passed)) {
+        tpr_base_list *node = passed.next;
         tpr_base_list_remove(node);
         tpr_base_list_add(&on->hungry, node);
     }
+    if (ticket == on->ticket) return;
+    TPR_ATOMIC_STORE_FULL(&on->ticket, ticket);
+    if (TPR_ATOMIC_LOAD_FULL(&agent->waiting)) tpr_agent_look_soon(agent);   // it may be another loop's turn
 }
 
-TPR_COLD static void tpr_agent_look(tprpc_work *work) {
-    tpr_agent_loop *on = TPR_CONTAINER(work, tpr_agent_loop, look);
-    TPR_ATOMIC_STORE_FULL(&on->look_set, 0u);
-    tpr_agent_admit(on);
-    tpr_loop_notify(on->loop);
+TPR_COLD static void tpr_agent_look_run(tprpc_work *work) {
+    tpr_agent_look *look = TPR_CONTAINER(work, tpr_agent_look, work);
+    TPR_ATOMIC_STORE_FULL(&look->set, 0u);
+    tpr_agent_admit(look->agent, look->on);
+    tpr_loop_notify(look->loop);
 }
 
 // Counts a request's tensors in, or has it wait.
@@ -15868,25 +15886,28 @@ TPR_COLD static bool tpr_agent_let_in(tpr_agent_request *request) {
     tpr_agent_server *server = request->server;
     tpr_agent_loop *on = tpr_agent_on(server->agent, server->loop);
     const uint64_t bytes = tpr_agent_needs(request, NULL);
-    bool blocked = false;
     if (!bytes) return true;
-    if (!on->blocked && tpr_base_list_empty(&server->waiting) && tpr_agent_has_room(request, bytes, &blocked)) {
+    if (tpr_base_list_empty(&server->waiting) && tpr_agent_room_for(server, bytes, 0) == TPR_AGENT_ROOM) {
         tpr_agent_count_held(request, bytes, true);
         return true;
     }
-    if (blocked) on->blocked = true;
-    if (tpr_base_list_empty(&server->waiting)) tpr_base_list_add(&on->hungry, &server->hungry_node);
+    if (tpr_base_list_empty(&server->waiting)) {
+        tpr_base_list_add(&on->hungry, &server->hungry_node);
+        server->ticket = TPR_ATOMIC_ADD(&server->agent->tickets, (uint64_t)1) + 1;
+    }
     tpr_base_list_add(&server->waiting, &request->frame.node);
     request->waits = request->parked = true;
     TPR_ATOMIC_ADD(&server->agent->waiting, 1u);
-    if (!TPR_ATOMIC_SWAP(&on->look_set, 1u))   // another loop may have made room since, and not have seen this
-        tpr_loop_later(server->loop, &on->look);
+    tpr_agent_look *look = &server->agent->looks[server->loop->index];
+    if (!TPR_ATOMIC_SWAP(&look->set, 1u))   // another loop may have made room since, and not have seen this
+        tpr_loop_later(server->loop, &look->work);
     return false;
 }
 
 // A request that waits is not wanted any more.
 static void tpr_agent_turn_away(tpr_agent_request *request) {
     tpr_agent_unwait(request);
+    tpr_agent_look_soon(request->server->agent);   // it may have been its turn
     tpr_pipe_in_read(request->in, NULL, true, tpr_agent_request_read);
 }
 
@@ -16505,6 +16526,7 @@ static void tpr_agent_dispose(tprpc_agent *agent) {
         tpr_base_slab_clear(&agent->loops[i].requests);
     }
     tpr_agent_free(agent, agent->loops, ctx->loop_count * sizeof *agent->loops);
+    tpr_agent_free(agent, agent->looks, ctx->loop_count * sizeof *agent->looks);
     tpr_agent_free(agent, agent->maps, agent->map_capacity * sizeof *agent->maps);
     tpr_agent_free(agent, agent->starts, (agent->is_static ? agent->world_size : 1) * sizeof *agent->starts);
     TPR_ATOMIC_SUB(&ctx->agents, 1u);
@@ -16602,7 +16624,9 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
     if (tpr_os_random(&agent->nonce, sizeof agent->nonce) != 0)
         return tpr_base_os_error(error, errno, "reading", "random bytes");
     agent->loops = (tpr_agent_loop *)tpr_agent_alloc(agent, ctx->loop_count * sizeof *agent->loops);
-    if (!agent->loops) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for agent %s", agent->name);
+    agent->looks = (tpr_agent_look *)tpr_agent_alloc(agent, ctx->loop_count * sizeof *agent->looks);
+    if (!agent->loops || !agent->looks)
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for agent %s", agent->name);
     for (uint32_t i = 0; i < ctx->loop_count; i++) {
         tpr_agent_loop *on = &agent->loops[i];
         on->calls.memory = on->requests.memory = memory;
@@ -16612,8 +16636,10 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
         tpr_base_list_init(&on->servers);
         tpr_base_list_init(&on->running);
         tpr_base_list_init(&on->hungry);
-        on->look.run = tpr_agent_look;
-        on->loop = &ctx->loops[i];
+        agent->looks[i].work.run = tpr_agent_look_run;
+        agent->looks[i].loop = &ctx->loops[i];
+        agent->looks[i].on = on;
+        agent->looks[i].agent = agent;
         on->held_tail = &on->held;
     }
     return tpr_agent_start_threads(agent, error);
@@ -16629,12 +16655,12 @@ static bool tpr_agent_loop_rests(tpr_agent_loop *on) {
         tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_base_slab_at(&on->calls, i);
         if (call->slot.used && call->reading) return false;
     }
-    return tpr_base_list_empty(&on->servers) && !TPR_ATOMIC_LOAD(&on->look_set);
+    return tpr_base_list_empty(&on->servers);
 }
 
 static bool tpr_agent_loop_idle(void *arg) {
-    tpr_agent_loop *on = (tpr_agent_loop *)arg;
-    return !on->sends && tpr_agent_loop_rests(on);
+    const tpr_agent_look *look = (const tpr_agent_look *)arg;
+    return !look->on->sends && tpr_agent_loop_rests(look->on) && !TPR_ATOMIC_LOAD(&look->set);
 }
 
 // Ends what the agent waits for of its store, and lets nothing begin any more. Under the first loop's lock.
@@ -16681,7 +16707,8 @@ static void tpr_agent_end_loop(tprpc_agent *agent, tpr_loop *loop) {
 static bool tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
     const int64_t patience = tpr_loop_clock(loop) + TPR_AGENT_PATIENCE_US;
-    while (!tpr_loop_wait(loop, tpr_agent_loop_idle, on, tpr_loop_clock(loop) + 10000) ||
+    tpr_agent_look *look = &agent->looks[loop->index];
+    while (!tpr_loop_wait(loop, tpr_agent_loop_idle, look, tpr_loop_clock(loop) + 10000) ||
            TPR_ATOMIC_LOAD(&agent->jobs)) {
         tpr_loop_give_way(loop);   // to the loop's thread, whose callback is waited for
         const bool jobs = TPR_ATOMIC_LOAD(&agent->jobs) != 0;
