@@ -180,7 +180,7 @@ static void unwanted(const kind *with, const char *how) {
     } else {
         REQUIRE(both_until(&calls[1].o.count, 1));
         CHECK_EQ_INT(calls[1].o.status, strcmp(how, "time") == 0 ? TPRPC_ERROR_TIMEOUT : TPRPC_ERROR_CANCELLED);
-        CHECK(both_until(&shared->released, strcmp(how, "time") == 0 ? 1 : 1));
+        CHECK(both_until(&shared->released, 1));
         lapse(20);
         let_go(0);
         REQUIRE(both_until(&shared->seen, 2));
@@ -233,7 +233,7 @@ static void bodies(const kind *with, uint64_t peer, uint64_t served, const char 
     message.metadata_size = sizeof body;
     for (int i = 0; i < 4; i++) CHECK_EQ_INT(call(&two[0], "bob", "hold", &message, NULL, &o[i]), TPRPC_OK);
     REQUIRE(both_until(&o[3].count, 1));
-    CHECK_EQ_INT(LOAD(&shared->seen), 3);
+    REQUIRE(both_until(&shared->seen, 3));
     CHECK_EQ_INT(o[3].status, TPRPC_ERROR_LIMIT);
     CHECK_CONTAINS(o[3].text, "calling hold on bob: bob holds ");
     CHECK_CONTAINS(o[3].text, name);
@@ -306,7 +306,7 @@ static void on_down(tprpc_request request, const tprpc_message *message, void *u
     memcpy(&depth, message->metadata, sizeof depth);
     ADD(&shared->handled, 1);
     if (--depth < 0) {
-        CHECK_EQ_INT(tprpc_reply(request, NULL), TPRPC_OK);
+        tprpc_reply(request, NULL);    /* at the end of a chain that was too deep all may have left */
         return;
     }
     further.metadata = &depth;
@@ -326,8 +326,8 @@ static void on_down(tprpc_request request, const tprpc_message *message, void *u
     } else {
         tprpc_future_error(future, &error);
     }
-    if (status == TPRPC_OK) CHECK_EQ_INT(tprpc_reply(request, NULL), TPRPC_OK);
-    else tprpc_fail(request, (int32_t)status, error.text);   /* who called may have given up */
+    if (status == TPRPC_OK) tprpc_reply(request, NULL);
+    else tprpc_fail(request, (int32_t)status, error.text);
     tprpc_future_release(future);
 }
 
