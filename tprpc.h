@@ -220,7 +220,8 @@
 // tensors stay where they are, at the caller. One that is larger than the limit comes in when no other tensors are
 // held. What came with the requests' frames (bodies, small tensors) is there already: where that alone would be more
 // than a limit, a request is refused with LIMIT. Tensors that `place` puts into the user's memory, or that go to
-// devices, do not count. Handlers that keep requests until others have come (a barrier) need limits that hold them all.
+// devices, do not count. Handlers that keep requests until others have come (a barrier, a call back that brings tensors
+// of its own) need limits that hold them all.
 //
 // leave is graceful: in a static group it waits until all leave and serves them meanwhile. destroy is not: it ends
 // what is open with CLOSED, runs the last callbacks on the calling thread, and nothing runs after it. Join your own
@@ -14976,7 +14977,7 @@ static void tpr_agent_worker_message(tpr_pipe_user *user, tpr_pipe_in *in) {
         tpr_agent_drop_in(in);
         return;
     }
-    if (TPR_UNLIKELY(call->keep && !call->keep->out)) {
+    if (TPR_UNLIKELY(call->keep && !call->keep->out)) {   // an answer to an earlier attempt is as good
         tpr_timer_cancel(&worker->loop->wheel, &call->keep->timer);
         call->keep->out = true;
     }
@@ -15449,7 +15450,7 @@ static inline void tpr_agent_let_go(tpr_agent_request *request) {
     server->held -= bytes;
     server->tensors -= tensors;
     if (TPR_UNLIKELY(agent->ctx->loop_count > 1)) {   // other loops see it, or this one that they wait
-        TPR_ATOMIC_STORE_FULL(&on->tensors_held, on->tensors_held - tensors);
+        if (tensors) TPR_ATOMIC_STORE_FULL(&on->tensors_held, on->tensors_held - tensors);
         TPR_ATOMIC_STORE_FULL(&on->bytes_held, on->bytes_held - bytes);
     } else {
         TPR_ATOMIC_POKE(&on->tensors_held, on->tensors_held - tensors);

@@ -1,5 +1,6 @@
 /* Connecting again, with pauses that double; and calls that may be sent again, whose message is kept until the outcome and
    released once. Workers die and come back, as agents of this process and as processes that are killed. */
+#include "toys.h"
 #include "agent_two.h"
 #include "agent_hold.h"
 
@@ -11,11 +12,22 @@ static int lives;                      /* of bob's; written while none is served
 
 static void lapse(int turns) { while (turns-- > 0) turn(); }
 
+/* Whether a tensor of the host or of a toy device holds what fill() wrote, in its stream's order. */
+static bool holds(const tprpc_tensor *tensor, unsigned seed) {
+    if (tensor->device.kind != TPRPC_DEVICE_USER) return filled(tensor->data, tensor->size, seed);
+    uint8_t *bytes = (uint8_t *)malloc(tensor->size);
+    REQUIRE(bytes != NULL);
+    toy_gpu_get(toy_queue_of(tensor->device, tensor->stream), bytes, tensor->data, tensor->size);
+    const bool good = filled(bytes, tensor->size, seed);
+    free(bytes);
+    return good;
+}
+
 /* Keeps what comes in bob's first life, answers with it in the next. */
 static void on_lossy(tprpc_request request, const tprpc_message *message, void *user) {
     (void)user;
     ADD(&shared->handled, 1);
-    if (message->tensor_count) CHECK(filled(message->tensors[0].data, message->tensors[0].size, 3));
+    if (message->tensor_count) CHECK(holds(&message->tensors[0], 3));
     else CHECK_EQ_INT(message->metadata_size, 5);
     if (lives == 1) CHECK_EQ_INT(tprpc_request_keep(request), TPRPC_OK);
     else CHECK_EQ_INT(tprpc_reply(request, message), TPRPC_OK);
@@ -30,8 +42,9 @@ static const tprpc_method_desc methods[] = {
 /* ---- bob's deaths, and ann's clock ---- */
 
 static int64_t clock_at;
-static bool by_hand, is_static;
+static bool by_hand, is_static, has_toys;
 static uint32_t bob_serves;            /* limits.peer_calls of his; 0: the default */
+static uint64_t ann_keeps;             /* limits.inflight_bytes of hers */
 
 static int64_t clock_of(void *user) {
     (void)user;
@@ -42,6 +55,10 @@ static void make(side *s, tprpc_context_desc *context, tprpc_agent_desc *agent) 
     if (!is_static) agent->world_size = 0;
     if (by_hand && s->rank == 0) context->clock_us = clock_of;
     if (s->rank == 1) context->limits.peer_calls = bob_serves;
+    else context->limits.inflight_bytes = ann_keeps;
+    if (!has_toys) return;
+    context->backends = toy_backends;
+    context->backend_count = 3;
 }
 
 static void open_two(const kind *with) {
@@ -86,6 +103,9 @@ static int count_connects(const char *what, int64_t *size) {
     return 0;
 }
 
+/* The longest pause after n failures in a row. */
+static int64_t pause_after(int n) { return n < 1 ? 0 : INT64_C(10000) << (n < 8 ? n - 1 : 7); }
+
 /* In a static group a worker's address is known, so an attempt begins within the call or the turn that it is due in. */
 IN_KINDS(pauses_double, POLLED) {
     by_hand = is_static = true;
@@ -98,7 +118,7 @@ IN_KINDS(pauses_double, POLLED) {
     bob_dies();
     until_lost();
     for (int n = 0; n < 11; n++) {
-        const int64_t most = INT64_C(10000) << (n < 1 ? 0 : n < 8 ? n - 1 : 7);
+        const int64_t most = pause_after(n);
         outcome o[2] = {{0}};
         STORE(&connects, 0);
         tprpc_status status = call(&two[0], "bob", "echo", NULL, NULL, &o[0]);
@@ -140,7 +160,7 @@ IN_KINDS(pauses_end, POLLED) {
         for (int n = 0; n < 8; n++) {
             outcome o = {0};
             CHECK_EQ_INT(call(&two[0], "bob", "echo", NULL, NULL, &o), TPRPC_OK);
-            if (n) ADD(&clock_at, 2000000);
+            if (n) ADD(&clock_at, pause_after(n) + 2000);
             REQUIRE(both_until(&o.count, 1));
             CHECK(o.status == TPRPC_ERROR_UNREACHABLE || o.status == TPRPC_ERROR_PEER);
         }
@@ -238,6 +258,67 @@ IN_KINDS(sent_again_small, EVERY) { lose_once(with, SMALL); }
 IN_KINDS(sent_again_copied, EVERY) { lose_once(with, COPIED); }
 IN_KINDS(sent_again_lent, EVERY) { lose_once(with, LENT); }
 IN_KINDS(sent_again_given, EVERY) { lose_once(with, GIVEN); }
+
+/* What is copied on a device is copied once, too, before the caller's work that follows in its queue. */
+TEST(sent_again_from_a_device) {
+    static const kind with = {"toys", NULL, NULL, 0};
+    tprpc_call_options options = {0};
+    outcome o = {0};
+    has_toys = true;
+    toys_begin(2000);
+    open_two(&with);
+    toy_queue *queue = toy_gpu.queues[0];
+    tprpc_tensor tensor = bytes_of(toy_gpu_alloc(0, BIG), BIG);
+    tprpc_message message = tensors_of(&tensor, 1);
+    tensor.device = toy_device(0);
+    fill(big, BIG, 3);
+    toy_gpu_put(queue, tensor.data, big, BIG);
+    options.flags = TPRPC_CALL_IDEMPOTENT;
+    CHECK_EQ_INT(call(&two[0], "bob", "lossy", &message, &options, &o), TPRPC_OK);
+    memset(big, 'x', sizeof big);
+    toy_gpu_put(queue, tensor.data, big, BIG);
+    REQUIRE(both_until(&shared->seen, 1));
+    bob_dies();
+    bob_returns();
+    REQUIRE(both_until(&o.count, 1));
+    CHECK_EQ_INT(o.status, TPRPC_OK);
+    CHECK_EQ_INT(LOAD(&shared->handled), 2);
+    two_close();
+    toy_gpu_free(tensor.data);
+    toys_end();
+}
+
+/* What is kept is counted, and refused where it would be too much; what is lent is not. */
+IN_KINDS(kept_within_a_limit, EVERY) {
+    tprpc_tensor tensor = bytes_of(big, BIG);
+    tprpc_message message = tensors_of(&tensor, 1);
+    outcome o[4] = {{0}};
+    tprpc_error error = {0};
+    ann_keeps = 2 * BIG + BIG / 2;
+    open_two(with);
+    for (int round = 0; round < 2; round++) {
+        STORE(&shared->seen, 0);
+        STORE(&shared->released, 0);
+        kept_count = 0;
+        memset(o, 0, sizeof o);
+        for (int i = 0; i < 4; i++) {
+            tprpc_call_options options = {0};
+            options.flags = TPRPC_CALL_IDEMPOTENT;
+            options.error = &error;
+            message.release = i == 3 ? count_release : NULL;
+            CHECK_EQ_INT(call(&two[0], "bob", "hold", &message, &options, &o[i]),
+                         i == 2 ? TPRPC_ERROR_LIMIT : TPRPC_OK);
+        }
+        CHECK_CONTAINS(error.text, "calling hold on bob: ");
+        CHECK_CONTAINS(error.text, "limits.inflight_bytes");
+        REQUIRE(both_until(&shared->seen, 3));
+        for (int i = 0; i < 3; i++) CHECK_EQ_INT(tprpc_reply(kept[i], NULL), TPRPC_OK);
+        for (int i = 0; i < 4; i++) if (i != 2) REQUIRE(both_until(&o[i].count, 1));
+        CHECK(both_until(&shared->released, 1));
+        CHECK_EQ_INT(LOAD(&o[2].count), 0);
+    }
+    two_close();
+}
 
 /* It is sent once where nothing is lost, and what was lent stays so until the outcome. */
 IN_KINDS(sent_once, EVERY) {
