@@ -370,6 +370,65 @@ IN_KINDS(waits_for_the_dead, EVERY) {
     CHECK_EQ_INT(LOAD(&shared->released), 1);
 }
 
+/* ---- without memory ---- */
+
+static int fail_in = -1;               /* the allocation of ann's that fails, counted from now; below 0: none */
+
+static void *thin_alloc(size_t size, size_t align, uint32_t tag, void *user) {
+    if (LOAD(&fail_in) >= 0 && ADD(&fail_in, -1) < 0) return NULL;
+    return heap_alloc(size, align, tag, user);
+}
+
+static void make_thin(side *s, tprpc_context_desc *context, tprpc_agent_desc *agent) {
+    make(s, context, agent);
+    if (s->rank == 0) context->allocator.alloc = thin_alloc;
+}
+
+/* Whichever allocation fails, of a call that is sent, lost and sent again: it ends once, and what was lent comes back
+   once. */
+IN_KINDS(no_memory, POLLED) {
+    static uint8_t bytes[4 * BIG];
+    int bad = 0;
+    lives = 2;
+    two_tune = make_thin;
+    two_join(with, methods);
+    fill(bytes, sizeof bytes, 3);
+    for (int n = 0; n < 24; n++) {
+        for (int way = COPIED; way <= LENT; way++) {
+            tprpc_call_options options = {0};
+            tprpc_tensor tensor = bytes_of(bytes, sizeof bytes);
+            tprpc_message message = tensors_of(&tensor, 1);
+            outcome o = {0};
+            STORE(&shared->released, 0);
+            options.flags = TPRPC_CALL_IDEMPOTENT;
+            message.release = way == LENT ? count_release : NULL;
+            if (n % 4 == 3) bob_dies();
+            STORE(&fail_in, n / 2);
+            tprpc_status status = call(&two[0], "bob", "lossy", &message, &options, &o);
+            if (n % 4 == 3) {
+                for (int i = 0; i < 50; i++) tprpc_poll(two[0].ctx, TPRPC_NOW, 0);
+                bob_returns();
+            }
+            if (status == TPRPC_OK) REQUIRE(both_until(&o.count, 1));   /* of what, depends on who had no memory */
+            bad += status != TPRPC_OK || o.status != TPRPC_OK;
+            STORE(&fail_in, -1);
+            if (way == LENT) CHECK(both_until(&shared->released, 1));
+            lapse(3);
+            CHECK_EQ_INT(LOAD(&shared->released), way == LENT);
+            CHECK_EQ_INT(LOAD(&o.count), status == TPRPC_OK);
+        }
+    }
+    CHECK(bad > 0);
+    bob_dies();
+    bob_returns();
+    tprpc_call_options options = {0};
+    outcome o = {0};
+    call_lossy(COPIED, TPRPC_CALL_IDEMPOTENT, &options, &o);
+    REQUIRE(both_until(&o.count, 1));
+    CHECK_EQ_INT(o.status, TPRPC_OK);
+    two_close();
+}
+
 /* ---- ends within a pause ---- */
 
 static void end_in_pause(const kind *with, int way, const char *how) {
