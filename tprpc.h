@@ -15448,14 +15448,13 @@ static inline void tpr_agent_let_go(tpr_agent_request *request) {
     tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
     const uint64_t bytes = request->held, tensors = bytes - request->in->block;
     server->held -= bytes;
-    server->tensors -= tensors;
-    if (TPR_UNLIKELY(agent->ctx->loop_count > 1)) {   // other loops see it, or this one that they wait
-        if (tensors) TPR_ATOMIC_STORE_FULL(&on->tensors_held, on->tensors_held - tensors);
-        TPR_ATOMIC_STORE_FULL(&on->bytes_held, on->bytes_held - bytes);
-    } else {
+    if (tensors) {
+        server->tensors -= tensors;
         TPR_ATOMIC_POKE(&on->tensors_held, on->tensors_held - tensors);
-        TPR_ATOMIC_POKE(&on->bytes_held, on->bytes_held - bytes);
     }
+    // Of several loops: the others see it, or this one that they wait.
+    if (TPR_LIKELY(agent->ctx->loop_count == 1)) TPR_ATOMIC_POKE(&on->bytes_held, on->bytes_held - bytes);
+    else TPR_ATOMIC_STORE_FULL(&on->bytes_held, on->bytes_held - bytes);
     if (TPR_UNLIKELY(TPR_ATOMIC_LOAD_FULL(&agent->waiting))) tpr_agent_look_soon(agent);
 }
 
