@@ -86,6 +86,12 @@ static void until_requests(uint64_t count) {
     CHECK_EQ_INT(stats_of(&two[1]).requests, count);
 }
 
+static void until_active(uint64_t count) {
+    const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
+    while (stats_of(&two[1]).server_active_calls > count && test_now_us() < end) turn();
+    CHECK_EQ_INT(stats_of(&two[1]).server_active_calls, count);
+}
+
 /* Two of a MiB come in, the others wait, unread and without memory; they come in order as the ones before are answered. */
 IN_KINDS(tensors_wait, EVERY) {
     one calls[10];
@@ -140,6 +146,28 @@ IN_KINDS(larger_than_the_limit, EVERY) {
     two_close();
 }
 
+/* A small one that would fit waits behind a large one that does not: each caller's come in order. */
+IN_KINDS(in_order, EVERY) {
+    one calls[3];
+    open_two(with, 3 * MIB, 0);
+    give(&two[0], &calls[0], "hold", 0, MIB);
+    REQUIRE(both_until(&shared->seen, 1));
+    give(&two[0], &calls[1], "hold", 1, 2 * MIB + MIB / 2);
+    give(&two[0], &calls[2], "hold", 2, 300000);
+    until_requests(3);
+    lapse(30);
+    CHECK_EQ_INT(LOAD(&shared->seen), 1);
+    let_go(0);
+    REQUIRE(both_until(&shared->seen, 3));
+    for (int i = 1; i < 3; i++) let_go(i);
+    for (int i = 0; i < 3; i++) {
+        REQUIRE(both_until(&calls[i].o.count, 1));
+        CHECK_EQ_INT(calls[i].o.status, TPRPC_OK);
+        done_with(&calls[i]);
+    }
+    two_close();
+}
+
 /* Who waits goes when he is not wanted any more, and what waits behind him comes in. */
 static void unwanted(const kind *with, const char *how) {
     one calls[3];
@@ -168,9 +196,7 @@ static void unwanted(const kind *with, const char *how) {
     if (strcmp(how, "cancel") == 0) CHECK_EQ_INT(tprpc_future_cancel(calls[1].future), TPRPC_OK);
     if (strcmp(how, "death") == 0) {
         end_agent(&two[0]);
-        const int64_t end = test_now_us() + (int64_t)WAIT_MS * 1000;
-        while (stats_of(&two[1]).server_active_calls > 1 && test_now_us() < end) turn();   /* the first is kept */
-        CHECK_EQ_INT(stats_of(&two[1]).server_active_calls, 1);
+        until_active(1);               /* the first is kept */
         CHECK_EQ_INT(LOAD(&shared->seen), 1);
         CHECK(tprpc_request_cancelled(held[0]));
     } else if (strcmp(how, "destroy") == 0) {
@@ -181,7 +207,8 @@ static void unwanted(const kind *with, const char *how) {
         REQUIRE(both_until(&calls[1].o.count, 1));
         CHECK_EQ_INT(calls[1].o.status, strcmp(how, "time") == 0 ? TPRPC_ERROR_TIMEOUT : TPRPC_ERROR_CANCELLED);
         CHECK(both_until(&shared->released, 1));
-        lapse(20);
+        until_active(2);
+        CHECK_EQ_INT(LOAD(&shared->seen), 1);
         let_go(0);
         REQUIRE(both_until(&shared->seen, 2));
         CHECK_EQ_INT(numbers[1], 2);

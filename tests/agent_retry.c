@@ -203,6 +203,32 @@ IN_KINDS(queued_within_a_pause, POLLED) {
     two_close();
 }
 
+/* Where connecting fails within the call, as over shm, one that may be sent again is not refused; others are. */
+IN_KINDS(refused_connections, EVERY) {
+    tprpc_call_options options = {0}, plain_options = {0};
+    tprpc_message message = text_of("lent");
+    outcome o = {0}, plain = {0};
+    is_static = true;
+    open_two(with);
+    bob_dies();
+    message.release = count_release;
+    options.flags = TPRPC_CALL_IDEMPOTENT;
+    options.timeout_ms = 150;
+    CHECK_EQ_INT(call(&two[0], "bob", "echo", &message, &options, &o), TPRPC_OK);
+    REQUIRE(both_until(&o.count, 1));
+    CHECK_EQ_INT(o.status, TPRPC_ERROR_TIMEOUT);
+    CHECK(both_until(&shared->released, 1));
+    tprpc_status status = call(&two[0], "bob", "echo", &message, &plain_options, &plain);
+    if (status == TPRPC_OK) {
+        REQUIRE(both_until(&plain.count, 1));
+        status = plain.status;
+    }
+    CHECK(status == TPRPC_ERROR_UNREACHABLE || status == TPRPC_ERROR_PEER);
+    CHECK(both_until(&shared->released, 2));
+    two_close();
+    CHECK_EQ_INT(LOAD(&shared->released), 2);
+}
+
 /* ---- sent again ---- */
 
 enum { SMALL, COPIED, LENT, GIVEN, WAYS };
