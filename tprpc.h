@@ -15788,15 +15788,16 @@ TPR_COLD static const char *tpr_agent_refusal(const tpr_agent_server *server, co
     const uint64_t all = tpr_agent_sum(agent, false), tensors = tpr_agent_sum(agent, true);
     const uint64_t sum = all > tensors ? all - tensors : 0;   // they are not read at one moment
     if (on->unanswered >= limits->pending_calls)
-        snprintf(text, size, "%s has too many requests pending (limits.pending_calls)", agent->name);
+        snprintf(text, size, "%.40s has too many requests pending (limits.pending_calls)", agent->name);
     else if (server->unanswered >= limits->peer_calls)
-        snprintf(text, size, "%s serves %u requests of %s, as many as it may (limits.peer_calls)", agent->name,
+        snprintf(text, size, "%.40s serves %u requests of %.40s, as many as it may (limits.peer_calls)", agent->name,
                  (unsigned)server->unanswered, server->caller);
     else if (frames && frames + in->block > limits->peer_bytes)
-        snprintf(text, size, "%s holds %llu bytes that came with requests of %s, and may hold %llu (limits.peer_bytes)",
-                 agent->name, (unsigned long long)frames, server->caller, (unsigned long long)limits->peer_bytes);
+        snprintf(text, size, "%.40s holds %llu bytes that came with requests of %.40s, and may hold %llu "
+                 "(limits.peer_bytes)", agent->name, (unsigned long long)frames, server->caller,
+                 (unsigned long long)limits->peer_bytes);
     else if (sum && sum + in->block > limits->served_bytes)
-        snprintf(text, size, "%s holds %llu bytes that came with requests, and may hold %llu (limits.served_bytes)",
+        snprintf(text, size, "%.40s holds %llu bytes that came with requests, and may hold %llu (limits.served_bytes)",
                  agent->name, (unsigned long long)sum, (unsigned long long)limits->served_bytes);
     else return NULL;
     return text;
@@ -15818,8 +15819,8 @@ static void tpr_agent_receive(tpr_agent_request *request);
 
 typedef enum tpr_agent_room { TPR_AGENT_ROOM, TPR_AGENT_NO_ROOM, TPR_AGENT_ROOM_LATER } tpr_agent_room;
 
-// Whether a request's tensors may come in: now, once others of its caller's are answered, or once others are, whose turn
-// may come before (ticket 0: all of those who wait). One that is larger than a limit may where no tensors are held.
+// Whether a request's tensors may come in: now, once others of its caller's are answered, or once others are, whose
+// turn may come before (ticket 0: all of those who wait). One that is larger than a limit may where no tensors are held.
 static tpr_agent_room tpr_agent_room_for(const tpr_agent_server *server, uint64_t bytes, uint64_t ticket) {
     tprpc_agent *agent = server->agent;
     const tprpc_limits *limits = &agent->ctx->limits;
