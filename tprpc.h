@@ -15820,7 +15820,8 @@ static void tpr_agent_receive(tpr_agent_request *request);
 typedef enum tpr_agent_room { TPR_AGENT_ROOM, TPR_AGENT_NO_ROOM, TPR_AGENT_ROOM_LATER } tpr_agent_room;
 
 // Whether a request's tensors may come in: now, once others of its caller's are answered, or once others are, whose
-// turn may come before (ticket 0: all of those who wait). One that is larger than a limit may where no tensors are held.
+// turn may come before (ticket 0: all of those who wait). One that is larger than a limit may where no tensors are
+// held.
 static tpr_agent_room tpr_agent_room_for(const tpr_agent_server *server, uint64_t bytes, uint64_t ticket) {
     tprpc_agent *agent = server->agent;
     const tprpc_limits *limits = &agent->ctx->limits;
