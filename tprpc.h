@@ -213,14 +213,29 @@
 // A call goes to a worker and a method by name; tprpc_resolve looks both up once for tprpc_call_id, which is for the
 // hot path. Synchronous: wait for its future. Asynchronous: on_done, which needs no future. One-way:
 // TPRPC_CALL_ONE_WAY, whose outcome is that the message left. If a call is refused at once, its status says why, and
-// options.error gets the sentence. A call runs at most once; TPRPC_CALL_IDEMPOTENT permits a retry, and none is made in
-// this version. Calls have no order among each other, except those with the same lane (not 0) to one worker: their
-// handlers start in order.
+// options.error gets the sentence. A call runs at most once, unless it is TPRPC_CALL_IDEMPOTENT (see ERRORS AND
+// DEATHS). Calls have no order among each other, except those with the same lane (not 0) to one worker: their handlers
+// start in order.
 //
 // A handler answers with tprpc_reply or tprpc_fail, or keeps the request (tprpc_request_keep) and answers later, from
 // any thread, as examples/late_reply.c does. One that does neither fails the call with a sentence that says so. An
 // answer that comes twice, or after the caller has given up, is INVALID and does no harm; tprpc_request_cancelled
 // tells a long job that nobody waits any more.
+//
+// A handler may itself call and wait. Such waits nest up to limits.nesting, on each thread that runs handlers; deeper,
+// a wait is refused with LIMIT, the log says so, and tprpc_future_error has the sentence. A thread of worker_threads
+// that waits runs other blocking handlers meanwhile, where no thread is free for them; an engine's jobs (submit) must
+// see to that themselves.
+//
+// Callers are held up before they make a worker grow. More than limits.peer_calls requests of one caller, or more than
+// limits.pending_calls in all, and they are refused with LIMIT. Of the library's memory, the requests of one caller may
+// hold limits.peer_bytes and those of all limits.served_bytes, from when they come until they are answered: a request
+// whose tensors do not fit waits until others were answered, callers in turn and each one's in order, and meanwhile its
+// tensors stay where they are, at the caller. One that is larger than the limit comes in when no other tensors are
+// held. What came with the requests' frames (bodies, small tensors) is there already: where that alone would be more
+// than a limit, a request is refused with LIMIT. Tensors that `place` puts into the user's memory, or that go to
+// devices, do not count. Handlers that keep requests until others have come (a barrier, a call back that brings tensors
+// of its own) need limits that hold them all.
 //
 // leave is graceful: in a static group it waits until all leave and serves them meanwhile. destroy is not: it ends
 // what is open with CLOSED, runs the last callbacks on the calling thread, and nothing runs after it. Join your own
@@ -306,6 +321,20 @@
 // flight to it then fails once, with PEER or UNREACHABLE, and the next call connects anew. (A tcp:// store does not
 // watch processes: a connection that a dead client's child holds stays until the child ends; nothing waits for it.)
 //
+// Where connecting fails, the next attempt follows no sooner than 5 to 10 ms later; that doubles with each failure in a
+// row up to 1.28 s, and ends with the first pipe that opens. Calls begun meanwhile are queued, within their timeouts
+// and limits.inflight_bytes, and share the outcome of that attempt: they have not been sent, so waiting is safe for
+// all.
+//
+// A call that is TPRPC_CALL_IDEMPOTENT is sent again when it fails with PEER or UNREACHABLE, or the other end refuses
+// it with LIMIT: at once after the first loss of a pipe, then after pauses as above, until its timeout, whose error
+// names the last cause. Once it was sent, it also waits for a worker that the store does not know any more (NO_WORKER),
+// who may be replaced. Its handler may run more than once, also at the same time where the first one does not know yet
+// that its caller is cut off; `place` of its reply may be asked again, after on_unplaced. Its message is kept until the
+// outcome: what is copied is copied once, what is lent is released after it; TPRPC_MESSAGE_GIVE is lending here.
+// One-way and idempotent: it is sent again until it has left; whether it was refused then, nobody tells. stats has
+// calls_retried. Calls without the flag are never sent twice.
+//
 // Nothing that a peer, the network or the system does aborts the process.
 //
 //
@@ -373,12 +402,17 @@
 //   tensors and payloads of a message, their number   limits.tensors                        4,096 (at most 65,535)
 //   dimensions of a tensor                            TPRPC_MAX_DIMS                        8
 //   the library's own memory                          limits.memory_bytes                   4 GiB
-//   copied bytes that wait to leave, of a pipe        limits.inflight_bytes                 256 MiB
+//   copied bytes that wait to leave, of a pipe;       limits.inflight_bytes                 256 MiB each
+//   that idempotent calls to a worker keep
 //   pipes of a context                                limits.pipes                          16,384
 //   incoming connections that are no pipes yet        limits.handshakes                     1,024
 //   calls of an agent that are pending, either way,   limits.pending_calls                  4,194,304
 //   on each loop
-//   waits within callbacks                            limits.nesting                        16
+//   requests of one caller that an agent serves       limits.peer_calls                     1,048,576
+//   the library's memory that they hold               limits.peer_bytes                     half of memory_bytes
+//   that the requests of all callers hold             limits.served_bytes                   3/4 of memory_bytes
+//   waits within callbacks, on one thread             limits.nesting                        16
+//   a worker that was not reached is tried again      -                                     10 ms, doubling to 1.28 s
 //   a wait spins before it sleeps                     tprpc_context_desc.spin_us            50 us
 //   a pipe is connected and agreed                    tprpc_pipe_desc.timeout_ms            10 s
 //   a peer that connects has said who it is           -                                     10 s
@@ -523,6 +557,11 @@ typedef struct tprpc_limits {        // 0: the default, which the manual's table
                                      // (default: 4,194,304)
     uint32_t handshakes;             // incoming connections not yet pipes (default: 1,024)
     uint32_t nesting;                // waits inside callbacks, one in the other (default: 16)
+    uint32_t peer_calls;             // requests of one caller that an agent serves (default: 1,048,576)
+    uint64_t peer_bytes;             // memory of the library's that they hold, in host tensors too; see AGENTS in the
+                                     // manual (default: half of memory_bytes)
+    uint64_t served_bytes;           // likewise the requests of all callers of an agent (default: three quarters of
+                                     // memory_bytes)
 } tprpc_limits;
 
 typedef struct tprpc_context_desc {
@@ -880,7 +919,7 @@ typedef tprpc_status (*tprpc_place)(tprpc_placement *placement, void *user);
 typedef void (*tprpc_unplaced)(const tprpc_placement *placement, void *user);
 
 enum { TPRPC_METHOD_BLOCKING = 1 };                       // run by submit or on the agent's worker threads
-enum { TPRPC_CALL_ONE_WAY = 1, TPRPC_CALL_IDEMPOTENT = 2 };
+enum { TPRPC_CALL_ONE_WAY = 1, TPRPC_CALL_IDEMPOTENT = 2 };   // IDEMPOTENT: may be sent, and served, more than once
 
 typedef struct tprpc_agent_desc {
     tprpc_context *context;          // (default: NULL, a private polled one)
@@ -1014,6 +1053,7 @@ typedef struct tprpc_stats {
     uint64_t tensor_bytes_adopted;   // of tensor_bytes_received: the senders' own memory, given and not copied
     uint32_t thread_pool_size, num_idle_threads;   // worker_threads; those of them without a job
     uint64_t queued_jobs;            // blocking handlers that wait for such a thread, or for the engine's
+    uint64_t calls_retried;          // how often a call was sent again, of those marked idempotent
 } tprpc_stats;
 // Fills `out` (`size`: sizeof *out of the caller). Any thread.
 TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *out, size_t size);
@@ -1090,7 +1130,7 @@ TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t
 TPRPC_API tprpc_status tprpc_future_wait_all(const tprpc_future *futures, size_t count, int64_t timeout_ms);
 // The reply, valid until the future is released; NULL before there is one or when the call failed.
 TPRPC_API const tprpc_message *tprpc_future_reply(tprpc_future future);
-// Copies the outcome to *error and returns it; PENDING before there is one.
+// Copies the outcome to *error and returns it; PENDING before there is one (where a wait is refused, *error says why).
 TPRPC_API tprpc_status tprpc_future_error(tprpc_future future, tprpc_error *error);
 // Ends the call with CANCELLED and tells the peer; queues on_done, never inline. INVALID when it has ended.
 TPRPC_API tprpc_status tprpc_future_cancel(tprpc_future future);
@@ -5115,7 +5155,7 @@ static int64_t tpr_context_deadline(int64_t now_us, int64_t given_ms) {
 
 static void tpr_context_limits(tprpc_limits *limits) {
     static const tprpc_limits defaults = {UINT64_C(16) << 30, UINT64_C(1) << 20, UINT64_C(4) << 30, UINT64_C(256) << 20,
-                                          4096, 16384, 4194304, 1024, 16};
+                                          4096, 16384, 4194304, 1024, 16, 1048576, 0, 0};
     if (!limits->message_bytes) limits->message_bytes = defaults.message_bytes;
     if (!limits->metadata_bytes) limits->metadata_bytes = defaults.metadata_bytes;
     if (!limits->memory_bytes) limits->memory_bytes = defaults.memory_bytes;
@@ -5125,6 +5165,9 @@ static void tpr_context_limits(tprpc_limits *limits) {
     if (!limits->pending_calls) limits->pending_calls = defaults.pending_calls;
     if (!limits->handshakes) limits->handshakes = defaults.handshakes;
     if (!limits->nesting) limits->nesting = defaults.nesting;
+    if (!limits->peer_calls) limits->peer_calls = defaults.peer_calls;
+    if (!limits->peer_bytes) limits->peer_bytes = limits->memory_bytes / 2;
+    if (!limits->served_bytes) limits->served_bytes = limits->memory_bytes - limits->memory_bytes / 4;
 }
 
 #ifndef TPRPC_NO_THREADS
@@ -7830,11 +7873,17 @@ static void tpr_batch_run(tprpc_work *work) {
     if (queue->posted) tprpc_defer(queue->host->context, work);
 }
 
+// Whether there is memory to receive in; what is refused has none, and is aborted before this loop's worker has a turn.
+static bool tpr_batch_has_memory(const tpr_batch *batch) {
+    for (size_t i = 0; i < batch->count; i++) if (batch->buffers[i].size && !batch->buffers[i].data) return false;
+    return true;
+}
+
 // Puts workers to it: this loop's, and for a large one helpers on the next loops.
 static void tpr_batch_fetch(tpr_batch *batch) {
     tpr_batch_queue *queue = batch->end->queue;
     tprpc_context *ctx = queue->host->context;
-    uint32_t loops = batch->total < TPR_BATCH_SPREAD ? 1 : ctx->loop_count;
+    uint32_t loops = batch->total < TPR_BATCH_SPREAD || !tpr_batch_has_memory(batch) ? 1 : ctx->loop_count;
     batch->workers = 1;
     if (batch->total > TPR_BATCH_CHUNK) batch->end->first = batch;
     for (uint32_t i = 1; i < loops && i <= TPR_BATCH_HELPERS; i++) {
@@ -9310,17 +9359,23 @@ static const tpr_context_backend *tpr_pipe_converter(const tprpc_context *ctx, i
     return NULL;
 }
 
+// Gives back what converters hold for a message.
+static void tpr_pipe_keeps_free(tpr_loop *loop, tpr_pipe_keep *keeps, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) {
+        const tpr_pipe_keep *keep = &keeps[i];
+        const tprpc_backend *backend = keep->entry ? keep->entry->backend : NULL;
+        if (keep->prepared) backend->converter->sent(backend->user, loop->context, keep->keep);
+        if (keep->copy)
+            backend->converter->release(backend->user, loop->context, keep->device, keep->copy, keep->size,
+                                        keep->stream);
+    }
+    tpr_base_pool_free(&loop->pool, keeps, count * sizeof *keeps);
+}
+
 // Gives back what a write holds: its copy of the message, and what converters hold for it.
 static void tpr_pipe_write_let_go(tpr_pipe_write *write) {
     tprpc_pipe *pipe = write->pipe;
-    for (uint32_t i = 0; i < write->keep_count; i++) {
-        const tpr_pipe_keep *keep = &write->keeps[i];
-        const tprpc_backend *backend = keep->entry ? keep->entry->backend : NULL;
-        if (keep->prepared) backend->converter->sent(backend->user, pipe->ctx, keep->keep);
-        if (keep->copy)
-            backend->converter->release(backend->user, pipe->ctx, keep->device, keep->copy, keep->size, keep->stream);
-    }
-    tpr_base_pool_free(&pipe->loop->pool, write->keeps, write->keep_count * sizeof *write->keeps);
+    tpr_pipe_keeps_free(pipe->loop, write->keeps, write->keep_count);
     if (!write->copy) return;
     pipe->queued_bytes -= write->copy_size;
     tpr_base_pool_free(&pipe->loop->pool, write->copy, write->copy_size);
@@ -10197,15 +10252,14 @@ static uint32_t tpr_pipe_device_tensors(const tprpc_pipe *pipe, const tprpc_mess
     return count;
 }
 
-// Has converters prepare a write's tensors on devices, and copy those that were not lent. `message` is the write's own.
-static tprpc_status tpr_pipe_keep_devices(tpr_pipe_write *write, const tprpc_message *message, uint32_t count,
-                                          bool lent, tprpc_error *error) {
-    tprpc_pipe *pipe = write->pipe;
+// Has converters prepare a message's tensors on devices, and copy those that were not lent. `message` is the library's
+// own. *out: as many as count, to be freed also after an error; NULL: none.
+static tprpc_status tpr_pipe_keep_devices(tprpc_pipe *pipe, const tprpc_message *message, uint32_t count, bool lent,
+                                          tpr_pipe_keep **out, tprpc_error *error) {
     tpr_pipe_keep *keeps = (tpr_pipe_keep *)tpr_base_pool_alloc(&pipe->loop->pool, count * sizeof *keeps);
+    *out = keeps;
     if (!keeps) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to keep %u tensors", (unsigned)count);
     memset(keeps, 0, count * sizeof *keeps);
-    write->keeps = keeps;
-    write->keep_count = count;
     uint32_t used = 0;
     tprpc_status status = TPRPC_OK;
     for (size_t i = 0; i < message->tensor_count && used < count && status == TPRPC_OK; i++) {
@@ -10254,7 +10308,9 @@ static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const
     if (parked || devices || (!whole && !lent)) {
         message = tpr_pipe_write_copy(write, message, !lent, error);
         if (!message) return error->status;
-        tprpc_status kept = devices ? tpr_pipe_keep_devices(write, message, devices, lent, error) : TPRPC_OK;
+        tprpc_status kept = devices ? tpr_pipe_keep_devices(pipe, message, devices, lent, &write->keeps, error)
+                                    : TPRPC_OK;
+        write->keep_count = write->keeps ? devices : 0;
         if (kept != TPRPC_OK) return kept;
     } else if (TPR_UNLIKELY(pipe->queued_bytes && pipe->queued_bytes + tpr_pipe_copy_size(message, !lent || whole) >
                             pipe->ctx->limits.inflight_bytes)) {   // what cannot leave at once is queued, frame and all
@@ -14529,7 +14585,8 @@ TPRPC_API tprpc_status tprpc_store_wait(tprpc_store *store, const tprpc_store_re
     int64_t deadline = tpr_context_deadline(tpr_loop_clock(loop), look ? store->timeout_ms : limit);
     tprpc_status status = TPRPC_OK;
     if (tpr_loop_in_callback(loop) && loop->depth > loop->env->nesting)
-        status = tpr_store_error(store, error, TPRPC_ERROR_LIMIT, "waits nested in callbacks too deep");
+        status = tpr_store_error(store, error, TPRPC_ERROR_LIMIT,
+                                 "waits nested in callbacks too deep (limits.nesting)");
     if (status == TPRPC_OK)
         status = tpr_store_submit(store, store->context, loop->index, &r, tpr_store_waiter_done, &w, &op, error);
     if (status == TPRPC_OK && !tpr_loop_wait(loop, tpr_store_waiter_ready, &w, deadline)) {
@@ -15045,6 +15102,9 @@ enum { TPR_AGENT_DEVICES = 64 };
 enum { TPR_AGENT_SLICE_US = 200 };     // of a wait that more than one loop must be driven for
 enum { TPR_AGENT_PATIENCE_US = 30000000 };   // of destroy, with receivers that keep what was given to them
 enum { TPR_AGENT_METHODS = 4096, TPR_AGENT_CALLERS = 65536 };   // counted one by one: names of methods, and callers
+enum { TPR_AGENT_PAUSE_US = 10000, TPR_AGENT_PAUSES = 8 };   // after a failure, before the next attempt: so much, which
+                                       // doubles with each in a row, up to 1.28 s
+enum { TPR_AGENT_UNLOOKED = 1 << 20 };   // bytes of requests on one loop that may come beside what others hold
 enum { TPR_AGENT_CHUNK = 16, TPR_AGENT_CHUNKS = 24 };   // workers in the first chunk of the table; each next has twice
 enum { TPR_AGENT_LOOP_SHIFT = 56, TPR_AGENT_INDEX_SHIFT = 32, TPR_AGENT_INDEX_MASK = 0xffffff };
 
@@ -15113,6 +15173,12 @@ typedef struct tpr_agent_worker {      // a peer as this agent calls it
     tprpc_store_op *op;
     tpr_agent_flow to;
     tpr_agent_table *map;              // of tensors of calls to it; made before the first
+    bool          opened;              // its pipe was, and so is no failure to connect when it ends
+    uint32_t      failures;            // to connect, in a row
+    int64_t       retry_us;            // after them: it is not connected to before
+    tprpc_work    again;               // until then: what its pipe waits for, and the calls with it
+    uint64_t      kept_bytes;          // of messages that were copied to be sent again
+    char          why[140];            // the last failure
 } tpr_agent_worker;
 
 typedef struct tpr_agent_placing {     // memory of a user's that a message is received in
@@ -15157,7 +15223,27 @@ typedef struct tpr_agent_call {        // a call begun here, and its future
     tprpc_stream *streams;             // for the reply; NULL: the library's
     size_t        stream_count;
     int64_t       begun_us;            // where times are measured
+    struct tpr_agent_keep *keep;       // what it is sent again from; NULL: it is sent once
 } tpr_agent_call;
+
+typedef struct tpr_agent_keep {        // the message of an idempotent call, for as long as one may need its bytes
+    tprpc_message message;             // as each attempt sends it: lent
+    void         *block;               // its arrays and, where it was not lent, its bytes
+    size_t        block_size;
+    tpr_pipe_keep *devices;            // device_count of them: copies of tensors on devices
+    uint32_t      device_count;
+    uint32_t      refs;                // the call until its outcome, and the sends of its attempts
+    uint32_t      attempt;             // from 1 on
+    bool          out;                 // it is with the worker's pipe; else the timer is set, or a reply is being read
+    struct tpr_agent_worker *worker;
+    struct tpr_agent_call *call;       // NULL: it has its outcome
+    tpr_wire_call prefix;
+    tprpc_work    timer;               // of the next attempt
+    tpr_loop_task task;                // the user's release
+    void        (*release)(void *user);
+    void         *release_user;
+    char          why[100];            // the last attempt failed
+} tpr_agent_keep;
 
 typedef struct tpr_agent_server {      // a pipe that a caller's requests come in by
     tpr_pipe_user user;                // first
@@ -15173,6 +15259,11 @@ typedef struct tpr_agent_server {      // a pipe that a caller's requests come i
     tpr_agent_peer *peer;              // NULL: it has not introduced itself, or there are too many
     tpr_base_list peer_node;
     tpr_agent_table *map;              // the caller's, by which replies go back
+    uint32_t      unanswered;          // requests
+    uint64_t      held, tensors;       // bytes of the library's that its requests hold; of these those of tensors
+    tpr_base_list waiting;             // requests whose tensors are not let in yet, by frame.node
+    tpr_base_list hungry_node;         // of the loop's, while there are such, and
+    uint64_t      ticket;              // its turn among those of all loops
 } tpr_agent_server;
 
 typedef struct tpr_agent_request {
@@ -15184,15 +15275,17 @@ typedef struct tpr_agent_request {
     uint32_t      refs, lane;
     bool          one_way, reading, parked, whole, running, kept, cancelled, answered;   // running: from its start
     bool          mapped;              // in its server's map by the caller's number
+    bool          waits;               // to be let in; it reads as parked, too
     tprpc_work    retry;               // of a submission that the engine refused
     tpr_pipe_in  *in;
     tpr_agent_placing *placing;
     tpr_loop_task task;                // the handler, or its submission
-    tpr_agent_frame frame;
+    tpr_agent_frame frame;             // its node, before the handler: of those of the server that wait
     struct tpr_agent_request *next_job;
     tpr_agent_counts *counts;          // of its method
     int64_t       since_us;            // where times are measured: it was whole, later its handler began
     int64_t    whole_ns, begun_ns;     // of a trace: it was, its handler was
+    uint64_t      held;                // bytes that it is counted with
 } tpr_agent_request;
 
 typedef struct tpr_agent_send {        // an outgoing message that lends memory, or did not leave at once
@@ -15204,6 +15297,8 @@ typedef struct tpr_agent_send {        // an outgoing message that lends memory,
     struct tprpc_agent *agent;
     uint64_t       call;               // a one-way call, whose outcome this is; 0: none
     uint32_t       gift;               // 1: its memory is given
+    uint32_t       attempt;            // of the keep's
+    tpr_agent_keep *keep;              // whose message it is; NULL: of none
 } tpr_agent_send;
 
 typedef struct tpr_agent_loop {        // what an agent has on one loop
@@ -15215,10 +15310,23 @@ typedef struct tpr_agent_loop {        // what an agent has on one loop
     uint64_t unanswered, received, received_failed, async_now, sends;   // requests; callbacks under way, of which
     uint64_t gifts;                    // wait for who was given the memory
     uint64_t bytes_sent, bytes_received, tensor_sent, tensor_received, tensor_adopted, fast;   // of pipes that are gone
+    uint64_t retried;                  // how often calls were sent again
+    uint64_t bytes_held, tensors_held; // as of a server; written under the lock, read by all loops
+    tpr_base_list hungry;              // servers with requests that wait to be let in
+    uint64_t ticket;                   // atomic: of the first that waits for other callers' requests; 0: none does
 } tpr_agent_loop;
 
+typedef struct tpr_agent_look {        // has a loop look whether requests may come in, or a job be run by who waits
+    tprpc_work      work;
+    uint32_t        set;               // atomic: it is under way
+    tpr_loop       *loop;
+    tpr_agent_loop *on;
+    struct tprpc_agent *agent;
+} tpr_agent_look;
+
 #ifndef TPRPC_NO_THREADS
-typedef struct tpr_agent_thread { tpr_os_thread thread; struct tprpc_agent *agent; char name[24]; } tpr_agent_thread;
+typedef struct tpr_agent_thread { tpr_os_thread thread; struct tprpc_agent *agent; char name[24]; uintptr_t id;
+                                  uint32_t depth; } tpr_agent_thread;   // id: atomic; depth: jobs on its stack
 #endif
 
 typedef struct tpr_agent_start {       // a key of the group that is awaited
@@ -15240,6 +15348,7 @@ struct tprpc_agent {
     tprpc_listener *listener;
     tpr_wire_worker self;
     tpr_agent_loop *loops;             // ctx->loop_count of them
+    tpr_agent_look *looks;             // likewise; apart from those, for other loops touch them
     tpr_base_map    methods, names, by_name, resolved;   // by id; text by hash; workers by hash of their name; text by
                                                          // id
     tpr_agent_worker **workers[TPR_AGENT_CHUNKS];   // by index, in chunks that stay: read without a lock
@@ -15257,6 +15366,11 @@ struct tprpc_agent {
     tpr_loop_task   ready_task;
     uint32_t        jobs;              // atomic: submitted or queued for workers, and not ended
     uint32_t        closing;           // atomic: it is being destroyed
+    uint32_t        waiting;           // atomic: requests that wait to be let in
+    uint32_t        queued, free_threads, waiting_threads;   // atomic: jobs that no thread has begun; threads that
+                                       // have none; that wait for a future within one
+    uint64_t        tickets;           // atomic: given out
+    uint64_t        unlooked;          // bytes that a loop's requests may hold without a look at the other loops'
     int32_t         worker_threads;
     uint32_t        thread_count;
     tpr_agent_request *job_head, **job_tail;   // under the lock
@@ -15623,7 +15737,11 @@ TPR_COLD static void tpr_agent_trace_request(const tpr_agent_request *request, t
 // ---- sending
 
 static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const tprpc_error *error);
-static void tpr_agent_call_fail(tpr_agent_call *call, const tprpc_error *cause);
+static void tpr_agent_call_lost(tpr_agent_call *call, const tprpc_error *cause, bool answer);
+static void tpr_agent_keep_unref(tpr_agent_keep *keep);
+
+// In the place of the `release` of a message that is kept: so it is sent as lent. It is never called.
+static void tpr_agent_kept(void *keep) { (void)keep; }
 
 static void tpr_agent_send_run(tpr_loop_task *task) {
     tpr_agent_send *send = TPR_CONTAINER(task, tpr_agent_send, task);
@@ -15632,6 +15750,7 @@ static void tpr_agent_send_run(tpr_loop_task *task) {
 
 static void tpr_agent_send_done(tpr_loop_task *task) {
     tpr_agent_send *send = TPR_CONTAINER(task, tpr_agent_send, task);
+    if (send->keep) tpr_agent_keep_unref(send->keep);
     tpr_agent_on(send->agent, send->loop)->sends--;
     tpr_base_pool_free(&send->loop->pool, send, sizeof *send);
 }
@@ -15642,10 +15761,12 @@ static void tpr_agent_send_ended(tpr_pipe_write *write) {
     if (send->call) {
         tpr_agent_call *call =
             (tpr_agent_call *)(void *)tpr_agent_find(&tpr_agent_on(send->agent, send->loop)->calls, send->call);
+        if (send->keep && send->attempt != send->keep->attempt) call = NULL;   // it failed before, and was told then
         // A peer that would not take the tensors while the pipe is well says why in its answer.
         bool refused = call && write->status == TPRPC_ERROR_PEER && call->worker->pipe &&
                        call->worker->pipe->state == TPR_PIPE_OPEN;
-        if (call && !call->done && write->status != TPRPC_OK && !refused) tpr_agent_call_fail(call, &write->error);
+        if (call && !call->done && write->status != TPRPC_OK && !refused)
+            tpr_agent_call_lost(call, &write->error, false);
         else if (call && !call->done && (call->flags & TPRPC_CALL_ONE_WAY)) tpr_agent_call_end(call, TPRPC_OK, NULL);
     }
     if (send->release) tpr_loop_post(send->loop, &send->task);
@@ -15666,6 +15787,13 @@ static tpr_agent_send *tpr_agent_send_new(tprpc_agent *agent, tpr_loop *loop, co
     send->release_user = message->release_user;
     send->agent = agent;
     send->call = call;
+    send->keep = NULL;
+    if (message->release == tpr_agent_kept) {
+        send->release = NULL;
+        send->keep = (tpr_agent_keep *)message->release_user;
+        send->keep->refs++;
+        send->attempt = send->keep->attempt;
+    }
     tpr_agent_on(agent, loop)->sends++;
     return send;
 }
@@ -15675,8 +15803,8 @@ static tpr_agent_send *tpr_agent_send_new(tprpc_agent *agent, tpr_loop *loop, co
 static tprpc_status tpr_agent_send_on(tprpc_agent *agent, tprpc_pipe *pipe, const tpr_wire_call *prefix,
                                       const tprpc_message *message, uint64_t call, tprpc_error *error) {
     uint8_t bytes[TPR_WIRE_CALL_BYTES];
-    bool bare = !message->release && pipe->state == TPR_PIPE_OPEN && tpr_pipe_is_inline(pipe, message) &&
-                !(prefix->flags & TPR_WIRE_CALL_ONE_WAY && call);
+    bool bare = (!message->release || message->release == tpr_agent_kept) && pipe->state == TPR_PIPE_OPEN &&
+                tpr_pipe_is_inline(pipe, message) && !(prefix->flags & TPR_WIRE_CALL_ONE_WAY && call);
     tprpc_status status;
     tpr_wire_put_call(bytes, prefix);
     if (bare) {
@@ -16217,6 +16345,8 @@ static void tpr_agent_call_active(tpr_agent_call *call, tpr_agent_loop *on, bool
     TPRPC_PLOT("tprpc active calls", (int64_t)on->active);
 }
 
+TPR_COLD static void tpr_agent_keep_end(tpr_agent_call *call, bool release);
+
 // Sets a call's outcome, once.
 static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const tprpc_error *error) {
     tprpc_agent *agent = call->worker->agent;
@@ -16238,6 +16368,7 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     if (status == TPRPC_ERROR_CANCELLED) on->cancelled++;
     tpr_timer_cancel(&loop->wheel, &call->timer);
     tpr_base_list_remove(&call->node);
+    if (TPR_UNLIKELY(call->keep != NULL)) tpr_agent_keep_end(call, true);
     if (call->on_done) {
         call->refs++;
         on->sends++;
@@ -16248,6 +16379,161 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     tpr_agent_call_unref(agent, call);
 }
 
+static void tpr_agent_cancel_at_peer(tpr_agent_call *call) {
+    tpr_agent_worker *worker = call->worker;
+    // Where the pipe still connects it goes behind the call.
+    if (worker->pipe && worker->pipe->state != TPR_PIPE_ENDED && !(call->flags & TPRPC_CALL_ONE_WAY) &&
+        !(call->keep && !call->keep->out))
+        tpr_agent_say(worker->agent, worker->pipe, TPR_WIRE_CANCEL, tpr_agent_id(&call->slot, worker->loop), NULL, 0);
+}
+
+static void tpr_agent_call_timed_out(tprpc_work *work) {
+    tpr_agent_call *call = TPR_CONTAINER(work, tpr_agent_call, timer);
+    tprpc_error error = TPR_ZERO;
+    tpr_agent_worker *worker = call->worker;
+    char more[140] = "";
+    if (call->keep && call->keep->attempt > 1)
+        snprintf(more, sizeof more, "; attempt %u, the one before: %.100s", (unsigned)call->keep->attempt,
+                 call->keep->why);
+    else if (worker->failures && worker->pipe && worker->pipe->state < TPR_PIPE_OPEN)
+        snprintf(more, sizeof more, "; it is not reached: %.100s", worker->why);
+    tprpc_error_set(&error, TPRPC_ERROR_TIMEOUT, 0, "calling %s on %s: no answer within %lld ms%s", call->method_name,
+                    worker->name, (long long)call->timeout_ms, more);
+    tpr_agent_cancel_at_peer(call);
+    tpr_agent_call_end(call, TPRPC_ERROR_TIMEOUT, &error);
+}
+
+// ---- calls that may be sent again
+//
+// An idempotent call's message is kept until its outcome, and until no attempt's send needs its bytes any more. All
+// attempts have the call's number: an answer to an earlier one is as good, and ends the call.
+
+// How long to wait after so many failures in a row: doubling, and within its upper half by chance, so that not all who
+// lost one worker come back at one moment. Of a hash, for a simulated network runs the same twice.
+static int64_t tpr_agent_pause_us(tprpc_agent *agent, uint64_t of, uint32_t failures) {
+    uint64_t seed[3];
+    uint32_t doubled = failures < TPR_AGENT_PAUSES ? failures : TPR_AGENT_PAUSES;
+    if (!failures) return 0;
+    seed[0] = tpr_base_hash(agent->name, strlen(agent->name));
+    seed[1] = of;
+    seed[2] = failures;
+    uint64_t most = (uint64_t)TPR_AGENT_PAUSE_US << (doubled - 1);
+    return (int64_t)(most / 2 + (tpr_base_hash(seed, sizeof seed) >> 16) % (most / 2));
+}
+
+static void tpr_agent_keep_free(tpr_agent_keep *keep) {
+    tpr_loop *loop = keep->worker->loop;
+    if (!keep->release) keep->worker->kept_bytes -= keep->block_size;
+    tpr_pipe_keeps_free(loop, keep->devices, keep->device_count);
+    tpr_base_pool_free(&loop->pool, keep->block, keep->block_size);
+    tpr_base_pool_free(&loop->pool, keep, sizeof *keep);
+}
+
+static void tpr_agent_keep_run(tpr_loop_task *task) {
+    tpr_agent_keep *keep = TPR_CONTAINER(task, tpr_agent_keep, task);
+    keep->release(keep->release_user);
+}
+
+static void tpr_agent_keep_done(tpr_loop_task *task) {
+    tpr_agent_keep *keep = TPR_CONTAINER(task, tpr_agent_keep, task);
+    tpr_agent_on(keep->worker->agent, keep->worker->loop)->sends--;
+    tpr_agent_keep_free(keep);
+}
+
+TPR_COLD static void tpr_agent_keep_unref(tpr_agent_keep *keep) {
+    tpr_loop *loop = keep->worker->loop;
+    if (--keep->refs) return;
+    if (!keep->task.run) {
+        tpr_agent_keep_free(keep);
+        return;
+    }
+    tpr_agent_on(keep->worker->agent, loop)->sends++;
+    tpr_loop_post(loop, &keep->task);
+}
+
+// The call needs its message no more. release: what was lent is given back once no send needs it either; otherwise the
+// caller does that, for the call is refused.
+TPR_COLD static void tpr_agent_keep_end(tpr_agent_call *call, bool release) {
+    tpr_agent_keep *keep = call->keep;
+    tpr_timer_cancel(&call->worker->loop->wheel, &keep->timer);
+    call->keep = NULL;
+    keep->call = NULL;
+    if (!release) keep->task.run = NULL;
+    tpr_agent_keep_unref(keep);
+}
+
+static void tpr_agent_keep_again(tprpc_work *work);
+
+// Keeps a call's message: copied, unless it is lent. What is given is lent here: another attempt may need it.
+TPR_COLD
+static tprpc_status tpr_agent_keep_new(tpr_agent_call *call, const tpr_wire_call *prefix, const tprpc_message *message,
+                                       tprpc_error *error) {
+    tpr_agent_worker *worker = call->worker;
+    const bool lent = message->release != NULL;
+    const size_t size = tpr_pipe_copy_size(message, !lent);
+    const uint64_t most = worker->agent->ctx->limits.inflight_bytes;
+    if (!lent && worker->kept_bytes + size > most)
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "%llu bytes are kept to be sent again, and %llu may be "
+                               "(limits.inflight_bytes)", (unsigned long long)worker->kept_bytes,
+                               (unsigned long long)most);
+    tpr_agent_keep *keep = (tpr_agent_keep *)tpr_base_pool_alloc(&worker->loop->pool, sizeof *keep);
+    void *block = keep ? tpr_base_pool_alloc(&worker->loop->pool, size) : NULL;
+    if (!block) {
+        tpr_base_pool_free(&worker->loop->pool, keep, sizeof *keep);
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to keep %zu bytes of a message", size);
+    }
+    memset(keep, 0, sizeof *keep);
+    keep->block = block;
+    keep->block_size = size;
+    keep->message = *tpr_pipe_copy_message(block, message, !lent);
+    keep->message.flags = 0;
+    keep->message.release = tpr_agent_kept;
+    keep->message.release_user = keep;
+    keep->refs = keep->attempt = 1;
+    keep->worker = worker;
+    keep->call = call;
+    keep->prefix = *prefix;
+    keep->timer.run = tpr_agent_keep_again;
+    keep->task.done = tpr_agent_keep_done;
+    keep->release = message->release;
+    keep->release_user = message->release_user;
+    if (lent) keep->task.run = tpr_agent_keep_run;
+    else worker->kept_bytes += size;
+    call->keep = keep;
+    uint32_t devices = lent ? 0 : tpr_pipe_device_tensors(worker->pipe, message);
+    if (!devices) return TPRPC_OK;
+    tprpc_status status = tpr_pipe_keep_devices(worker->pipe, &keep->message, devices, false, &keep->devices, error);
+    keep->device_count = keep->devices ? devices : 0;
+    return status;
+}
+
+// Whether an attempt that failed of this may be followed by another. answer: the peer said so, or this end's queue.
+static bool tpr_agent_passes(const tpr_agent_keep *keep, tprpc_status status, bool answer) {
+    switch (status) {
+    case TPRPC_ERROR_PEER:
+    case TPRPC_ERROR_UNREACHABLE: return true;
+    case TPRPC_ERROR_LIMIT: return answer;
+    case TPRPC_ERROR_TIMEOUT: return !answer;   // to connect
+    case TPRPC_ERROR_NO_WORKER: return !answer && keep->attempt > 1;   // it was there, and may be replaced
+    default: return false;
+    }
+}
+
+// An attempt has failed: the next follows, the first at once where the pipe has ended. False: there is none.
+TPR_COLD static bool tpr_agent_call_again(tpr_agent_call *call, const tprpc_error *cause, bool answer) {
+    tpr_agent_keep *keep = call->keep;
+    tpr_loop *loop = call->worker->loop;
+    if (!tpr_agent_passes(keep, cause->status, answer)) return false;
+    snprintf(keep->why, sizeof keep->why, "%.99s", cause->text);
+    keep->out = false;
+    uint32_t failures = answer ? keep->attempt : keep->attempt - 1;
+    keep->attempt++;
+    int64_t pause = tpr_agent_pause_us(call->worker->agent, tpr_agent_id(&call->slot, loop), failures);
+    tpr_timer_cancel(&loop->wheel, &keep->timer);
+    tpr_loop_timer(loop, &keep->timer, tpr_loop_clock(loop) + pause);
+    return true;
+}
+
 static void tpr_agent_call_fail(tpr_agent_call *call, const tprpc_error *cause) {
     tprpc_error error = *cause;
     tprpc_error_set(&error, cause->status, cause->os_code, "calling %s on %s: %.180s", call->method_name,
@@ -16256,20 +16542,9 @@ static void tpr_agent_call_fail(tpr_agent_call *call, const tprpc_error *cause) 
     tpr_agent_call_end(call, error.status, &error);
 }
 
-static void tpr_agent_cancel_at_peer(tpr_agent_call *call) {
-    tpr_agent_worker *worker = call->worker;
-    // Where the pipe still connects it goes behind the call.
-    if (worker->pipe && worker->pipe->state != TPR_PIPE_ENDED && !(call->flags & TPRPC_CALL_ONE_WAY))
-        tpr_agent_say(worker->agent, worker->pipe, TPR_WIRE_CANCEL, tpr_agent_id(&call->slot, worker->loop), NULL, 0);
-}
-
-static void tpr_agent_call_timed_out(tprpc_work *work) {
-    tpr_agent_call *call = TPR_CONTAINER(work, tpr_agent_call, timer);
-    tprpc_error error = TPR_ZERO;
-    tprpc_error_set(&error, TPRPC_ERROR_TIMEOUT, 0, "calling %s on %s: no answer within %lld ms", call->method_name,
-                    call->worker->name, (long long)call->timeout_ms);
-    tpr_agent_cancel_at_peer(call);
-    tpr_agent_call_end(call, TPRPC_ERROR_TIMEOUT, &error);
+// A call, or an attempt of one that may be sent again, has failed. answer: as above.
+static void tpr_agent_call_lost(tpr_agent_call *call, const tprpc_error *cause, bool answer) {
+    if (!call->keep || !tpr_agent_call_again(call, cause, answer)) tpr_agent_call_fail(call, cause);
 }
 
 // ---- replies
@@ -16293,7 +16568,7 @@ static void tpr_agent_reply_read(tpr_pipe_in *in) {
     if (placing && good) tpr_agent_placing_free(placing);
     if (good) tpr_agent_arrived(in);
     if (good) tpr_agent_call_end(call, TPRPC_OK, NULL);
-    else if (!call->done) tpr_agent_call_fail(call, &in->error);
+    else if (!call->done) tpr_agent_call_lost(call, &in->error, false);
     if (!good) {
         call->in = NULL;
         if (placing) tpr_agent_unplace(placing, in);
@@ -16376,6 +16651,10 @@ static void tpr_agent_worker_message(tpr_pipe_user *user, tpr_pipe_in *in) {
         tpr_agent_drop_in(in);
         return;
     }
+    if (TPR_UNLIKELY(call->keep && !call->keep->out)) {   // an answer to an earlier attempt is as good
+        tpr_timer_cancel(&worker->loop->wheel, &call->keep->timer);
+        call->keep->out = true;
+    }
     if (prefix.kind == TPR_WIRE_REPLY) {
         tpr_agent_on_reply(worker, call, in);
         return;
@@ -16389,7 +16668,7 @@ static void tpr_agent_worker_message(tpr_pipe_user *user, tpr_pipe_in *in) {
         tprpc_error_set(&error, TPRPC_ERROR_NO_METHOD, 0, "worker %s has no method %s", worker->name,
                         call->method_name);
         tpr_agent_call_end(call, TPRPC_ERROR_NO_METHOD, &error);
-    } else tpr_agent_call_fail(call, &error);
+    } else tpr_agent_call_lost(call, &error, true);
 }
 
 // ---- workers and their pipes
@@ -16402,12 +16681,37 @@ static void tpr_agent_count_pipe(tpr_agent_loop *on, const tprpc_pipe *pipe) {
     on->tensor_adopted += pipe->tensor_bytes_adopted;
 }
 
+TPR_COLD static void tpr_agent_worker_opened(tpr_pipe_user *user) {
+    tpr_agent_worker *worker = (tpr_agent_worker *)(void *)user;
+    worker->opened = true;
+    worker->failures = 0;
+}
+
+// A pipe that never opened, for a cause at the other end: the next one is begun after a pause.
+TPR_COLD static void tpr_agent_worker_missed(tpr_agent_worker *worker, const tprpc_error *cause) {
+    const tprpc_status status = cause->status;
+    if (status != TPRPC_ERROR_PEER && status != TPRPC_ERROR_UNREACHABLE && status != TPRPC_ERROR_TIMEOUT &&
+        status != TPRPC_ERROR_PROTOCOL && status != TPRPC_ERROR_DENIED) return;
+    worker->failures++;
+    worker->retry_us = tpr_loop_clock(worker->loop) +
+                       tpr_agent_pause_us(worker->agent, worker->index, worker->failures);
+    snprintf(worker->why, sizeof worker->why, "%.139s", cause->text);
+}
+
+// A pipe of an idempotent call's has ended. Where its attempt was not on it, or its reply is still read, it is none of
+// the call's business, or what ends that says so.
+static bool tpr_agent_call_stays(const tpr_agent_call *call) {
+    return call->keep && (!call->keep->out || call->reading);
+}
+
 TPR_COLD static void tpr_agent_worker_ended(tpr_pipe_user *user) {
     tpr_agent_worker *worker = (tpr_agent_worker *)(void *)user;
     tprpc_pipe *pipe = worker->pipe;
     tpr_base_list calls;
     if (!pipe) return;
     worker->pipe = NULL;               // the next call connects again
+    tpr_timer_cancel(&worker->loop->wheel, &worker->again);
+    if (!worker->opened) tpr_agent_worker_missed(worker, &pipe->error);
     tpr_base_list_init(&calls);
     while (!tpr_base_list_empty(&worker->calls)) {   // a callback that calls again must not see itself in the list
         tpr_base_list *node = worker->calls.next;
@@ -16416,8 +16720,14 @@ TPR_COLD static void tpr_agent_worker_ended(tpr_pipe_user *user) {
     }
     while (!tpr_base_list_empty(&calls)) {
         tpr_agent_call *call = TPR_CONTAINER(calls.next, tpr_agent_call, node);
-        if (pipe->status == TPRPC_ERROR_NO_WORKER) tpr_agent_call_end(call, pipe->status, &pipe->error);
-        else tpr_agent_call_fail(call, &pipe->error);
+        if (call->keep) {              // it may go on
+            tpr_base_list_remove(&call->node);
+            tpr_base_list_add(&worker->calls, &call->node);
+        }
+        if (tpr_agent_call_stays(call)) continue;
+        if (pipe->status == TPRPC_ERROR_NO_WORKER && !(call->keep && call->keep->attempt > 1))
+            tpr_agent_call_end(call, pipe->status, &pipe->error);
+        else tpr_agent_call_lost(call, &pipe->error, false);
     }
     tpr_agent_count_pipe(tpr_agent_on(worker->agent, worker->loop), pipe);
     tpr_agent_flow_pipe(&worker->to, pipe);
@@ -16465,22 +16775,10 @@ TPR_COLD static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
     }
 }
 
-// Makes sure that the worker has a pipe, which may still be on its way. Under its loop's lock.
-static tprpc_status tpr_agent_worker_connect(tpr_agent_worker *worker, tprpc_error *error) {
+// Connects the worker's new pipe, once it is known where that is.
+static tprpc_status tpr_agent_worker_seek(tpr_agent_worker *worker, tprpc_error *error) {
     tprpc_agent *agent = worker->agent;
     char key[TPR_AGENT_NAME + 16];
-    if (worker->pipe) return TPRPC_OK;
-    if (!worker->map && tpr_agent_map_for(agent, worker->name, &worker->map, error) != TPRPC_OK)
-        return TPRPC_ERROR_MEMORY;
-    if (!worker->where) worker->where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *worker->where);
-    if (!worker->where)
-        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
-    worker->pipe = tpr_pipe_new(agent->ctx, worker->loop, true, false, error);
-    if (!worker->pipe) return error ? error->status : TPRPC_ERROR_MEMORY;
-    worker->pipe->user = &worker->user;
-    tpr_agent_introduce(worker);
-    if (!worker->pipe)
-        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
     if (agent->is_static || worker->known) {
         tprpc_pipe *pipe = worker->pipe;
         tprpc_status reached = TPRPC_OK;
@@ -16504,6 +16802,38 @@ static tprpc_status tpr_agent_worker_connect(tpr_agent_worker *worker, tprpc_err
     if (status == TPRPC_OK) tpr_agent_on(agent, worker->loop)->sends++;   // until the store's word has come
     else tpr_pipe_end(worker->pipe, status, 0, "the store refused to look %s up", worker->name);
     return status;
+}
+
+// The pause is over. What comes of it the pipe's calls are told.
+static void tpr_agent_worker_again(tprpc_work *work) {
+    tpr_agent_worker *worker = TPR_CONTAINER(work, tpr_agent_worker, again);
+    tprpc_error error;
+    if (worker->pipe) tpr_agent_worker_seek(worker, &error);
+}
+
+// Makes sure that the worker has a pipe, which may still be on its way: calls wait on it also for the end of a pause.
+// Under its loop's lock.
+static tprpc_status tpr_agent_worker_connect(tpr_agent_worker *worker, tprpc_error *error) {
+    tprpc_agent *agent = worker->agent;
+    if (worker->pipe) return TPRPC_OK;
+    worker->opened = false;
+    if (!worker->map && tpr_agent_map_for(agent, worker->name, &worker->map, error) != TPRPC_OK)
+        return TPRPC_ERROR_MEMORY;
+    if (!worker->where) worker->where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *worker->where);
+    if (!worker->where)
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
+    worker->pipe = tpr_pipe_new(agent->ctx, worker->loop, true, false, error);
+    if (!worker->pipe) return error ? error->status : TPRPC_ERROR_MEMORY;
+    worker->pipe->user = &worker->user;
+    tpr_agent_introduce(worker);
+    if (!worker->pipe)
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
+    if (worker->failures && tpr_loop_clock(worker->loop) < worker->retry_us) {
+        worker->again.run = tpr_agent_worker_again;
+        tpr_loop_timer(worker->loop, &worker->again, worker->retry_us);
+        return TPRPC_OK;
+    }
+    return tpr_agent_worker_seek(worker, error);
 }
 
 // Where the table of workers has the one of that index; *chunk: the chunk it lies in.
@@ -16538,6 +16868,7 @@ static tpr_agent_worker *tpr_agent_worker_new(tprpc_agent *agent, const char *na
     }
     worker->user.message = tpr_agent_worker_message;
     worker->user.ended = tpr_agent_worker_ended;
+    worker->user.opened = tpr_agent_worker_opened;
     worker->agent = agent;
     worker->loop = tpr_context_next_loop(agent->ctx);
     snprintf(worker->name, sizeof worker->name, "%s", name);
@@ -16604,6 +16935,7 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *m
     call->error = NULL;
     call->in = NULL;
     call->placing = NULL;
+    call->keep = NULL;
     call->on_done = options->on_done;
     call->place = options->place;
     call->on_unplaced = options->on_unplaced;
@@ -16625,6 +16957,48 @@ static tprpc_status tpr_agent_usable(tprpc_agent *agent, tprpc_error *error) {
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "%s has not joined its group yet", agent->name);
 }
 
+// Sends an attempt of a call that may be sent again. An error: it is not under way, and no other follows by itself.
+TPR_COLD static tprpc_status tpr_agent_keep_send(tpr_agent_call *call, tprpc_error *error) {
+    tpr_agent_worker *worker = call->worker;
+    tpr_agent_keep *keep = call->keep;
+    tprpc_call_options options = TPR_ZERO;
+    const uint32_t attempt = keep->attempt;
+    keep->refs++;
+    tprpc_status status = tpr_agent_worker_connect(worker, error);
+    if (status == TPRPC_OK) {
+        options.streams = call->streams;
+        options.stream_count = call->stream_count;
+        keep->out = true;
+        status = tpr_agent_send_call(worker, &keep->prefix, &keep->message, &options, keep->prefix.id, error);
+    }
+    if (!keep->call || keep->attempt != attempt) status = TPRPC_OK;   // where the pipe ended of it, that was told
+    tpr_agent_keep_unref(keep);
+    return status;
+}
+
+static void tpr_agent_keep_again(tprpc_work *work) {
+    tpr_agent_keep *keep = TPR_CONTAINER(work, tpr_agent_keep, timer);
+    tpr_agent_call *call = keep->call;
+    tprpc_agent *agent = call->worker->agent;
+    tprpc_error error = TPR_ZERO;
+    call->refs++;
+    tprpc_status status = tpr_agent_usable(agent, &error);
+    if (status == TPRPC_OK) {
+        int64_t left_ms = (call->timer.due_us - tpr_loop_clock(call->worker->loop)) / 1000;
+        if (keep->prefix.timeout_ms) keep->prefix.timeout_ms = left_ms > 0 ? (uint32_t)left_ms : 1;
+        tpr_agent_on(agent, call->worker->loop)->retried++;
+        status = tpr_agent_keep_send(call, &error);
+    }
+    if (status != TPRPC_OK) tpr_agent_call_lost(call, &error, true);
+    tpr_agent_call_unref(agent, call);
+}
+
+// Connects for a call that may be sent again: where that fails at once, the call waits out the pause.
+TPR_COLD static tprpc_status tpr_agent_keep_connect(tpr_agent_worker *worker, tprpc_status status, tprpc_error *error) {
+    bool passes = status == TPRPC_ERROR_PEER || status == TPRPC_ERROR_UNREACHABLE;
+    return passes ? tpr_agent_worker_connect(worker, error) : status;
+}
+
 // Begins a call, with the lock of the worker's loop.
 static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method, const char *method_name,
                                       const tprpc_message *message, const tprpc_call_options *options,
@@ -16635,6 +17009,8 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
     tpr_agent_call *call = NULL;
     const int64_t begun = tpr_trace_clock(agent->trace);
     tprpc_status status = tpr_agent_worker_connect(worker, error);
+    bool again = TPR_UNLIKELY((options->flags & TPRPC_CALL_IDEMPOTENT) != 0);
+    if (again && status != TPRPC_OK) status = tpr_agent_keep_connect(worker, status, error);
     if (status == TPRPC_OK)
         status = tpr_pipe_check(message, worker->pipe->message_bytes, worker->pipe->metadata_bytes,
                                 worker->pipe->tensors, error);
@@ -16654,8 +17030,12 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
     call->refs++;                      // this function's
     if (out) call->refs++;
     call->has_future = out != NULL;
-    status = tpr_agent_send_call(worker, &prefix, message, options, id, error);
+    if (again) status = tpr_agent_keep_new(call, &prefix, message, error);
+    if (status == TPRPC_OK)
+        status = again ? tpr_agent_keep_send(call, error)
+                       : tpr_agent_send_call(worker, &prefix, message, options, id, error);
     if (status != TPRPC_OK && !call->done) {   // as if it had not been; else its outcome is on its way
+        if (call->keep) tpr_agent_keep_end(call, false);
         call->on_done = NULL;
         call->done = true;
         tpr_base_list_remove(&call->node);
@@ -16715,10 +17095,72 @@ static void tpr_agent_server_unref(tpr_agent_server *server) {
     tpr_agent_free(server->agent, server, sizeof *server);
 }
 
+// ---- admission: what a caller may make this end hold
+//
+// Bytes that came with a request's frame are counted as they come; a request that would be too many, or with whose
+// frame those would be too many, is refused, however much tensors hold. What its tensors need is asked for before
+// anything of them is allocated or moved: until there is room they stay where they are, at the caller. Tensors for
+// which the method has a `place` need none.
+
+// Of all loops, as far as this one knows by now.
+static uint64_t tpr_agent_sum(tprpc_agent *agent, bool tensors) {
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++)
+        sum += TPR_ATOMIC_LOAD_FULL(tensors ? &agent->loops[i].tensors_held : &agent->loops[i].bytes_held);
+    return sum;
+}
+
+static inline void tpr_agent_count_held(tpr_agent_request *request, uint64_t bytes, bool tensors) {
+    tpr_agent_loop *on = tpr_agent_on(request->server->agent, request->server->loop);
+    request->held += bytes;
+    request->server->held += bytes;
+    TPR_ATOMIC_POKE(&on->bytes_held, on->bytes_held + bytes);
+    if (!tensors) return;
+    request->server->tensors += bytes;
+    TPR_ATOMIC_POKE(&on->tensors_held, on->tensors_held + bytes);
+}
+
+// Has every loop look whether requests may come in that wait, or a job be run by a thread that waits.
+TPR_COLD static void tpr_agent_look_soon(tprpc_agent *agent) {
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++)
+        if (!TPR_ATOMIC_SWAP(&agent->looks[i].set, 1u))
+            tpr_loop_defer(&agent->ctx->loops[i], &agent->looks[i].work, false);
+}
+
+// A request's memory goes: others may come in.
+static inline void tpr_agent_let_go(tpr_agent_request *request) {
+    tpr_agent_server *server = request->server;
+    tprpc_agent *agent = server->agent;
+    tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
+    const uint64_t bytes = request->held, tensors = bytes - request->in->block;
+    server->held -= bytes;
+    if (tensors) {
+        server->tensors -= tensors;
+        TPR_ATOMIC_POKE(&on->tensors_held, on->tensors_held - tensors);
+    }
+    // Of several loops: the others see it, or this one that they wait.
+    if (TPR_LIKELY(agent->ctx->loop_count == 1)) TPR_ATOMIC_POKE(&on->bytes_held, on->bytes_held - bytes);
+    else TPR_ATOMIC_STORE_FULL(&on->bytes_held, on->bytes_held - bytes);
+    if (TPR_UNLIKELY(TPR_ATOMIC_LOAD_FULL(&agent->waiting))) tpr_agent_look_soon(agent);
+}
+
+// What the library will allocate on this host for a request's tensors.
+static uint64_t tpr_agent_needs(const tpr_agent_request *request, const tprpc_message *placed) {
+    const tpr_pipe_in *in = request->in;
+    uint64_t bytes = 0;
+    if (!placed && request->method->desc.place) return 0;   // known once it has run
+    for (size_t i = 0; i < in->message.tensor_count; i++) {
+        tprpc_buffer to = tpr_pipe_in_wanted(in, i, placed);
+        if (in->slots[i].transfer != TPR_WIRE_INLINE && !to.data && to.device.kind == TPRPC_CPU) bytes += to.size;
+    }
+    return bytes;
+}
+
 static void tpr_agent_request_unref(tpr_agent_request *request) {
     tpr_agent_server *server = request->server;
     tprpc_agent *agent = server->agent;
     if (--request->refs) return;
+    tpr_agent_let_go(request);
     if (request->placing) tpr_agent_unplace(request->placing, request->in);   // its handler has not begun
     else if (request->in) tpr_pipe_in_free(request->in);
     request->in = NULL;
@@ -16733,6 +17175,7 @@ static void tpr_agent_request_unref(tpr_agent_request *request) {
 static void tpr_agent_request_over(tpr_agent_request *request) {
     if (request->answered) return;
     request->answered = true;
+    request->server->unanswered--;
     tpr_agent_on(request->server->agent, request->server->loop)->unanswered--;
     tpr_agent_count_answered(request);
     if (request->kept) tpr_agent_on(request->server->agent, request->server->loop)->async_now--;
@@ -16854,27 +17297,61 @@ static void tpr_agent_submit_place(tpr_loop_task *task) {
 }
 
 #ifndef TPRPC_NO_THREADS
+// The first job that no thread has begun; NULL: there is none. Under the agent's lock.
+static tpr_agent_request *tpr_agent_take_job(tprpc_agent *agent) {
+    tpr_agent_request *request = agent->job_head;
+    if (!request) return NULL;
+    agent->job_head = request->next_job;
+    if (!agent->job_head) agent->job_tail = &agent->job_head;
+    TPR_ATOMIC_SUB(&agent->queued, 1u);
+    return request;
+}
+
 TPR_COLD static void tpr_agent_thread_main(void *arg) {
     tpr_agent_thread *self = (tpr_agent_thread *)arg;
     tprpc_agent *agent = self->agent;
     tprpc_context *ctx = agent->ctx;
     if (ctx->thread_begin) ctx->thread_begin(self->name, ctx->user);
     tpr_trace_name_thread(agent->trace, self->name);
+    TPR_ATOMIC_STORE(&self->id, tpr_os_thread_id());
     tpr_os_lock_take(&agent->lock);
     while (!agent->stopping || agent->job_head) {
-        tpr_agent_request *request = agent->job_head;
-        if (request) {
-            agent->job_head = request->next_job;
-            if (!agent->job_head) agent->job_tail = &agent->job_head;
-        }
+        tpr_agent_request *request = tpr_agent_take_job(agent);
+        if (request) TPR_ATOMIC_SUB(&agent->free_threads, 1u);
         uint32_t signal = TPR_ATOMIC_LOAD(&agent->job_signal);
         tpr_os_lock_give(&agent->lock);
+        self->depth = 1;
         if (request) tpr_agent_job(request);
         else tpr_os_futex_wait(&agent->job_signal, signal, -1);
         tpr_os_lock_take(&agent->lock);
+        if (request) TPR_ATOMIC_ADD(&agent->free_threads, 1u);
     }
     tpr_os_lock_give(&agent->lock);
     if (ctx->thread_end) ctx->thread_end(self->name, ctx->user);
+}
+
+// The agent's thread for blocking handlers that the calling one is, when that waits within a handler; else NULL.
+TPR_COLD static tpr_agent_thread *tpr_agent_own_thread(tprpc_agent *agent) {
+    for (uint32_t i = 0; i < agent->thread_count; i++)
+        if (TPR_ATOMIC_LOAD(&agent->threads[i].id) == tpr_os_thread_id()) return &agent->threads[i];
+    return NULL;
+}
+
+// Whether there are jobs that no thread is free to run.
+static bool tpr_agent_job_waits(tprpc_agent *agent) {
+    return TPR_ATOMIC_LOAD_FULL(&agent->queued) > TPR_ATOMIC_LOAD_FULL(&agent->free_threads);
+}
+
+// Runs one of them on a thread that waits: what it waits for may need it.
+TPR_COLD static void tpr_agent_run_job(tpr_agent_thread *self) {
+    tprpc_agent *agent = self->agent;
+    tpr_os_lock_take(&agent->lock);
+    tpr_agent_request *request = tpr_agent_job_waits(agent) ? tpr_agent_take_job(agent) : NULL;
+    tpr_os_lock_give(&agent->lock);
+    if (!request) return;
+    self->depth++;
+    tpr_agent_job(request);
+    self->depth--;
 }
 #endif
 
@@ -16883,9 +17360,11 @@ static void tpr_agent_queue_job(tprpc_agent *agent, tpr_agent_request *request) 
     request->next_job = NULL;
     *agent->job_tail = request;
     agent->job_tail = &request->next_job;
+    TPR_ATOMIC_ADD(&agent->queued, 1u);
     TPR_ATOMIC_ADD(&agent->job_signal, 1u);
     tpr_os_lock_give(&agent->lock);
     tpr_os_futex_wake(&agent->job_signal, 1);
+    if (TPR_ATOMIC_LOAD_FULL(&agent->waiting_threads)) tpr_agent_look_soon(agent);
 }
 
 // ---- starting requests, in the order of their lanes
@@ -16996,9 +17475,145 @@ static void tpr_agent_request_placed(tpr_loop_task *task) {
     if (placing->status == TPRPC_ERROR_NO_METHOD) tpr_agent_request_fail(request, TPRPC_ERROR_NO_METHOD, 0, "");
     else if (placing->status != TPRPC_OK)
         tpr_agent_request_fail(request, placing->status, 0, "place refused the message");
+    if (!refuse) tpr_agent_count_held(request, tpr_agent_needs(request, &allocation), true);
     tprpc_pipe *pipe = request->in->pipe;
     tpr_pipe_in_read(request->in, &allocation, refuse, tpr_agent_request_read);
     tpr_pipe_unref(pipe);
+}
+
+// Why a request is refused: the first of the limits that it is over. NULL: it comes in.
+TPR_COLD static const char *tpr_agent_refusal(const tpr_agent_server *server, const tpr_pipe_in *in, char *text,
+                                              size_t size) {
+    tprpc_agent *agent = server->agent;
+    const tprpc_limits *limits = &agent->ctx->limits;
+    const tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
+    const uint64_t frames = server->held - server->tensors;
+    const uint64_t all = tpr_agent_sum(agent, false), tensors = tpr_agent_sum(agent, true);
+    const uint64_t sum = all > tensors ? all - tensors : 0;   // they are not read at one moment
+    if (on->unanswered >= limits->pending_calls)
+        snprintf(text, size, "%.40s has too many requests pending (limits.pending_calls)", agent->name);
+    else if (server->unanswered >= limits->peer_calls)
+        snprintf(text, size, "%.40s serves %u requests of %.40s, as many as it may (limits.peer_calls)", agent->name,
+                 (unsigned)server->unanswered, server->caller);
+    else if (frames && frames + in->block > limits->peer_bytes)
+        snprintf(text, size, "%.40s holds %llu bytes that came with requests of %.40s, and may hold %llu "
+                 "(limits.peer_bytes)", agent->name, (unsigned long long)frames, server->caller,
+                 (unsigned long long)limits->peer_bytes);
+    else if (sum && sum + in->block > limits->served_bytes)
+        snprintf(text, size, "%.40s holds %llu bytes that came with requests, and may hold %llu (limits.served_bytes)",
+                 agent->name, (unsigned long long)sum, (unsigned long long)limits->served_bytes);
+    else return NULL;
+    return text;
+}
+
+// The same at the least cost where all is far from its limits.
+static inline const char *tpr_agent_full(const tpr_agent_server *server, const tpr_pipe_in *in, char *text,
+                                         size_t size) {
+    const tprpc_limits *limits = &server->agent->ctx->limits;
+    const tpr_agent_loop *on = tpr_agent_on(server->agent, server->loop);
+    if (TPR_LIKELY(on->unanswered < limits->pending_calls && server->unanswered < limits->peer_calls &&
+                   server->held + in->block <= limits->peer_bytes &&
+                   on->bytes_held + in->block <= server->agent->unlooked))
+        return NULL;
+    return tpr_agent_refusal(server, in, text, size);
+}
+
+static void tpr_agent_receive(tpr_agent_request *request);
+
+typedef enum tpr_agent_room { TPR_AGENT_ROOM, TPR_AGENT_NO_ROOM, TPR_AGENT_ROOM_LATER } tpr_agent_room;
+
+// Whether a request's tensors may come in: now, once others of its caller's are answered, or once others are, whose
+// turn may come before (ticket 0: all of those who wait). One that is larger than a limit may where no tensors are
+// held.
+static tpr_agent_room tpr_agent_room_for(const tpr_agent_server *server, uint64_t bytes, uint64_t ticket) {
+    tprpc_agent *agent = server->agent;
+    const tprpc_limits *limits = &agent->ctx->limits;
+    if (server->tensors && server->held + bytes > limits->peer_bytes) return TPR_AGENT_NO_ROOM;
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++) {
+        const uint64_t other = TPR_ATOMIC_LOAD_FULL(&agent->loops[i].ticket);
+        if (other && (!ticket || (other < ticket && i != server->loop->index))) return TPR_AGENT_ROOM_LATER;
+    }
+    bool over = tpr_agent_sum(agent, true) && tpr_agent_sum(agent, false) + bytes > limits->served_bytes;
+    return over ? TPR_AGENT_ROOM_LATER : TPR_AGENT_ROOM;
+}
+
+static void tpr_agent_unwait(tpr_agent_request *request) {
+    tpr_agent_server *server = request->server;
+    request->waits = request->parked = false;
+    TPR_ATOMIC_SUB(&server->agent->waiting, 1u);
+    tpr_base_list_remove(&request->frame.node);
+    if (tpr_base_list_empty(&server->waiting)) tpr_base_list_remove(&server->hungry_node);
+}
+
+// Lets requests in that wait, callers in turn, each one's in order. Who waits for all is overtaken by nobody.
+TPR_COLD static void tpr_agent_admit(tprpc_agent *agent, tpr_agent_loop *on) {
+    tpr_base_list passed;
+    uint64_t ticket = 0;
+    tpr_base_list_init(&passed);
+    while (!ticket && !tpr_base_list_empty(&on->hungry)) {
+        tpr_agent_server *server = TPR_CONTAINER(on->hungry.next, tpr_agent_server, hungry_node);
+        tpr_agent_request *request = TPR_CONTAINER(server->waiting.next, tpr_agent_request, frame.node);
+        const uint64_t bytes = tpr_agent_needs(request, NULL);
+        const tpr_agent_room room = tpr_agent_room_for(server, bytes, server->ticket);
+        tpr_base_list_remove(&server->hungry_node);
+        tpr_base_list_add(room == TPR_AGENT_ROOM ? &on->hungry : &passed, &server->hungry_node);
+        if (room == TPR_AGENT_ROOM_LATER) ticket = server->ticket;
+        if (room != TPR_AGENT_ROOM) continue;
+        server->ticket = TPR_ATOMIC_ADD(&agent->tickets, (uint64_t)1) + 1;
+        tpr_agent_unwait(request);
+        tpr_agent_count_held(request, bytes, true);
+        tpr_agent_receive(request);    // may end the pipe, and the server with it
+    }
+    while (!tpr_base_list_empty(&on->hungry)) {   // behind those that were passed over
+        tpr_base_list *node = on->hungry.next;
+        tpr_base_list_remove(node);
+        tpr_base_list_add(&passed, node);
+    }
+    while (!tpr_base_list_empty(&passed)) {
+        tpr_base_list *node = passed.next;
+        tpr_base_list_remove(node);
+        tpr_base_list_add(&on->hungry, node);
+    }
+    if (ticket == on->ticket) return;
+    TPR_ATOMIC_STORE_FULL(&on->ticket, ticket);
+    if (TPR_ATOMIC_LOAD_FULL(&agent->waiting)) tpr_agent_look_soon(agent);   // it may be another loop's turn
+}
+
+TPR_COLD static void tpr_agent_look_run(tprpc_work *work) {
+    tpr_agent_look *look = TPR_CONTAINER(work, tpr_agent_look, work);
+    TPR_ATOMIC_STORE_FULL(&look->set, 0u);
+    tpr_agent_admit(look->agent, look->on);
+    tpr_loop_notify(look->loop);
+}
+
+// Counts a request's tensors in, or has it wait.
+TPR_COLD static bool tpr_agent_let_in(tpr_agent_request *request) {
+    tpr_agent_server *server = request->server;
+    tpr_agent_loop *on = tpr_agent_on(server->agent, server->loop);
+    const uint64_t bytes = tpr_agent_needs(request, NULL);
+    if (!bytes) return true;
+    if (tpr_base_list_empty(&server->waiting) && tpr_agent_room_for(server, bytes, 0) == TPR_AGENT_ROOM) {
+        tpr_agent_count_held(request, bytes, true);
+        return true;
+    }
+    if (tpr_base_list_empty(&server->waiting)) {
+        tpr_base_list_add(&on->hungry, &server->hungry_node);
+        server->ticket = TPR_ATOMIC_ADD(&server->agent->tickets, (uint64_t)1) + 1;
+    }
+    tpr_base_list_add(&server->waiting, &request->frame.node);
+    request->waits = request->parked = true;
+    TPR_ATOMIC_ADD(&server->agent->waiting, 1u);
+    tpr_agent_look *look = &server->agent->looks[server->loop->index];
+    if (!TPR_ATOMIC_SWAP(&look->set, 1u))   // another loop may have made room since, and not have seen this
+        tpr_loop_later(server->loop, &look->work);
+    return false;
+}
+
+// A request that waits is not wanted any more.
+static void tpr_agent_turn_away(tpr_agent_request *request) {
+    tpr_agent_unwait(request);
+    tpr_agent_look_soon(request->server->agent);   // it may have been its turn
+    tpr_pipe_in_read(request->in, NULL, true, tpr_agent_request_read);
 }
 
 static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *prefix, tpr_pipe_in *in) {
@@ -17007,8 +17622,10 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     bool one_way = (prefix->flags & TPR_WIRE_CALL_ONE_WAY) != 0;   // of those some may be on their way when all leave
     bool left = !one_way && tpr_agent_state_of(agent) == TPR_AGENT_LEFT;
     tpr_agent_method *method = left ? NULL : tpr_agent_method_take(agent, prefix->method);
-    tpr_agent_request *request = method && on->unanswered < agent->ctx->limits.pending_calls
-                                     ? (tpr_agent_request *)(void *)tpr_base_slab_take(&on->requests) : NULL;
+    char text[200];
+    const char *full = method ? tpr_agent_full(server, in, text, sizeof text) : NULL;
+    tpr_agent_request *request =
+        method && !full ? (tpr_agent_request *)(void *)tpr_base_slab_take(&on->requests) : NULL;
     on->received++;
     if (!request) {
         on->received_failed++;
@@ -17019,19 +17636,23 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
         if (!one_way && server->pipe)
             tpr_agent_say_error(agent, server->pipe, prefix->id,
                                 left ? TPRPC_ERROR_NO_WORKER : method ? TPRPC_ERROR_LIMIT : TPRPC_ERROR_NO_METHOD, 0,
-                                left ? "it has left the group" : method ? "it has too many requests pending" : "");
+                                left ? "it has left the group" : full ? full
+                                : method ? "it has too many requests pending" : "");
         if (method) tpr_agent_method_unref(agent, method);
         tpr_agent_server_unref(server);
         return;
     }
     on->unanswered++;
+    server->unanswered++;
     request->server = server;          // field by field, as in a call
+    request->held = 0;
+    tpr_agent_count_held(request, in->block, false);
     request->method = method;
     request->call = prefix->id;
     request->lane = prefix->lane;
     request->one_way = one_way;
     request->parked = request->whole = request->running = false;
-    request->kept = request->cancelled = request->answered = request->mapped = false;
+    request->kept = request->cancelled = request->answered = request->mapped = request->waits = false;
     request->retry.state = TPR_TIMER_IDLE;
     request->placing = NULL;
     request->next_job = NULL;
@@ -17048,6 +17669,15 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     if (request->lane) tpr_base_list_add(&server->lanes, &request->lane_node);
     if (TPR_UNLIKELY(agent->trace != NULL))
         tpr_agent_trace_request(request, TPR_TRACE_RECEIVED, 0, &in->message, TPRPC_OK);
+    if (!in->transfer_count || tpr_agent_let_in(request)) tpr_agent_receive(request);
+}
+
+// Begins to receive a request that was let in.
+static void tpr_agent_receive(tpr_agent_request *request) {
+    tpr_agent_server *server = request->server;
+    tprpc_agent *agent = server->agent;
+    tpr_agent_method *method = request->method;
+    tpr_pipe_in *in = request->in;
     if (method->desc.place && in->message.tensor_count) {
         request->parked = true;
         request->placing = tpr_agent_place(agent, in, method->desc.place, method->desc.on_unplaced, method->desc.user,
@@ -17081,7 +17711,8 @@ static void tpr_agent_on_cancel(tpr_agent_server *server, uint64_t call) {
     tpr_agent_request *request = tpr_agent_request_called(server, call);
     if (!request) return;
     request->cancelled = true;
-    if (request->reading && !request->parked) tpr_agent_abort_in(request->in);
+    if (request->waits) tpr_agent_turn_away(request);
+    else if (request->reading && !request->parked) tpr_agent_abort_in(request->in);
 }
 
 // Whether a call's tensors may go where they are to go; else it is refused.
@@ -17133,6 +17764,8 @@ TPR_COLD static void tpr_agent_server_ended(tpr_pipe_user *user) {
     server->pipe = NULL;
     for (tpr_base_list *i = server->requests.next; i != &server->requests; i = i->next)
         TPR_CONTAINER(i, tpr_agent_request, node)->cancelled = true;
+    while (!tpr_base_list_empty(&server->waiting))
+        tpr_agent_turn_away(TPR_CONTAINER(server->waiting.next, tpr_agent_request, frame.node));
     tpr_agent_count_pipe(tpr_agent_on(server->agent, server->loop), pipe);
     tpr_agent_flow_pipe(&server->from, pipe);
     pipe->closed = true;
@@ -17155,6 +17788,8 @@ static tpr_pipe_user *tpr_agent_serve(void *arg, tprpc_pipe *pipe) {
     tpr_base_list_init(&server->requests);
     tpr_base_list_init(&server->lanes);
     tpr_base_list_init(&server->peer_node);
+    tpr_base_list_init(&server->waiting);
+    tpr_base_list_init(&server->hungry_node);
     tpr_base_list_add(&tpr_agent_on(agent, pipe->loop)->servers, &server->node);
     return &server->user;
 }
@@ -17237,6 +17872,7 @@ static void tpr_agent_dispose(tprpc_agent *agent) {
         tpr_base_slab_clear(&agent->loops[i].requests);
     }
     tpr_agent_free(agent, agent->loops, ctx->loop_count * sizeof *agent->loops);
+    tpr_agent_free(agent, agent->looks, ctx->loop_count * sizeof *agent->looks);
     tpr_agent_free(agent, agent->maps, agent->map_capacity * sizeof *agent->maps);
     tpr_agent_free(agent, agent->starts, (agent->is_static ? agent->world_size : 1) * sizeof *agent->starts);
     TPR_ATOMIC_SUB(&ctx->agents, 1u);
@@ -17257,6 +17893,7 @@ static tprpc_status tpr_agent_start_threads(tprpc_agent *agent, tprpc_error *err
         if (tpr_os_thread_start(&thread->thread, tpr_agent_thread_main, thread) != 0)
             return tpr_base_os_error(error, errno, "starting", "a worker thread");
         agent->thread_count++;
+        TPR_ATOMIC_ADD(&agent->free_threads, 1u);
     }
     return TPRPC_OK;
 #else
@@ -17337,12 +17974,15 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
     agent->metrics = desc->metrics;
     agent->method_names_tail = &agent->method_names;
     agent->peers_tail = &agent->peers;
+    agent->unlooked = ctx->limits.served_bytes / ctx->loop_count;
+    if (ctx->loop_count > 1 && agent->unlooked > TPR_AGENT_UNLOOKED) agent->unlooked = TPR_AGENT_UNLOOKED;
     agent->methods.memory = agent->names.memory = agent->by_name.memory = agent->resolved.memory = memory;
     if (tpr_os_random(&agent->nonce, sizeof agent->nonce) != 0)
         return tpr_base_os_error(error, errno, "reading", "random bytes");
     agent->loops = (tpr_agent_loop *)tpr_agent_alloc(agent, ctx->loop_count * sizeof *agent->loops);
+    agent->looks = (tpr_agent_look *)tpr_agent_alloc(agent, ctx->loop_count * sizeof *agent->looks);
     agent->uncounted = tpr_agent_counts_new(agent);
-    if (!agent->loops || !agent->uncounted)
+    if (!agent->loops || !agent->looks || !agent->uncounted)
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for agent %s", agent->name);
     for (uint32_t i = 0; i < ctx->loop_count; i++) {
         tpr_agent_loop *on = &agent->loops[i];
@@ -17352,6 +17992,11 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
         on->calls.limit = on->requests.limit = limit <= UINT32_MAX / 2 ? 2 * limit : UINT32_MAX;
         tpr_base_list_init(&on->servers);
         tpr_base_list_init(&on->running);
+        tpr_base_list_init(&on->hungry);
+        agent->looks[i].work.run = tpr_agent_look_run;
+        agent->looks[i].loop = &ctx->loops[i];
+        agent->looks[i].on = on;
+        agent->looks[i].agent = agent;
         on->held_tail = &on->held;
     }
     tprpc_status status = tpr_agent_fill_devices(agent, desc, error);
@@ -17374,8 +18019,8 @@ static bool tpr_agent_loop_rests(tpr_agent_loop *on) {
 }
 
 static bool tpr_agent_loop_idle(void *arg) {
-    tpr_agent_loop *on = (tpr_agent_loop *)arg;
-    return !on->sends && tpr_agent_loop_rests(on);
+    const tpr_agent_look *look = (const tpr_agent_look *)arg;
+    return !look->on->sends && tpr_agent_loop_rests(look->on) && !TPR_ATOMIC_LOAD(&look->set);
 }
 
 // Ends everything of the agent's on one loop; what runs is waited for by the caller. Under the lock.
@@ -17387,6 +18032,11 @@ static void tpr_agent_end_loop(tprpc_agent *agent, tpr_loop *loop) {
         if (worker->loop != loop) continue;
         if (worker->op) tpr_store_cancel(agent->store, worker->op);
         if (worker->pipe) tpr_pipe_end(worker->pipe, TPRPC_ERROR_CLOSED, 0, "the agent %s was destroyed", agent->name);
+        while (!tpr_base_list_empty(&worker->calls)) {   // that would have been sent again
+            tprpc_error error = TPR_ZERO;
+            tprpc_error_set(&error, TPRPC_ERROR_CLOSED, 0, "the agent %s was destroyed", agent->name);
+            tpr_agent_call_fail(TPR_CONTAINER(worker->calls.next, tpr_agent_call, node), &error);
+        }
     }
     for (tpr_base_list *node = on->servers.next, *next; node != &on->servers; node = next) {
         tpr_agent_server *server = TPR_CONTAINER(node, tpr_agent_server, node);
@@ -17408,7 +18058,8 @@ static void tpr_agent_end_loop(tprpc_agent *agent, tpr_loop *loop) {
 static bool tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
     const int64_t patience = tpr_loop_clock(loop) + TPR_AGENT_PATIENCE_US;
-    while (!tpr_loop_wait(loop, tpr_agent_loop_idle, on, tpr_loop_clock(loop) + 10000) ||
+    tpr_agent_look *look = &agent->looks[loop->index];
+    while (!tpr_loop_wait(loop, tpr_agent_loop_idle, look, tpr_loop_clock(loop) + 10000) ||
            TPR_ATOMIC_LOAD(&agent->jobs)) {
         tpr_loop_give_way(loop);   // to the loop's thread, whose callback is waited for
         const bool jobs = TPR_ATOMIC_LOAD(&agent->jobs) != 0;
@@ -17465,6 +18116,8 @@ typedef struct tpr_agent_waiting {
     bool several;                      // loops that they are on
     tpr_loop *loop;
     tpr_agent_call *call;              // of the future that ended the wait; NULL: that is stale
+    struct tpr_agent_thread *thread;   // that waits in a blocking handler; NULL: it is none of the agent's
+    bool job;                          // what ended the wait is a job for that
 } tpr_agent_waiting;
 
 // Whether one of the futures on this loop has its outcome, or is none.
@@ -17478,7 +18131,43 @@ static bool tpr_agent_any_done(void *arg) {
         if (!waiting->call || waiting->call->done) return true;
         waiting->call->awaited = true;
     }
-    return false;
+#ifndef TPRPC_NO_THREADS
+    if (TPR_UNLIKELY(waiting->thread != NULL)) waiting->job = tpr_agent_job_waits(waiting->thread->agent);
+#endif
+    return waiting->job;
+}
+
+// Enters a wait: a thread for blocking handlers runs other jobs meanwhile. False: it is nested too deep.
+static bool tpr_agent_wait_begin(tpr_agent_waiting *waiting, tprpc_agent *agent) {
+    waiting->thread = NULL;
+    waiting->job = false;
+#ifndef TPRPC_NO_THREADS
+    if (TPR_LIKELY(!agent->thread_count) || (waiting->thread = tpr_agent_own_thread(agent)) == NULL) return true;
+    if (waiting->thread->depth > agent->ctx->env.nesting) return false;
+    TPR_ATOMIC_ADD(&agent->waiting_threads, 1u);
+#else
+    (void)agent;
+#endif
+    return true;
+}
+
+// What ended the wait was a job: it is run, and the wait goes on.
+static bool tpr_agent_wait_job(tpr_agent_waiting *waiting) {
+    if (TPR_LIKELY(!waiting->job)) return false;
+    waiting->job = false;
+#ifndef TPRPC_NO_THREADS
+    tpr_agent_run_job(waiting->thread);
+#endif
+    return true;
+}
+
+static tprpc_status tpr_agent_wait_end(const tpr_agent_waiting *waiting, tprpc_status status) {
+#ifndef TPRPC_NO_THREADS
+    if (TPR_UNLIKELY(waiting->thread != NULL)) TPR_ATOMIC_SUB(&waiting->thread->agent->waiting_threads, 1u);
+#else
+    (void)waiting;
+#endif
+    return status;
 }
 
 // The loop whose thread the calling one is, when that waits in a callback for a future on `other`; else NULL. A
@@ -17489,6 +18178,24 @@ static tpr_loop *tpr_agent_own_loop(const tpr_loop *other) {
         if (&ctx->loops[i] != other && TPR_ATOMIC_LOAD(&ctx->loops[i].callback_thread) == tpr_os_thread_id())
             return &ctx->loops[i];
     return NULL;
+}
+
+// Whether a wait here would be refused. Under the loop's lock.
+TPR_COLD static bool tpr_agent_is_deep(tprpc_agent *agent, tpr_loop *loop) {
+#ifndef TPRPC_NO_THREADS
+    const tpr_agent_thread *self = tpr_agent_own_thread(agent);
+    if (self && self->depth > loop->env->nesting) return true;
+#else
+    (void)agent;
+#endif
+    const tpr_loop *own = tpr_agent_own_loop(loop);
+    return (tpr_loop_in_callback(loop) && loop->depth > loop->env->nesting) || (own && own->depth > loop->env->nesting);
+}
+
+TPR_COLD static tprpc_status tpr_agent_too_deep(tprpc_context *ctx) {
+    TPR_LOG(&ctx->env.logger, TPRPC_LOG_WARNING, "agent", "",
+            "a wait was refused: %u waits within handlers are nested (limits.nesting)", (unsigned)ctx->env.nesting);
+    return TPRPC_ERROR_LIMIT;
 }
 
 // Goes on with the loop of a callback that waits for another loop's future: two callbacks may wait for each other's
@@ -17859,6 +18566,7 @@ TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *ou
         out->tensor_bytes_sent += sum.tensor_sent;
         out->tensor_bytes_received += sum.tensor_received;
         out->tensor_bytes_adopted += sum.tensor_adopted;
+        out->calls_retried += sum.retried;
     }
     out->memory_bytes = TPR_ATOMIC_LOAD(&agent->ctx->env.memory.used);
     out->workers = tpr_agent_workers(agent);
@@ -18010,6 +18718,7 @@ TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t
     if (timeout >= 0) deadline = tpr_context_deadline(tprpc_now_us(ctx), timeout);
     tpr_loop *own = waiting.several ? NULL : tpr_agent_own_loop(first);
     bool in_slices = waiting.several || own;
+    if (!tpr_agent_wait_begin(&waiting, (tprpc_agent *)futures[0].owner)) return tpr_agent_too_deep(ctx);
     for (uint32_t i = first->index, late = 0;; i = (i + 1) % ctx->loop_count) {
         tpr_loop *loop = waiting.several ? &ctx->loops[i] : first;
         tprpc_status status = TPRPC_PENDING;
@@ -18017,19 +18726,20 @@ TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t
         tpr_loop_enter(loop);
         if (tpr_loop_in_callback(loop) && loop->depth > loop->env->nesting) {
             tpr_loop_leave(loop);
-            return TPRPC_ERROR_LIMIT;
+            return tpr_agent_wait_end(&waiting, tpr_agent_too_deep(ctx));
         }
         int64_t now = in_slices ? tpr_loop_clock(loop) : 0;
         int64_t until = in_slices && now + TPR_AGENT_SLICE_US < deadline ? now + TPR_AGENT_SLICE_US : deadline;
-        if (tpr_loop_wait(loop, tpr_agent_any_done, &waiting, until)) {
+        if (tpr_loop_wait(loop, tpr_agent_any_done, &waiting, until) && !waiting.job) {
             status = waiting.call ? waiting.call->status : TPRPC_ERROR_INVALID;
             if (which) *which = waiting.which;
         }
         tpr_loop_leave(loop);
-        if (status != TPRPC_PENDING || !in_slices) return status;
+        if (TPR_UNLIKELY(tpr_agent_wait_job(&waiting))) continue;
+        if (status != TPRPC_PENDING || !in_slices) return tpr_agent_wait_end(&waiting, status);
         late += now >= deadline;       // each loop is looked at once more
-        if (late >= (waiting.several ? ctx->loop_count : 1)) return status;
-        if (own && !tpr_agent_go_on(own)) return TPRPC_ERROR_LIMIT;
+        if (late >= (waiting.several ? ctx->loop_count : 1)) return tpr_agent_wait_end(&waiting, status);
+        if (own && !tpr_agent_go_on(own)) return tpr_agent_wait_end(&waiting, tpr_agent_too_deep(ctx));
     }
 }
 
@@ -18075,6 +18785,10 @@ TPRPC_API tprpc_status tprpc_future_error(tprpc_future future, tprpc_error *erro
     tpr_agent_call *call = tpr_agent_future(future, loop);
     if (call) status = call->done ? call->status : TPRPC_PENDING;
     if (call && call->done && call->error && error) *error = *call->error;
+    else if (status == TPRPC_PENDING && tpr_agent_is_deep((tprpc_agent *)future.owner, loop))
+        tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "calling %s on %s: not waited for, %u waits within handlers are "
+                        "nested (limits.nesting)", call->method_name, call->worker->name,
+                        (unsigned)loop->env->nesting);
     else if (status != TPRPC_OK && status != TPRPC_PENDING)
         tprpc_error_set(error, status, 0,
                         call ? "the call failed, and no memory was left to say why" : "the future was released");
@@ -18921,6 +19635,7 @@ static const tpr_report_metric tpr_report_stats[] = {
     TPR_REPORT_METRIC(tprpc_stats, thread_pool_size, "thread_pool_size", "Threads for blocking handlers."),
     TPR_REPORT_METRIC(tprpc_stats, num_idle_threads, "num_idle_threads", "Those of them without a job."),
     TPR_REPORT_METRIC(tprpc_stats, queued_jobs, "queued_jobs", "Blocking handlers that wait for a thread."),
+    TPR_REPORT_METRIC(tprpc_stats, calls_retried, "calls_retried_total", "How often a call was sent again."),
 };
 
 static const tpr_report_metric tpr_report_methods[] = {
