@@ -202,7 +202,8 @@
 // then its name may come again, at another address. Its callers' pipes end with it, and the next call looks it up. A
 // worker that dies while it joins or leaves holds up others that do so for 3 s at most; calls go on. In a static group
 // a rank cannot come a second time. A store is for one group at a time: who comes for one of another kind or size is
-// INVALID, and so are those of a static group that is not complete yet; a group that has left leaves nothing behind.
+// INVALID, and so are those of a static group that is not complete yet; a static group that has left leaves nothing
+// behind, and a dynamic one can be joined again.
 //
 // A call goes to a worker and a method by name; tprpc_resolve looks both up once for tprpc_call_id, which is for the
 // hot path. Synchronous: wait for its future. Asynchronous: on_done, which needs no future. One-way:
@@ -3631,41 +3632,31 @@ TPR_COLD static bool tpr_wire_get_kind(const void *in, size_t size, tpr_wire_kin
     return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
 }
 
-// Who holds the lock over a dynamic group's members; `turn` tells one hold from the next.
-typedef struct tpr_wire_lock { uint64_t nonce; uint32_t turn; char name[TPR_WIRE_NAME]; } tpr_wire_lock;
-
-static size_t tpr_wire_put_lock(uint8_t *out, size_t size, uint64_t nonce, uint32_t turn, const char *name) {
-    tpr_wire_writer w = tpr_wire_writer_of(out, size);
-    tpr_wire_write_u64(&w, nonce);
-    tpr_wire_write_u32(&w, turn);
-    tpr_wire_write_text(&w, name);
-    return w.failed ? 0 : (size_t)(w.at - out);
-}
-
-TPR_COLD static bool tpr_wire_get_lock(const void *in, size_t size, tpr_wire_lock *out) {
-    tpr_wire_reader r = tpr_wire_reader_of(in, size);
-    out->nonce = tpr_wire_read_u64(&r);
-    out->turn = tpr_wire_read_u32(&r);
-    tpr_wire_read_text(&r, out->name, sizeof out->name);
-    return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
-}
-
-// The members of a dynamic group: how often they changed, and a bit for each id that is taken.
+// The members of a dynamic group: a bit for each id that is taken, how often that or its lock changed, and who holds
+// the lock, or did last; holder 0: nobody.
 enum { TPR_WIRE_MEMBERS = 32768 };     // bytes of bits at most
-typedef struct tpr_wire_members { uint64_t generation; tpr_base_bytes taken; } tpr_wire_members;
+typedef struct tpr_wire_members {
+    uint64_t generation, holder;
+    char     name[TPR_WIRE_NAME];
+    tpr_base_bytes taken;
+} tpr_wire_members;
 
-static size_t tpr_wire_put_members(uint8_t *out, size_t size, uint64_t generation, const void *taken, size_t bytes) {
+static size_t tpr_wire_put_members(uint8_t *out, size_t size, const tpr_wire_members *members) {
     tpr_wire_writer w = tpr_wire_writer_of(out, size);
-    tpr_wire_write_u64(&w, generation);
-    tpr_wire_write_bytes(&w, taken, bytes);
+    tpr_wire_write_u64(&w, members->generation);
+    tpr_wire_write_u64(&w, members->holder);
+    tpr_wire_write_text(&w, members->name);
+    tpr_wire_write_bytes(&w, members->taken.data, members->taken.size);
     return w.failed ? 0 : (size_t)(w.at - out);
 }
 
 TPR_COLD static bool tpr_wire_get_members(const void *in, size_t size, tpr_wire_members *out) {
     tpr_wire_reader r = tpr_wire_reader_of(in, size);
     out->generation = tpr_wire_read_u64(&r);
+    out->holder = tpr_wire_read_u64(&r);
+    tpr_wire_read_text(&r, out->name, sizeof out->name);
     out->taken = tpr_wire_read_bytes(&r, TPR_WIRE_MEMBERS);
-    return !r.failed;
+    return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
 }
 
 // A word of a worker that leaves a static group: how many calls it has begun and requests it has got in all, and what
@@ -14231,17 +14222,18 @@ typedef struct tpr_agent_start {       // a key of the group that is awaited
 typedef struct tpr_agent_change {      // of a dynamic group's members, one at a time: see >>group
     struct tprpc_agent *agent;
     int32_t  kind, step;               // kind 0: none is under way
-    uint32_t id, turn;                 // the member's; of holds of the lock
-    bool     locked, pausing, quits;   // pausing: until it looks at the lock again; quits: the agent goes
+    uint32_t id;                       // the member's
+    bool     came, locked, pausing, quits;   // its turn has; pausing: until it looks at the lock again; quits: the
+                                       // agent goes
+    bool     frees, forgets;           // the member's id is free, and its name, from then on
+    int64_t  ticket;
     char     name[TPR_AGENT_NAME];     // the member's
     tprpc_work timer;
     int64_t  deadline_us, wait_us, seen_us;
-    uint8_t  lock[160], seen[160];     // the lock's value as this hold's, and as another's since seen_us
-    size_t   lock_size, seen_size;
     uint8_t  entry[TPR_WIRE_ENTRY];    // the member's
     size_t   entry_size;
-    uint8_t *members, *next;           // the record of members as it was read, and as it shall be
-    size_t   members_size, next_size;
+    uint8_t *record, *own;             // of the members: as it was seen last, since seen_us; as this agent writes it
+    size_t   record_size, own_size;
     tprpc_error error;
 } tpr_agent_change;
 
@@ -16714,18 +16706,27 @@ static void tpr_group_begin_static(tprpc_agent *agent) {
 
 // ---- the members of a dynamic group, which one worker at a time changes
 //
-// tprpc/members has the ids that are taken, tprpc/member/ID and tprpc/name/NAME who a member is, tprpc/lock who changes
-// them: taken by compare-and-set, and taken over from a holder that does not come on, for it died or was stopped. One
-// that then goes on does no harm: what it writes it compares first, and the record has another generation by then.
+// tprpc/members has the ids that are taken, tprpc/member/ID and tprpc/name/NAME who a member is. The first is a lock
+// too: who changes them puts his name into it, by compare-and-set, and takes it out together with the change. A holder
+// that does not come on, for it died or was stopped, is taken over. If it goes on then it does no harm: its last
+// compare-and-set fails, and it begins again.
+//
+// So that a thousand who come at once do not all try that again and again, each draws a number (tprpc/ticket) and waits
+// for its key tprpc/turn/NUMBER, which the one before sets to the record as he left it. That is a hint, no more: where
+// he died instead, who waits sees that nothing happens for a time, and it goes on from there.
 
 enum {
-    TPR_GROUP_LEASE_US = 3000000,      // so long a hold of the lock may last
+    TPR_GROUP_LEASE_US = 2000000,      // who changes nothing for so long is taken over,
+    TPR_GROUP_TURN_US = 1000000,       // and so often those whose turn has not come look
     TPR_GROUP_LOOK_LEAST_US = 200, TPR_GROUP_LOOK_MOST_US = 20000,   // between looks at a lock that is held
     TPR_GROUP_QUIT_US = 200000         // for giving the lock back before the agent goes
 };
 enum { TPR_GROUP_JOIN = 1, TPR_GROUP_LEAVE, TPR_GROUP_REMOVE };
-enum { TPR_GROUP_LOCK, TPR_GROUP_KIND, TPR_GROUP_MARK, TPR_GROUP_FIND, TPR_GROUP_MEMBERS, TPR_GROUP_MEMBER,
-       TPR_GROUP_NAME, TPR_GROUP_RECORD, TPR_GROUP_FORGET, TPR_GROUP_END_KIND, TPR_GROUP_UNLOCK };
+typedef enum tpr_group_step {
+    TPR_GROUP_KIND, TPR_GROUP_MARK, TPR_GROUP_TICKET, TPR_GROUP_TURN, TPR_GROUP_READ, TPR_GROUP_LOCK, TPR_GROUP_FIND,
+    TPR_GROUP_MEMBER, TPR_GROUP_NAME, TPR_GROUP_UNLOCK, TPR_GROUP_FORGET,
+    TPR_GROUP_NEXT, TPR_GROUP_TIDY     // from here on nothing can fail any more
+} tpr_group_step;
 
 static const char tpr_group_none[] = "-";   // what stands under a key that was somebody's
 
@@ -16738,15 +16739,16 @@ static bool tpr_group_same(const tprpc_store_op *op, const void *bytes, size_t s
 }
 
 static void tpr_group_change_done(tprpc_store_op *op, void *arg);
+static void tpr_group_change_locked(tpr_agent_change *change);
 
 // The change has ended, well or not.
 static void tpr_group_change_over(tpr_agent_change *change) {
     tprpc_agent *agent = change->agent;
     bool joins = change->kind == TPR_GROUP_JOIN;
     tpr_timer_cancel(&tpr_agent_home(agent)->wheel, &change->timer);
-    tpr_agent_free(agent, change->members, change->members_size);
-    tpr_agent_free(agent, change->next, change->next_size);
-    change->members = change->next = NULL;
+    tpr_agent_free(agent, change->record, change->record_size);
+    tpr_agent_free(agent, change->own, change->own_size);
+    change->record = change->own = NULL;
     change->kind = 0;
     if (joins && change->error.status != TPRPC_OK)
         tpr_group_start_failed(agent, change->error.status, change->error.text);
@@ -16754,50 +16756,73 @@ static void tpr_group_change_over(tpr_agent_change *change) {
     else tpr_loop_notify(tpr_agent_home(agent));
 }
 
-// Asks the store for the next step: a compare-and-set against `expected`, where it is none of the few others.
+// The key of a step.
+static void tpr_group_change_key(const tpr_agent_change *change, int32_t step, char *out, size_t size) {
+    switch (step) {
+    case TPR_GROUP_KIND: snprintf(out, size, "tprpc/kind"); break;
+    case TPR_GROUP_MARK: tpr_group_mixed_key(change->agent->kind_nonce, out, size); break;
+    case TPR_GROUP_TICKET: snprintf(out, size, "tprpc/ticket"); break;
+    case TPR_GROUP_TURN: case TPR_GROUP_TIDY:
+        snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket);
+        break;
+    case TPR_GROUP_NEXT: snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket + 1); break;
+    case TPR_GROUP_READ: case TPR_GROUP_LOCK: case TPR_GROUP_UNLOCK: snprintf(out, size, "tprpc/members"); break;
+    case TPR_GROUP_MEMBER: snprintf(out, size, "tprpc/member/%u", (unsigned)change->id); break;
+    default: snprintf(out, size, "tprpc/name/%s", change->name); break;
+    }
+}
+
+static int32_t tpr_group_change_verb(int32_t step) {
+    switch (step) {
+    case TPR_GROUP_TICKET: return TPRPC_STORE_ADD;
+    case TPR_GROUP_TURN: case TPR_GROUP_READ: case TPR_GROUP_FIND: return TPRPC_STORE_GET;
+    case TPR_GROUP_MARK: case TPR_GROUP_NEXT: return TPRPC_STORE_SET;
+    case TPR_GROUP_FORGET: case TPR_GROUP_TIDY: return TPRPC_STORE_DELETE;
+    default: return TPRPC_STORE_COMPARE_SET;
+    }
+}
+
+// What a step writes; `out`, of `room` bytes, is the caller's.
+static tpr_base_bytes tpr_group_change_value(const tpr_agent_change *change, int32_t step, uint8_t *out, size_t room) {
+    tprpc_agent *agent = change->agent;
+    tpr_base_bytes kind = {out, 0}, own = {change->own, change->own_size}, entry = {change->entry, change->entry_size};
+    tpr_base_bytes none = {(const uint8_t *)tpr_group_none, 1};
+    switch (step) {
+    case TPR_GROUP_KIND: case TPR_GROUP_MARK:
+        kind.size = tpr_wire_put_kind(out, room, agent->nonce, 0, agent->name);
+        return kind;
+    case TPR_GROUP_LOCK: case TPR_GROUP_UNLOCK: return own;
+    case TPR_GROUP_NEXT: return change->own ? own : none;
+    case TPR_GROUP_MEMBER: return change->kind == TPR_GROUP_JOIN ? entry : none;
+    default: return entry;
+    }
+}
+
+// Asks the store for the next step; `expected` is of a compare-and-set.
 static void tpr_group_change_go(tpr_agent_change *change, int32_t step, const void *expected, size_t expected_size) {
     tprpc_agent *agent = change->agent;
     tprpc_store_request request;
-    uint8_t value[TPR_AGENT_NAME + 32];
+    uint8_t bytes[TPR_AGENT_NAME + 32];
     char key[TPR_AGENT_NAME + 16];
     tprpc_error error = TPR_ZERO;
-    bool joins = change->kind == TPR_GROUP_JOIN;
-    const char *name = step == TPR_GROUP_LOCK || step == TPR_GROUP_UNLOCK ? "lock"
-                       : step == TPR_GROUP_KIND || step == TPR_GROUP_END_KIND ? "kind" : "members";
+    tpr_base_bytes value = tpr_group_change_value(change, step, bytes, sizeof bytes);
+    tpr_group_change_key(change, step, key, sizeof key);
     memset(&request, 0, sizeof request);
-    request.kind = step == TPR_GROUP_FIND ? TPRPC_STORE_GET : step == TPR_GROUP_MARK ? TPRPC_STORE_SET
-                   : step == TPR_GROUP_FORGET || step == TPR_GROUP_END_KIND ? TPRPC_STORE_DELETE
-                   : TPRPC_STORE_COMPARE_SET;
+    request.kind = tpr_group_change_verb(step);
     request.key = key;
-    request.deadline_us = TPRPC_NOW;
+    request.value = value.data;
+    request.value_size = value.size;
     request.expected = expected;
     request.expected_size = expected_size;
-    request.value = value;
-    change->step = step;
-    snprintf(key, sizeof key, "tprpc/%s", name);
-    if (step == TPR_GROUP_FIND || step == TPR_GROUP_NAME || step == TPR_GROUP_FORGET)
-        snprintf(key, sizeof key, "tprpc/name/%s", change->name);
-    if (step == TPR_GROUP_MEMBER) snprintf(key, sizeof key, "tprpc/member/%u", (unsigned)change->id);
-    if (step == TPR_GROUP_MARK) tpr_group_mixed_key(agent->kind_nonce, key, sizeof key);
-    if (step == TPR_GROUP_KIND || step == TPR_GROUP_MARK) {
-        request.value_size = tpr_wire_put_kind(value, sizeof value, agent->nonce, 0, agent->name);
-    } else if (step == TPR_GROUP_MEMBERS) {
-        request.value_size = tpr_wire_put_members(value, sizeof value, 0, "", 0);
-    } else if (step == TPR_GROUP_LOCK) {
-        request.value = change->lock;
-        request.value_size = change->lock_size;
-    } else if (step == TPR_GROUP_RECORD) {
-        request.value = change->next;
-        request.value_size = change->next_size;
-    } else if (step == TPR_GROUP_UNLOCK || (step == TPR_GROUP_MEMBER && !joins)) {
-        request.value = tpr_group_none;
-        request.value_size = 1;
-    } else if (step == TPR_GROUP_NAME || step == TPR_GROUP_MEMBER) {
-        request.value = change->entry;
-        request.value_size = change->entry_size;
+    request.delta = 1;
+    request.deadline_us = TPRPC_NOW;
+    if (step == TPR_GROUP_TURN) {
+        request.deadline_us = tpr_loop_clock(tpr_agent_home(agent)) + TPR_GROUP_TURN_US;
+        if (request.deadline_us > change->deadline_us) request.deadline_us = change->deadline_us;
     }
+    change->step = step;
     if (tpr_group_submit(agent, &request, tpr_group_change_done, &agent->starts[0], &error)) return;
-    if (change->error.status == TPRPC_OK && step != TPR_GROUP_UNLOCK) change->error = error;
+    if (change->error.status == TPRPC_OK && step < TPR_GROUP_NEXT) change->error = error;
     tpr_group_change_over(change);     // a lock that is held is taken over
 }
 
@@ -16806,18 +16831,62 @@ TPR_COLD static void tpr_group_change_quit(tprpc_work *work) {
     if (change->agent->starts[0].op) tpr_store_cancel(change->agent->store, change->agent->starts[0].op);
 }
 
-static void tpr_group_change_unlock(tpr_agent_change *change) {
-    tpr_loop *home = tpr_agent_home(change->agent);
-    if (!change->locked) {
-        tpr_group_change_over(change);
-        return;
+// Makes the record that this agent writes of the one that was seen last: with the lock, or without it and with the
+// member's id taken or free. False: no memory.
+static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
+    tprpc_agent *agent = change->agent;
+    tpr_wire_members members;
+    size_t id_byte = change->id / 8;
+    uint8_t bit = (uint8_t)(1u << change->id % 8);
+    bool joined = !locks && change->kind == TPR_GROUP_JOIN && change->error.status == TPRPC_OK;
+    memset(&members, 0, sizeof members);
+    if (change->record) tpr_wire_get_members(change->record, change->record_size, &members);
+    size_t bytes = members.taken.size > id_byte || !joined ? members.taken.size : id_byte + 1;
+    uint8_t *taken = (uint8_t *)tpr_agent_alloc(agent, bytes + 1);
+    tpr_agent_free(agent, change->own, change->own_size);
+    change->own_size = 24 + strlen(agent->name) + bytes;
+    change->own = (uint8_t *)tpr_agent_alloc(agent, change->own_size);
+    if (taken && change->own) {
+        tpr_base_copy(taken, members.taken.data, members.taken.size);
+        if (joined) taken[id_byte] = (uint8_t)(taken[id_byte] | bit);
+        else if (!locks && change->frees && id_byte < bytes) taken[id_byte] = (uint8_t)(taken[id_byte] & ~bit);
+        members.generation += locks ? 1 : 2;
+        members.holder = locks ? agent->nonce : 0;
+        snprintf(members.name, sizeof members.name, "%s", agent->name);
+        members.taken.data = taken;
+        members.taken.size = bytes;
+        tpr_wire_put_members(change->own, change->own_size, &members);
     }
-    change->locked = false;
-    if (change->quits) {               // which does not wait for a store that is silent
+    tpr_agent_free(agent, taken, bytes + 1);
+    return taken && change->own;
+}
+
+// Gives back the lock, with the change where there is no error, and the turn; then it is over.
+static void tpr_group_change_unlock(tpr_agent_change *change) {
+    tprpc_agent *agent = change->agent;
+    tpr_loop *home = tpr_agent_home(agent);
+    uint8_t *held = change->own;
+    size_t held_size = change->own_size;
+    bool locked = change->locked, came = change->came;
+    change->locked = change->came = false;
+    if ((locked || came) && change->quits) {   // which does not wait for a store that is silent
         change->timer.run = tpr_group_change_quit;
         tpr_loop_timer(home, &change->timer, tpr_loop_clock(home) + TPR_GROUP_QUIT_US);
     }
-    tpr_group_change_go(change, TPR_GROUP_UNLOCK, change->lock, change->lock_size);
+    if (!locked) {
+        if (came) tpr_group_change_go(change, TPR_GROUP_NEXT, NULL, 0);
+        else tpr_group_change_over(change);
+        return;
+    }
+    change->own = NULL;
+    if (tpr_group_change_write(change, false)) {
+        tpr_group_change_go(change, TPR_GROUP_UNLOCK, held, held_size);
+    } else {
+        if (change->error.status == TPRPC_OK)
+            tprpc_error_set(&change->error, TPRPC_ERROR_MEMORY, 0, "no memory for the record of members");
+        tpr_group_change_over(change);
+    }
+    tpr_agent_free(agent, held, held_size);
 }
 
 TPR_COLD static void tpr_group_change_fail(tpr_agent_change *change, tprpc_status status, const char *text) {
@@ -16825,98 +16894,89 @@ TPR_COLD static void tpr_group_change_fail(tpr_agent_change *change, tprpc_statu
     tpr_group_change_unlock(change);
 }
 
-// Begins with the lock, once more if it was lost.
+// Tries to put this agent's name into the record that was seen last.
 static void tpr_group_change_lock(tpr_agent_change *change) {
-    change->locked = false;
-    change->wait_us = change->seen_us = 0;
-    change->seen_size = 0;
-    change->lock_size = tpr_wire_put_lock(change->lock, sizeof change->lock, change->agent->nonce, ++change->turn,
-                                          change->agent->name);
-    tpr_group_change_go(change, TPR_GROUP_LOCK, NULL, 0);
+    if (tpr_group_change_write(change, true))
+        tpr_group_change_go(change, TPR_GROUP_LOCK, change->record, change->record ? change->record_size : 0);
+    else tpr_group_change_fail(change, TPRPC_ERROR_MEMORY, "no memory for the record of members");
 }
 
 TPR_COLD static void tpr_group_change_look(tprpc_work *work) {
     tpr_agent_change *change = TPR_CONTAINER(work, tpr_agent_change, timer);
     change->agent->start_pending--;
     change->pausing = false;
-    tpr_group_change_go(change, TPR_GROUP_LOCK, NULL, 0);
+    tpr_group_change_go(change, TPR_GROUP_READ, NULL, 0);
 }
 
-// What the lock's key holds, after it was tried.
+// Keeps the record as it is in the store. False: it cannot be read, or there is no memory.
+static bool tpr_group_change_saw(tpr_agent_change *change, const tprpc_store_op *op, tpr_wire_members *members) {
+    tprpc_agent *agent = change->agent;
+    bool same = change->record ? tpr_group_same(op, change->record, change->record_size) : !op->value;
+    memset(members, 0, sizeof *members);
+    if (!same || !change->seen_us) change->seen_us = tpr_loop_clock(tpr_agent_home(agent));
+    if (!same) {
+        tpr_agent_free(agent, change->record, change->record_size);
+        change->record_size = op->value_size;
+        change->record = op->value ? (uint8_t *)tpr_agent_alloc(agent, op->value_size) : NULL;
+        if (op->value && !change->record) return false;
+        if (op->value) memcpy(change->record, op->value, op->value_size);
+    }
+    return !op->value || tpr_wire_get_members(op->value, op->value_size, members);
+}
+
+// What the record is, after the lock was tried or looked at.
 static void tpr_group_change_tried(tpr_agent_change *change, const tprpc_store_op *op) {
     tpr_loop *home = tpr_agent_home(change->agent);
-    int64_t now = tpr_loop_clock(home);
-    tpr_wire_lock holder;
+    int64_t now = tpr_loop_clock(home), seen_us = change->seen_us;
+    tpr_wire_members members;
     char text[160];
-    if (tpr_group_same(op, change->lock, change->lock_size)) {
+    if (change->step == TPR_GROUP_LOCK && tpr_group_same(op, change->own, change->own_size)) {
         change->locked = true;
-        tpr_group_change_go(change, change->kind == TPR_GROUP_JOIN ? TPR_GROUP_KIND : TPR_GROUP_FIND, NULL, 0);
-    } else if (tpr_group_is_none(op)) {
-        tpr_group_change_go(change, TPR_GROUP_LOCK, op->value, op->value_size);
-    } else if (op->value_size > sizeof change->seen || !tpr_wire_get_lock(op->value, op->value_size, &holder)) {
-        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "the key tprpc/lock of the store cannot be read");
+        tpr_group_change_locked(change);
+        return;
+    }
+    bool good = tpr_group_change_saw(change, op, &members);
+    if (!good) {
+        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "the key tprpc/members of the store cannot be read");
     } else if (now >= change->deadline_us || change->quits) {
-        snprintf(text, sizeof text, "worker %.100s holds the lock over the group's members", holder.name);
+        snprintf(text, sizeof text, "worker %.100s holds up the change of the group's members", members.name);
         tpr_group_change_fail(change, TPRPC_ERROR_TIMEOUT, text);
-    } else if (tpr_group_same(op, change->seen, change->seen_size) && now - change->seen_us > TPR_GROUP_LEASE_US) {
-        change->seen_size = 0;
-        tpr_group_change_go(change, TPR_GROUP_LOCK, op->value, op->value_size);
+    } else if ((change->came && !members.holder) ||
+               (seen_us == change->seen_us && now - seen_us >= TPR_GROUP_LEASE_US)) {
+        tpr_group_change_lock(change);
+    } else if (!change->came) {
+        tpr_group_change_go(change, TPR_GROUP_TURN, NULL, 0);
     } else {
-        if (!tpr_group_same(op, change->seen, change->seen_size)) {
-            memcpy(change->seen, op->value, op->value_size);
-            change->seen_size = op->value_size;
-            change->seen_us = now;
-        }
         change->wait_us = change->wait_us ? change->wait_us * 2 : (int64_t)TPR_GROUP_LOOK_LEAST_US;
         if (change->wait_us > TPR_GROUP_LOOK_MOST_US) change->wait_us = TPR_GROUP_LOOK_MOST_US;
         change->pausing = true;
         change->agent->start_pending++;
-        change->timer.run = tpr_group_change_look;   // not all at once
-        tpr_loop_timer(home, &change->timer,
-                       now + change->wait_us + (int64_t)((change->agent->nonce ^ (uint64_t)now) % 200));
+        change->timer.run = tpr_group_change_look;
+        tpr_loop_timer(home, &change->timer, now + change->wait_us);
     }
 }
 
-// Makes the next record of members of the one that was read: the id taken by who joins, or free again.
-static void tpr_group_change_plan(tpr_agent_change *change, const tprpc_store_op *op) {
+// With the lock: who joins takes the first id that is free; who goes is looked up.
+static void tpr_group_change_locked(tpr_agent_change *change) {
     tprpc_agent *agent = change->agent;
     tpr_wire_members members;
-    bool joins = change->kind == TPR_GROUP_JOIN;
-    if (!op->value || !tpr_wire_get_members(op->value, op->value_size, &members)) {
-        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "the key tprpc/members of the store cannot be read");
+    if (change->kind != TPR_GROUP_JOIN) {
+        tpr_group_change_go(change, TPR_GROUP_FIND, NULL, 0);
         return;
     }
-    size_t bytes = members.taken.size;
-    if (joins) {
-        change->id = 0;
-        while (change->id < 8 * bytes && (members.taken.data[change->id / 8] >> change->id % 8 & 1)) change->id++;
-        if (change->id == 8 * bytes) bytes++;
-    }
-    tpr_agent_free(agent, change->members, change->members_size);
-    tpr_agent_free(agent, change->next, change->next_size);
-    change->members_size = op->value_size;
-    change->next_size = bytes + 12;
-    change->members = (uint8_t *)tpr_agent_alloc(agent, change->members_size);
-    change->next = (uint8_t *)tpr_agent_alloc(agent, change->next_size);
-    uint8_t *taken = (uint8_t *)tpr_agent_alloc(agent, bytes);
-    if (bytes > TPR_WIRE_MEMBERS) {
+    memset(&members, 0, sizeof members);
+    if (change->record) tpr_wire_get_members(change->record, change->record_size, &members);
+    size_t byte = 0;
+    while (byte < members.taken.size && members.taken.data[byte] == 0xff) byte++;
+    change->id = (uint32_t)byte * 8;
+    while (byte < members.taken.size && (members.taken.data[byte] >> change->id % 8 & 1)) change->id++;
+    if (byte == TPR_WIRE_MEMBERS) {
         tpr_group_change_fail(change, TPRPC_ERROR_LIMIT, "the group has as many workers as it can have");
-    } else if (!change->members || !change->next || (bytes && !taken)) {
-        tpr_group_change_fail(change, TPRPC_ERROR_MEMORY, "no memory for the record of its members");
-    } else {
-        uint8_t bit = (uint8_t)(1u << change->id % 8);
-        memcpy(change->members, op->value, op->value_size);
-        tpr_base_copy(taken, members.taken.data, members.taken.size);
-        if (joins) taken[change->id / 8] |= bit;
-        else if (change->id / 8 < bytes) taken[change->id / 8] &= (uint8_t)~bit;
-        tpr_wire_put_members(change->next, change->next_size, members.generation + 1, taken, bytes);
-        if (joins) {
-            agent->self.rank = change->id;
-            change->entry_size = tpr_wire_put_worker(change->entry, sizeof change->entry, &agent->self);
-        }
-        tpr_group_change_go(change, TPR_GROUP_MEMBER, joins ? NULL : change->entry, joins ? 0 : change->entry_size);
+        return;
     }
-    tpr_agent_free(agent, taken, bytes);
+    agent->self.rank = change->id;
+    change->entry_size = tpr_wire_put_worker(change->entry, sizeof change->entry, &agent->self);
+    tpr_group_change_go(change, TPR_GROUP_MEMBER, NULL, 0);
 }
 
 // The entry of who leaves or is removed. One that is not there, or another's by now, is out already.
@@ -16934,7 +16994,8 @@ static void tpr_group_change_found(tpr_agent_change *change, const tprpc_store_o
         memcpy(change->entry, op->value, op->value_size);
         change->entry_size = op->value_size;
         change->id = where->rank;
-        tpr_group_change_go(change, TPR_GROUP_MEMBERS, NULL, 0);
+        change->forgets = true;
+        tpr_group_change_go(change, TPR_GROUP_MEMBER, change->entry, change->entry_size);
     } else if (removes) {
         tpr_group_change_fail(change, TPRPC_ERROR_NO_WORKER, "there is no worker of that name in the group");
     } else {
@@ -16947,22 +17008,34 @@ static void tpr_group_change_found(tpr_agent_change *change, const tprpc_store_o
 static void tpr_group_change_named(tpr_agent_change *change, tprpc_store_op *op) {
     tprpc_agent *agent = change->agent;
     if (tpr_group_same(op, change->entry, change->entry_size)) {
-        tpr_group_change_go(change, TPR_GROUP_RECORD, change->members, change->members_size);
+        tpr_group_change_unlock(change);
     } else if (!op->value) {
         tpr_group_change_go(change, TPR_GROUP_NAME, NULL, 0);
     } else if (tpr_group_claimed(agent, op, "the name")) {   // by this agent, with an id that it did not get
         tpr_group_change_go(change, TPR_GROUP_NAME, op->value, op->value_size);
     } else {
+        change->error = agent->start_error;
         tpr_group_change_unlock(change);
     }
 }
 
-static bool tpr_group_change_empty(const tpr_agent_change *change) {
+// Its number was drawn, and its turn has come or not.
+static void tpr_group_change_turn(tpr_agent_change *change, const tprpc_store_op *op) {
     tpr_wire_members members;
-    size_t i = 0;
-    if (!change->next || !tpr_wire_get_members(change->next, change->next_size, &members)) return false;
-    while (i < members.taken.size && !members.taken.data[i]) i++;
-    return i == members.taken.size;
+    change->came = op->status == TPRPC_OK;
+    if (change->came && op->value && tpr_wire_get_members(op->value, op->value_size, &members))
+        tpr_group_change_saw(change, op, &members);
+    if (change->came) tpr_group_change_lock(change);
+    else tpr_group_change_go(change, TPR_GROUP_READ, NULL, 0);
+}
+
+static void tpr_group_change_drew(tpr_agent_change *change, const tprpc_store_op *op) {
+    change->ticket = 0;
+    if (op->value && op->value_size == sizeof change->ticket)
+        memcpy(&change->ticket, op->value, sizeof change->ticket);
+    change->came = change->ticket == 1;
+    if (change->came) tpr_group_change_lock(change);
+    else tpr_group_change_go(change, TPR_GROUP_TURN, NULL, 0);
 }
 
 static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) {
@@ -16970,38 +17043,41 @@ static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) 
     char text[220];
     tprpc_status status;
     switch (change->step) {
-    case TPR_GROUP_LOCK: tpr_group_change_tried(change, op); break;
     case TPR_GROUP_KIND:
         status = tpr_group_kind_fits(change->agent, op, text, sizeof text);
         if (status != TPRPC_OK) tprpc_error_set(&change->error, status, 0, "%s", text);
         if (status == TPRPC_ERROR_INVALID) tpr_group_change_go(change, TPR_GROUP_MARK, NULL, 0);
         else if (status != TPRPC_OK) tpr_group_change_unlock(change);
-        else tpr_group_change_go(change, TPR_GROUP_MEMBERS, NULL, 0);
+        else tpr_group_change_go(change, TPR_GROUP_TICKET, NULL, 0);
         break;
+    case TPR_GROUP_TICKET: tpr_group_change_drew(change, op); break;
+    case TPR_GROUP_TURN: tpr_group_change_turn(change, op); break;
+    case TPR_GROUP_READ: case TPR_GROUP_LOCK: tpr_group_change_tried(change, op); break;
     case TPR_GROUP_FIND: tpr_group_change_found(change, op); break;
-    case TPR_GROUP_MEMBERS: tpr_group_change_plan(change, op); break;
     case TPR_GROUP_MEMBER:
-        if (joins && !tpr_group_same(op, change->entry, change->entry_size))   // of one that died unrecorded
+        if (joins && !tpr_group_same(op, change->entry, change->entry_size)) {   // of one that died unrecorded
             tpr_group_change_go(change, TPR_GROUP_MEMBER, op->value, op->value_size);
-        else if (joins) tpr_group_change_go(change, TPR_GROUP_NAME, NULL, 0);
-        else if (tpr_group_is_none(op))
-            tpr_group_change_go(change, TPR_GROUP_RECORD, change->members, change->members_size);
-        else tpr_group_change_go(change, TPR_GROUP_FORGET, NULL, 0);   // the id is another's
-        break;
-    case TPR_GROUP_NAME: tpr_group_change_named(change, op); break;
-    case TPR_GROUP_RECORD:
-        if (!tpr_group_same(op, change->next, change->next_size)) tpr_group_change_lock(change);   // it was taken over
-        else if (!joins) tpr_group_change_go(change, TPR_GROUP_FORGET, NULL, 0);
-        else {
-            change->agent->rank = change->id;
+        } else if (joins) {
+            tpr_group_change_go(change, TPR_GROUP_NAME, NULL, 0);
+        } else {
+            change->frees = tpr_group_is_none(op);   // else the id is another's
             tpr_group_change_unlock(change);
         }
         break;
-    case TPR_GROUP_FORGET:
-        if (tpr_group_change_empty(change)) tpr_group_change_go(change, TPR_GROUP_END_KIND, NULL, 0);
-        else tpr_group_change_unlock(change);
+    case TPR_GROUP_NAME: tpr_group_change_named(change, op); break;
+    case TPR_GROUP_UNLOCK:
+        change->came = true;           // it was the holder: the next one waits for it, whose turn it was before
+        if (!tpr_group_same(op, change->own, change->own_size) && change->error.status == TPRPC_OK) {
+            tpr_group_change_tried(change, op);   // it was taken over
+        } else {
+            if (joins && change->error.status == TPRPC_OK) change->agent->rank = change->id;
+            tpr_group_change_go(change, change->forgets && change->error.status == TPRPC_OK ? TPR_GROUP_FORGET
+                                        : TPR_GROUP_NEXT, NULL, 0);
+        }
         break;
-    case TPR_GROUP_UNLOCK: tpr_group_change_over(change); break;
+    case TPR_GROUP_FORGET: tpr_group_change_go(change, TPR_GROUP_NEXT, NULL, 0); break;
+    case TPR_GROUP_NEXT: tpr_group_change_go(change, TPR_GROUP_TIDY, NULL, 0); break;
+    case TPR_GROUP_TIDY: tpr_group_change_over(change); break;
     default: tpr_group_change_unlock(change); break;
     }
 }
@@ -17009,11 +17085,15 @@ static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) 
 static void tpr_group_change_done(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tpr_agent_change *change = &slot->agent->change;
-    bool absent = change->step == TPR_GROUP_FIND && op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK;
+    bool asks = change->step == TPR_GROUP_FIND || change->step == TPR_GROUP_READ;
+    bool absent = asks && op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK;
+    bool late = change->step == TPR_GROUP_TURN && op->status == TPRPC_ERROR_TIMEOUT;
     slot->op = NULL;
     slot->agent->start_pending--;
-    if (op->status == TPRPC_OK || absent || change->step == TPR_GROUP_UNLOCK) tpr_group_change_step(change, op);
-    else tpr_group_change_fail(change, op->status, op->error.text);
+    if (op->status == TPRPC_OK || absent || late) tpr_group_change_step(change, op);
+    else if (change->step < TPR_GROUP_NEXT) tpr_group_change_fail(change, op->status, op->error.text);
+    else if (change->quits) tpr_group_change_over(change);
+    else tpr_group_change_step(change, op);
 }
 
 // Begins a change of the group's members, under the first loop's lock; none is under way.
@@ -17022,8 +17102,10 @@ static void tpr_group_change_begin(tprpc_agent *agent, int32_t kind, const char 
     change->kind = kind;
     change->deadline_us = deadline_us;
     snprintf(change->name, sizeof change->name, "%s", name);
+    change->came = change->locked = change->frees = change->forgets = false;
+    change->seen_us = change->wait_us = 0;
     memset(&change->error, 0, sizeof change->error);
-    tpr_group_change_lock(change);
+    tpr_group_change_go(change, kind == TPR_GROUP_JOIN ? TPR_GROUP_KIND : TPR_GROUP_TICKET, NULL, 0);
 }
 
 // The agent goes: what is under way ends, and gives the lock back.
@@ -17345,8 +17427,9 @@ static bool tpr_group_loop_asks(tprpc_agent *agent, tpr_loop *loop) {
     return any;
 }
 
-// Waits until nothing runs on a loop and its peers have what was sent to them; adds its counts to *activity.
-static bool tpr_group_loop_settles(tprpc_agent *agent, tpr_loop *loop, int64_t until_us, uint64_t *activity) {
+// Waits until nothing runs on a loop and (asks) its peers have what was sent to them; adds its counts to *activity.
+static bool tpr_group_loop_settles(tprpc_agent *agent, tpr_loop *loop, bool asks, int64_t until_us,
+                                   uint64_t *activity) {
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
     tpr_group_rest rest = {agent, loop};
     int64_t slice_us = TPR_GROUP_LOOK_US;   // what ends on another thread does not always wake this one
@@ -17356,7 +17439,7 @@ static bool tpr_group_loop_settles(tprpc_agent *agent, tpr_loop *loop, int64_t u
     while (!rests) {
         int64_t now = tpr_loop_clock(loop), end = now + slice_us;
         rests = tpr_loop_wait(loop, tpr_group_loop_rests, &rest, end < until_us ? end : until_us);
-        if (rests && tpr_group_loop_asks(agent, loop)) rests = false;
+        if (rests && asks && tpr_group_loop_asks(agent, loop)) rests = false;
         else if (!rests && now >= until_us) break;
         if (slice_us < 16 * TPR_GROUP_LOOK_US) slice_us *= 2;
     }
@@ -17480,8 +17563,8 @@ static const char *tpr_group_name_of(tprpc_agent *agent, uint32_t rank) {
     return "";
 }
 
-// Waits until nothing runs here; meanwhile the store is told what does, where others wait for it.
-static tprpc_status tpr_group_settle(tprpc_agent *agent, bool told, int64_t deadline_us, tpr_wire_leave *word,
+// Waits until nothing runs here, and (by_rounds) is under way from here; what does run the store is told meanwhile.
+static tprpc_status tpr_group_settle(tprpc_agent *agent, bool by_rounds, int64_t deadline_us, tpr_wire_leave *word,
                                      tprpc_error *error) {
     char key[64], text[200];
     bool busy = false;
@@ -17492,10 +17575,10 @@ static tprpc_status tpr_group_settle(tprpc_agent *agent, bool told, int64_t dead
         bool rests = true;
         memset(word, 0, sizeof *word);
         for (uint32_t i = 0; i < agent->ctx->loop_count; i++)
-            rests &= tpr_group_loop_settles(agent, &agent->ctx->loops[i], until, &word->activity);
+            rests &= tpr_group_loop_settles(agent, &agent->ctx->loops[i], by_rounds, until, &word->activity);
         for (uint32_t i = 0; !rests && i < agent->ctx->loop_count; i++)
             tpr_group_loop_runs(agent, &agent->ctx->loops[i], word);
-        if (told && (!rests || busy))
+        if (by_rounds && (!rests || busy))
             status = tpr_group_do(agent, TPRPC_STORE_SET, key, word, NULL, deadline_us, error);
         if (status != TPRPC_OK || rests) return status;
         if (now >= deadline_us)

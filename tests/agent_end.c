@@ -549,6 +549,7 @@ static void slow_submit(void *user, tprpc_store_op *op, const tprpc_store_reques
     slow_key *found = NULL;
     const bool wait = s->silent || (request->kind == TPRPC_STORE_GET && request->deadline_us != TPRPC_NOW);
     tprpc_status status = TPRPC_OK;
+    int64_t sum = 0;
     pthread_mutex_lock(&slow_lock);
     if (wait) {
         REQUIRE(s->count < 32);
@@ -562,13 +563,19 @@ static void slow_submit(void *user, tprpc_store_op *op, const tprpc_store_reques
         REQUIRE(request->value_size <= sizeof found->value);
         if (request->kind == TPRPC_STORE_GET && !found->there) status = TPRPC_ERROR_TIMEOUT;
         if (request->kind == TPRPC_STORE_DELETE) found->there = false;
+        if (request->kind == TPRPC_STORE_ADD) {
+            sum = (found->there ? strtoll(found->value, NULL, 10) : 0) + request->delta;
+            found->size = (size_t)snprintf(found->value, sizeof found->value, "%lld", (long long)sum);
+            found->there = true;
+        }
         if (request->kind == TPRPC_STORE_SET || (request->kind == TPRPC_STORE_COMPARE_SET && same)) {
             memcpy(found->value, request->value, found->size = request->value_size);
             found->there = true;
         }
     }
     pthread_mutex_unlock(&slow_lock);
-    if (!wait) tprpc_store_finish(op, status, found->there ? found->value : NULL, found->size, NULL);
+    if (!wait && request->kind == TPRPC_STORE_ADD) tprpc_store_finish(op, TPRPC_OK, &sum, sizeof sum, NULL);
+    else if (!wait) tprpc_store_finish(op, status, found->there ? found->value : NULL, found->there * found->size, NULL);
     for (int i = 0; i < 2; i++) slow_look(&slow[i]);
 }
 
