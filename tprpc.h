@@ -17695,8 +17695,8 @@ static tprpc_status tpr_group_round(tprpc_agent *agent, uint32_t round, int64_t 
     return TPRPC_OK;
 }
 
-// Waits until all workers agree that nothing runs anywhere.
-static tprpc_status tpr_group_agree(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
+// Waits until all workers agree that nothing runs anywhere, in *round rounds.
+static tprpc_status tpr_group_agree(tprpc_agent *agent, int64_t deadline_us, uint32_t *round, tprpc_error *error) {
     tpr_wire_leave word;
     char key[64];
     uint64_t sum = 0;
@@ -17704,9 +17704,11 @@ static tprpc_status tpr_group_agree(tprpc_agent *agent, int64_t deadline_us, tpr
     memset(&word, 0, sizeof word);
     snprintf(key, sizeof key, "tprpc/leave/%u", (unsigned)agent->rank);
     tprpc_status status = tpr_group_do(agent, TPRPC_STORE_SET, key, &word, NULL, deadline_us, error);
-    for (uint32_t round = 1; status == TPRPC_OK && !agreed; round++)
-        status = agent->rank ? tpr_group_round(agent, round, deadline_us, &agreed, error)
-                             : tpr_group_round_first(agent, round, deadline_us, &sum, &agreed, error);
+    while (status == TPRPC_OK && !agreed) {
+        ++*round;
+        status = agent->rank ? tpr_group_round(agent, *round, deadline_us, &agreed, error)
+                             : tpr_group_round_first(agent, *round, deadline_us, &sum, &agreed, error);
+    }
     return status;
 }
 
@@ -17725,7 +17727,7 @@ static void tpr_group_tidy_own(tprpc_agent *agent, int64_t deadline_us) {
     tpr_group_tidy(agent, "tprpc/leave/%u", deadline_us);
 }
 
-static void tpr_group_tidy_all(tprpc_agent *agent, int64_t deadline_us) {
+static void tpr_group_tidy_all(tprpc_agent *agent, uint32_t round, int64_t deadline_us) {
     tpr_loop *home = tpr_agent_home(agent);
     char key[64];
     tpr_loop_enter(home);
@@ -17736,6 +17738,8 @@ static void tpr_group_tidy_all(tprpc_agent *agent, int64_t deadline_us) {
     }
     tpr_group_await(agent, deadline_us);
     tpr_loop_leave(home);
+    snprintf(key, sizeof key, "tprpc/agreed/%u", (unsigned)round);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
     tpr_group_do(agent, TPRPC_STORE_DELETE, "tprpc/kind", NULL, NULL, deadline_us, NULL);
 }
 
@@ -17751,13 +17755,14 @@ static bool tpr_group_by_rounds(tprpc_agent *agent) {
 static tprpc_status tpr_group_leave_static(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
     bool rounds = tpr_group_by_rounds(agent);
     tpr_wire_leave word;
-    tprpc_status status = rounds ? tpr_group_agree(agent, deadline_us, error)
+    uint32_t round = 0;
+    tprpc_status status = rounds ? tpr_group_agree(agent, deadline_us, &round, error)
                                  : tpr_group_settle(agent, false, deadline_us, &word, error);
     if (status == TPRPC_OK && !rounds) status = tpr_group_all(agent, "leave", true, deadline_us, error);
     if (status != TPRPC_OK) return status;
     tpr_group_tidy_own(agent, deadline_us);
     status = tpr_group_all(agent, "left", agent->rank == 0, deadline_us, error);   // who serves the store goes last
-    if (status == TPRPC_OK && agent->rank == 0) tpr_group_tidy_all(agent, deadline_us);
+    if (status == TPRPC_OK && agent->rank == 0) tpr_group_tidy_all(agent, round, deadline_us);
     return status;
 }
 
