@@ -14230,8 +14230,8 @@ typedef struct tpr_agent_change {      // of a dynamic group's members, one at a
     char     name[TPR_AGENT_NAME];     // the member's
     tprpc_work timer;
     int64_t  deadline_us, wait_us, seen_us;
-    uint8_t  entry[TPR_WIRE_ENTRY];    // the member's
-    size_t   entry_size;
+    uint8_t  entry[TPR_WIRE_ENTRY], other[TPR_WIRE_ENTRY];   // the member's; what stood in its place
+    size_t   entry_size, other_size;
     uint8_t *record, *own;             // of the members: as it was seen last, since seen_us; as this agent writes it
     size_t   record_size, own_size;
     tprpc_error error;
@@ -16719,12 +16719,12 @@ enum {
     TPR_GROUP_LEASE_US = 2000000,      // who changes nothing for so long is taken over,
     TPR_GROUP_TURN_US = 1000000,       // and so often those whose turn has not come look
     TPR_GROUP_LOOK_LEAST_US = 200, TPR_GROUP_LOOK_MOST_US = 20000,   // between looks at a lock that is held
-    TPR_GROUP_QUIT_US = 200000         // for giving the lock back before the agent goes
+    TPR_GROUP_QUIT_US = 1000000         // for giving the lock back before the agent goes
 };
 enum { TPR_GROUP_JOIN = 1, TPR_GROUP_LEAVE, TPR_GROUP_REMOVE };
 typedef enum tpr_group_step {
     TPR_GROUP_KIND, TPR_GROUP_MARK, TPR_GROUP_TICKET, TPR_GROUP_TURN, TPR_GROUP_READ, TPR_GROUP_LOCK, TPR_GROUP_FIND,
-    TPR_GROUP_MEMBER, TPR_GROUP_NAME, TPR_GROUP_UNLOCK, TPR_GROUP_FORGET,
+    TPR_GROUP_MEMBER, TPR_GROUP_CHECK, TPR_GROUP_NAME, TPR_GROUP_UNLOCK, TPR_GROUP_FORGET,
     TPR_GROUP_NEXT, TPR_GROUP_TIDY     // from here on nothing can fail any more
 } tpr_group_step;
 
@@ -16766,7 +16766,9 @@ static void tpr_group_change_key(const tpr_agent_change *change, int32_t step, c
         snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket);
         break;
     case TPR_GROUP_NEXT: snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket + 1); break;
-    case TPR_GROUP_READ: case TPR_GROUP_LOCK: case TPR_GROUP_UNLOCK: snprintf(out, size, "tprpc/members"); break;
+    case TPR_GROUP_READ: case TPR_GROUP_LOCK: case TPR_GROUP_CHECK: case TPR_GROUP_UNLOCK:
+        snprintf(out, size, "tprpc/members");
+        break;
     case TPR_GROUP_MEMBER: snprintf(out, size, "tprpc/member/%u", (unsigned)change->id); break;
     default: snprintf(out, size, "tprpc/name/%s", change->name); break;
     }
@@ -16775,7 +16777,7 @@ static void tpr_group_change_key(const tpr_agent_change *change, int32_t step, c
 static int32_t tpr_group_change_verb(int32_t step) {
     switch (step) {
     case TPR_GROUP_TICKET: return TPRPC_STORE_ADD;
-    case TPR_GROUP_TURN: case TPR_GROUP_READ: case TPR_GROUP_FIND: return TPRPC_STORE_GET;
+    case TPR_GROUP_TURN: case TPR_GROUP_READ: case TPR_GROUP_CHECK: case TPR_GROUP_FIND: return TPRPC_STORE_GET;
     case TPR_GROUP_MARK: case TPR_GROUP_NEXT: return TPRPC_STORE_SET;
     case TPR_GROUP_FORGET: case TPR_GROUP_TIDY: return TPRPC_STORE_DELETE;
     default: return TPRPC_STORE_COMPARE_SET;
@@ -17004,6 +17006,22 @@ static void tpr_group_change_found(tpr_agent_change *change, const tprpc_store_o
     tpr_agent_free(agent, where, sizeof *where);
 }
 
+// The id's key, after who joins has claimed it. What stands there may be of one that died before it was recorded; but
+// only who has the lock knows that.
+static void tpr_group_change_claimed(tpr_agent_change *change, const tprpc_store_op *op) {
+    if (tpr_group_same(op, change->entry, change->entry_size)) {
+        tpr_group_change_go(change, TPR_GROUP_NAME, NULL, 0);
+    } else if (tpr_group_is_none(op)) {
+        tpr_group_change_go(change, TPR_GROUP_MEMBER, op->value, op->value_size);
+    } else if (op->value_size > sizeof change->other) {
+        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "the key of its id in the store cannot be read");
+    } else {
+        memcpy(change->other, op->value, op->value_size);
+        change->other_size = op->value_size;
+        tpr_group_change_go(change, TPR_GROUP_CHECK, NULL, 0);
+    }
+}
+
 // The name's key, after who joins has claimed it.
 static void tpr_group_change_named(tpr_agent_change *change, tprpc_store_op *op) {
     tprpc_agent *agent = change->agent;
@@ -17055,14 +17073,17 @@ static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) 
     case TPR_GROUP_READ: case TPR_GROUP_LOCK: tpr_group_change_tried(change, op); break;
     case TPR_GROUP_FIND: tpr_group_change_found(change, op); break;
     case TPR_GROUP_MEMBER:
-        if (joins && !tpr_group_same(op, change->entry, change->entry_size)) {   // of one that died unrecorded
-            tpr_group_change_go(change, TPR_GROUP_MEMBER, op->value, op->value_size);
-        } else if (joins) {
-            tpr_group_change_go(change, TPR_GROUP_NAME, NULL, 0);
+        if (joins) {
+            tpr_group_change_claimed(change, op);
         } else {
             change->frees = tpr_group_is_none(op);   // else the id is another's
             tpr_group_change_unlock(change);
         }
+        break;
+    case TPR_GROUP_CHECK:
+        if (tpr_group_same(op, change->own, change->own_size))
+            tpr_group_change_go(change, TPR_GROUP_MEMBER, change->other, change->other_size);
+        else tpr_group_change_tried(change, op);   // it was taken over, and who did has that id
         break;
     case TPR_GROUP_NAME: tpr_group_change_named(change, op); break;
     case TPR_GROUP_UNLOCK:
@@ -17085,7 +17106,7 @@ static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) 
 static void tpr_group_change_done(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tpr_agent_change *change = &slot->agent->change;
-    bool asks = change->step == TPR_GROUP_FIND || change->step == TPR_GROUP_READ;
+    bool asks = change->step == TPR_GROUP_FIND || change->step == TPR_GROUP_READ || change->step == TPR_GROUP_CHECK;
     bool absent = asks && op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK;
     bool late = change->step == TPR_GROUP_TURN && op->status == TPRPC_ERROR_TIMEOUT;
     slot->op = NULL;
