@@ -1,4 +1,4 @@
-/* How a group leaves: all agree that nothing runs anywhere, and who is in the way is named. Real processes, and threads. */
+/* How a group leaves: all agree that nothing runs anywhere, and who is in the way is named. Real processes, threads. */
 #include "agent_help.h"
 
 enum { MODES = 0x31, HOPS = 90 };      /* tcp_polled, shm_threads, default_threads */

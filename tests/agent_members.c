@@ -1,5 +1,5 @@
-/* Who is in a group: lookups, the ids of dynamic groups, removal, the members' lock and those who die with it, groups of
-   two kinds in one store, entries that are another's. */
+/* Who is in a group: lookups, the ids of dynamic groups, removal, the members' lock and those who die with it, groups
+   of two kinds in one store, entries that are another's. */
 #include "agent_help.h"
 
 static void on_who(tprpc_request request, const tprpc_message *message, void *user) {
@@ -125,7 +125,8 @@ static void gate_submit(void *user, tprpc_store_op *op, const tprpc_store_reques
         gate_pass(g, op, r);
         return;
     }
-    REQUIRE(g->waiting < 8 && r->value_size <= sizeof g->waits[0].value && r->expected_size <= sizeof g->waits[0].expected);
+    REQUIRE(g->waiting < 8 && r->value_size <= sizeof g->waits[0].value);
+    REQUIRE(r->expected_size <= sizeof g->waits[0].expected);
     g->waits[g->waiting].op = op;
     g->waits[g->waiting].request = *r;
     snprintf(g->waits[g->waiting].key, sizeof g->waits[0].key, "%s", r->key);
@@ -269,7 +270,8 @@ TEST(ids_are_given_and_given_again) {
     CHECK_EQ_INT(info_of(&m[0].side, "dan").id, 3);
     CHECK_EQ_INT(tprpc_agent_leave(m[1].side.agent, WAIT_MS, &error), TPRPC_OK);
     CHECK_STR(list_of(&m[0]), "ann - cyd dan");
-    CHECK_EQ_INT(tprpc_agent_get_worker_by_id(m[0].side.agent, 1, 0, &info, sizeof info, &error), TPRPC_ERROR_NO_WORKER);
+    CHECK_EQ_INT(tprpc_agent_get_worker_by_id(m[0].side.agent, 1, 0, &info, sizeof info, &error),
+                 TPRPC_ERROR_NO_WORKER);
     CHECK_CONTAINS(error.text, "no worker 1");
     CHECK_EQ_INT(tprpc_agent_get_worker(m[0].side.agent, "bob", 0, &info, sizeof info, &error), TPRPC_ERROR_NO_WORKER);
     member_join(&m[4], "eve");
@@ -464,7 +466,7 @@ TEST(died_while_it_joined) {
 
 /* A join that is given up gives the lock back: the next one does not wait for its end. */
 TEST(destroyed_while_it_joins) {
-    for (size_t i = 1; i < 5; i++) {
+    for (size_t i = 1; i < 4; i++) {
         static member m[2];
         memset(m, 0, sizeof m);
         stores_open();
@@ -478,9 +480,9 @@ TEST(destroyed_while_it_joins) {
         member_close(&m[0]);
         CHECK(m[0].ready);
         CHECK_EQ_INT(m[0].status, TPRPC_ERROR_CLOSED);
-        m[1].gate.hold_kind = TPRPC_STORE_GET;   /* it need not look whether anything happens */
-        m[1].gate.hold_key = "tprpc/members";
-        m[1].gate.hold_count = 1;
+        m[1].gate.hold_kind = TPRPC_STORE_GET;   /* it need not look whether anything happens, but once, where */
+        m[1].gate.hold_key = "tprpc/members";    /* an entry is in its way, whether it has the lock */
+        m[1].gate.hold_count = i < 3 ? 1 : 2;
         member_join(&m[1], "bob");
         CHECK(!m[1].gate.held);
         m[1].gate.hold_key = NULL;
