@@ -198,12 +198,12 @@
 // looked up by name.
 //
 // A dynamic group's workers come and go while others call: each has an id, the least that was free. A worker that died
-// stays in the group until another one removes it (tprpc_agent_remove_worker) or its key tprpc/name/NAME is deleted;
-// then its name may come again, at another address. Its callers' pipes end with it, and the next call looks it up. A
-// worker that dies while it joins or leaves holds up others that do so for 3 s at most; calls go on. In a static group
-// a rank cannot come a second time. A store is for one group at a time: who comes for one of another kind or size is
-// INVALID, and so are those of a static group that is not complete yet; a static group that has left leaves nothing
-// behind, and a dynamic one can be joined again.
+// stays in the group until another one removes it (tprpc_agent_remove_worker); then its name and its id may come again,
+// at another address. (To delete its key tprpc/name/NAME in the store frees the name alone.) Its callers' pipes end
+// with it, and the next call looks it up. A worker that dies while it joins or leaves holds up others that do so for
+// 3 s at most; calls go on. In a static group a rank cannot come a second time. A store is for one group at a time: who
+// comes for one of another kind or size is INVALID, and so are those of a static group that is not complete yet; a
+// static group that has left leaves nothing behind, and a dynamic one can be joined again.
 //
 // A call goes to a worker and a method by name; tprpc_resolve looks both up once for tprpc_call_id, which is for the
 // hot path. Synchronous: wait for its future. Asynchronous: on_done, which needs no future. One-way:

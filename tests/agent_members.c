@@ -247,7 +247,7 @@ static const char *list_of(member *m) {
     uint32_t next = 0;
     for (size_t i = 0; i < count && i < 16; i++) {
         for (; next < all[i].id; next++) strcat(text, "- ");
-        snprintf(text + strlen(text), sizeof text - strlen(text), "%s ", all[i].name);
+        snprintf(text + strlen(text), sizeof text - strlen(text), "%.20s ", all[i].name);
         next++;
     }
     if (text[0]) text[strlen(text) - 1] = 0;
