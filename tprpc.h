@@ -3608,8 +3608,8 @@ TPR_COLD static bool tpr_wire_get_worker(const void *in, size_t size, tpr_wire_w
     if (!r.failed && r.end - r.at >= 12) {
         out->space = tpr_wire_read_u64(&r);
         out->process = tpr_wire_read_u32(&r);
+        if (r.end - r.at >= 4) out->level = tpr_wire_read_u32(&r);
     }
-    if (!r.failed && r.end - r.at >= 4) out->level = tpr_wire_read_u32(&r);
     return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
 }
 
@@ -17081,8 +17081,8 @@ static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) 
         }
         break;
     case TPR_GROUP_CHECK:
-        if (tpr_group_same(op, change->own, change->own_size))
-            tpr_group_change_go(change, TPR_GROUP_MEMBER, change->other, change->other_size);
+        change->locked = tpr_group_same(op, change->own, change->own_size);
+        if (change->locked) tpr_group_change_go(change, TPR_GROUP_MEMBER, change->other, change->other_size);
         else tpr_group_change_tried(change, op);   // it was taken over, and who did has that id
         break;
     case TPR_GROUP_NAME: tpr_group_change_named(change, op); break;
