@@ -210,6 +210,14 @@
 // start_timeout_ms. In a dynamic group (world_size 0) a worker is ready when it is known to the store, and others are
 // looked up by name.
 //
+// A dynamic group's workers come and go while others call: each has an id, the least that was free. A worker that died
+// stays in the group until another one removes it (tprpc_agent_remove_worker); then its name and its id may come again,
+// at another address. (To delete its key tprpc/name/NAME in the store frees the name alone.) Its callers' pipes end
+// with it, and the next call looks it up. A worker that dies while it joins or leaves holds up others that do so for
+// 3 s at most; calls go on. In a static group a rank cannot come a second time. A store is for one group at a time: who
+// comes for one of another kind or size is INVALID, and so are those of a static group that is not complete yet; a
+// static group that has left leaves nothing behind, and a dynamic one can be joined again.
+//
 // A call goes to a worker and a method by name; tprpc_resolve looks both up once for tprpc_call_id, which is for the
 // hot path. Synchronous: wait for its future. Asynchronous: on_done, which needs no future. One-way:
 // TPRPC_CALL_ONE_WAY, whose outcome is that the message left. If a call is refused at once, its status says why, and
@@ -237,10 +245,11 @@
 // devices, do not count. Handlers that keep requests until others have come (a barrier, a call back that brings tensors
 // of its own) need limits that hold them all.
 //
-// leave is graceful: in a static group it waits until all leave and serves them meanwhile. destroy is not: it ends
-// what is open with CLOSED, runs the last callbacks on the calling thread, and nothing runs after it. Join your own
-// jobs that hold requests before you destroy the agent, and destroy agents before their context. unregister is for hot
-// reload: after it returned no code of that method runs.
+// leave is graceful: in a static group it waits until all leave and nothing runs anywhere, and serves the others
+// meanwhile; rank 0, which serves the store, goes last. destroy is not, and at once: it ends what is open with CLOSED,
+// runs the last callbacks on the calling thread, and nothing runs after it. Join your own jobs that hold requests
+// before you destroy the agent, and destroy agents before their context. unregister is for hot reload: after it
+// returned no code of that method runs.
 //
 //
 // DEVICES
@@ -438,6 +447,8 @@
 //   values of a store, in bytes                       -                                     65,536
 //   gets of one store client that wait                -                                     4,096
 //   workers of a static group                         tprpc_agent_desc.world_size           1,048,576
+//   workers of a dynamic group                        -                                     262,144
+//   who changes a dynamic group is taken over after   -                                     3 s
 //   addresses of a listener                           tprpc_listener_desc.addresses         16
 //   a name after shm://, after pmix://, in bytes      -                                     100, 153
 //   loops of a context                                tprpc_context_desc.threads            64
@@ -1012,11 +1023,54 @@ TPRPC_API tprpc_status tprpc_agent_start(tprpc_agent *agent, tprpc_done on_ready
 // Starts, if that was not done, and waits at most timeout_ms (0: start_timeout_ms) until all workers are there.
 TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error);
 
-// Leaves when all workers of a static group do: waits at most timeout_ms (0: start_timeout_ms) until every one has said
-// that it leaves and no call of its own is running; meanwhile calls are served. TIMEOUT names who is missing. After it
-// calls fail with CLOSED. A dynamic group's worker waits for its own calls alone and takes its name out of the store;
-// calls that reach it after that fail with NO_WORKER. When the store cannot do that, leave has its error.
+// Leaves when all workers of a static group do: waits at most timeout_ms (0: start_timeout_ms) until all have called it
+// and agree that nothing is running or queued anywhere: calls, handlers (of one-way calls too), requests that were kept
+// while someone waits for their answer, callbacks. Meanwhile calls are served, and handlers may make more. TIMEOUT
+// names who is missing, or who still runs what. A dynamic group's worker waits for its own calls, goes out of the
+// store, and waits for what it serves; calls that reach it after that fail with NO_WORKER, and leave of one that was
+// removed succeeds. After leave, however it ended, calls fail with CLOSED. When the store fails, leave has its error.
+// INVALID in callbacks and handlers. In a polled context: on the callback thread, or while that polls.
 TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error);
+
+typedef enum tprpc_worker_state {    // of another worker, as this one has it
+    TPRPC_WORKER_UNUSED = 0,         // nothing was called there: the first call connects
+    TPRPC_WORKER_CONNECTING,
+    TPRPC_WORKER_CONNECTED,
+    TPRPC_WORKER_LOST,               // the connection failed: the next call connects again
+    TPRPC_WORKER_SELF
+} tprpc_worker_state;
+typedef struct tprpc_worker_info {
+    char     name[132];
+    uint32_t id;                     // its rank; in a dynamic group the least that was free when it joined
+    uint32_t index;                  // tprpc_method_id.worker here; UINT32_MAX: nothing was called there
+    int32_t  state;                  // TPRPC_WORKER_*
+    uint32_t process;                // its process id, where it runs; 0: it did not say
+    uint32_t url_count;
+    char     urls[8][112];           // where it listens, "tcp://host:port"
+} tprpc_worker_info;
+
+// The three below show who is in the group (`size`: sizeof(tprpc_worker_info) of the caller). In a static group all are
+// known once it is ready; in a dynamic one the store is asked, at most timeout_ms (0: start_timeout_ms), driving the
+// loop meanwhile as tprpc_future_wait does. Errors: NO_WORKER, PROTOCOL (an entry that is another's), LIMIT (waits
+// nested too deep), INVALID and CLOSED (not in the group), the store's. Any thread.
+
+// The worker of that name; NULL: this one, which asks nobody.
+TPRPC_API tprpc_status tprpc_agent_get_worker(tprpc_agent *agent, const char *worker, int64_t timeout_ms,
+                                              tprpc_worker_info *out, size_t size, tprpc_error *error);
+// The worker of that id.
+TPRPC_API tprpc_status tprpc_agent_get_worker_by_id(tprpc_agent *agent, uint32_t id, int64_t timeout_ms,
+                                                    tprpc_worker_info *out, size_t size, tprpc_error *error);
+// All of them, this one included, in no order: up to *count into `out` (NULL where *count is 0), *count set to how many
+// there are (LIMIT when they did not fit). Workers of a dynamic group that died are in it until they are removed.
+TPRPC_API tprpc_status tprpc_agent_list_workers(tprpc_agent *agent, int64_t timeout_ms, tprpc_worker_info *out,
+                                                size_t *count, size_t size, tprpc_error *error);
+
+// Takes a worker that died out of a dynamic group, within timeout_ms (0: start_timeout_ms): its name and id are free.
+// Whether it died is not asked: one that lives goes on serving those that are connected to it, is found by nobody else,
+// and is not told. Calls to it that are under way here fail with PEER. NO_WORKER: it is not there. INVALID: a static
+// group, which no other worker can join in its place; oneself; in callbacks.
+TPRPC_API tprpc_status tprpc_agent_remove_worker(tprpc_agent *agent, const char *worker, int64_t timeout_ms,
+                                                 tprpc_error *error);
 
 // Says where tensors of a call to `worker` go that leave it to the map (their target is DEFAULT): from[i] here to to[i]
 // there; and those of its reply back, to[i] there to from[i] here. Adds to what was there, entry by entry: a later
@@ -3979,8 +4033,10 @@ static bool tpr_wire_get_mapped(const void *in, size_t size, tprpc_error *outcom
 }
 
 // What a worker publishes in the store: its name, a word that tells it from another of that name, its addresses, its
-// process as in a hello (0 where an older one did not say), and its devices (which an older one did not say).
-enum { TPR_WIRE_NAME = 129, TPR_WIRE_ADDRESSES = 8, TPR_WIRE_RUNS = 16 };
+// process as in a hello, what it knows of groups (both 0 where an older one did not say), and its devices (which an
+// older one did not say).
+enum { TPR_WIRE_NAME = 129, TPR_WIRE_ADDRESSES = 8, TPR_WIRE_RUNS = 16, TPR_WIRE_ENTRY = 1400 };   // bytes at most
+enum { TPR_WIRE_LEVEL = 1 };           // 1: it leaves by rounds
 typedef struct tpr_wire_run { int32_t kind; uint32_t first, count; } tpr_wire_run;   // devices of a kind, in a row
 typedef struct tpr_wire_worker {
     char     name[TPR_WIRE_NAME];
@@ -3988,7 +4044,7 @@ typedef struct tpr_wire_worker {
     uint32_t rank, address_count;
     char     addresses[TPR_WIRE_ADDRESSES][TPR_WIRE_ADDRESS];
     uint64_t space;
-    uint32_t process;
+    uint32_t process, level;
     uint32_t tells_devices, has_maps; // has_maps: they are in the store under a key of their own
     uint32_t run_count;
     tpr_wire_run runs[TPR_WIRE_RUNS]; // beside the host
@@ -4025,6 +4081,7 @@ static size_t tpr_wire_put_worker(uint8_t *out, size_t size, const tpr_wire_work
     for (uint32_t i = 0; i < worker->address_count; i++) tpr_wire_write_text(&w, worker->addresses[i]);
     tpr_wire_write_u64(&w, worker->space);
     tpr_wire_write_u32(&w, worker->process);
+    tpr_wire_write_u32(&w, worker->level);
     if (worker->tells_devices) tpr_wire_write_devices(&w, worker);
     return w.failed ? 0 : (size_t)(w.at - out);
 }
@@ -4042,9 +4099,83 @@ TPR_COLD static bool tpr_wire_get_worker(const void *in, size_t size, tpr_wire_w
     if (!r.failed && r.end - r.at >= 12) {
         out->space = tpr_wire_read_u64(&r);
         out->process = tpr_wire_read_u32(&r);
+        if (r.end - r.at >= 4) out->level = tpr_wire_read_u32(&r);
         if (r.end - r.at >= 8) tpr_wire_read_devices(&r, out);
     }
     return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
+}
+
+// What kind of group a store holds: how many workers it has (0: it is dynamic), and the worker that says so.
+typedef struct tpr_wire_kind { uint64_t nonce; uint32_t world_size; char name[TPR_WIRE_NAME]; } tpr_wire_kind;
+
+static size_t tpr_wire_put_kind(uint8_t *out, size_t size, uint64_t nonce, uint32_t world_size, const char *name) {
+    tpr_wire_writer w = tpr_wire_writer_of(out, size);
+    tpr_wire_write_u64(&w, nonce);
+    tpr_wire_write_u32(&w, world_size);
+    tpr_wire_write_text(&w, name);
+    return w.failed ? 0 : (size_t)(w.at - out);
+}
+
+TPR_COLD static bool tpr_wire_get_kind(const void *in, size_t size, tpr_wire_kind *out) {
+    tpr_wire_reader r = tpr_wire_reader_of(in, size);
+    out->nonce = tpr_wire_read_u64(&r);
+    out->world_size = tpr_wire_read_u32(&r);
+    tpr_wire_read_text(&r, out->name, sizeof out->name);
+    return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
+}
+
+// The members of a dynamic group: a bit for each id that is taken, how often that or its lock changed, and who holds
+// the lock, or did last; holder 0: nobody.
+enum { TPR_WIRE_MEMBERS = 32768 };     // bytes of bits at most
+typedef struct tpr_wire_members {
+    uint64_t generation, holder;
+    char     name[TPR_WIRE_NAME];
+    tpr_base_bytes taken;
+} tpr_wire_members;
+
+static size_t tpr_wire_put_members(uint8_t *out, size_t size, const tpr_wire_members *members) {
+    tpr_wire_writer w = tpr_wire_writer_of(out, size);
+    tpr_wire_write_u64(&w, members->generation);
+    tpr_wire_write_u64(&w, members->holder);
+    tpr_wire_write_text(&w, members->name);
+    tpr_wire_write_bytes(&w, members->taken.data, members->taken.size);
+    return w.failed ? 0 : (size_t)(w.at - out);
+}
+
+TPR_COLD static bool tpr_wire_get_members(const void *in, size_t size, tpr_wire_members *out) {
+    tpr_wire_reader r = tpr_wire_reader_of(in, size);
+    out->generation = tpr_wire_read_u64(&r);
+    out->holder = tpr_wire_read_u64(&r);
+    tpr_wire_read_text(&r, out->name, sizeof out->name);
+    out->taken = tpr_wire_read_bytes(&r, TPR_WIRE_MEMBERS);
+    return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
+}
+
+// A word of a worker that leaves a static group: how many calls it has begun and requests it has got in all, and what
+// it still runs: calls, requests, and the method of one of them.
+typedef struct tpr_wire_leave {
+    uint64_t activity;
+    uint32_t calls, requests;
+    char     method[TPR_WIRE_NAME];
+} tpr_wire_leave;
+
+static size_t tpr_wire_put_leave(uint8_t *out, size_t size, const tpr_wire_leave *word) {
+    tpr_wire_writer w = tpr_wire_writer_of(out, size);
+    tpr_wire_write_u64(&w, word->activity);
+    tpr_wire_write_u32(&w, word->calls);
+    tpr_wire_write_u32(&w, word->requests);
+    tpr_wire_write_text(&w, word->method);
+    return w.failed ? 0 : (size_t)(w.at - out);
+}
+
+TPR_COLD static bool tpr_wire_get_leave(const void *in, size_t size, tpr_wire_leave *out) {
+    tpr_wire_reader r = tpr_wire_reader_of(in, size);
+    memset(out, 0, sizeof *out);
+    out->activity = tpr_wire_read_u64(&r);
+    out->calls = tpr_wire_read_u32(&r);
+    out->requests = tpr_wire_read_u32(&r);
+    tpr_wire_read_text(&r, out->method, sizeof out->method);
+    return !r.failed && (!out->method[0] || !tpr_base_name_fault(out->method, strlen(out->method), TPR_WIRE_NAME - 1));
 }
 
 // ---- stores: what the ends of a tcp:// store say to each other
@@ -15109,6 +15240,7 @@ enum { TPR_AGENT_CHUNK = 16, TPR_AGENT_CHUNKS = 24 };   // workers in the first 
 enum { TPR_AGENT_LOOP_SHIFT = 56, TPR_AGENT_INDEX_SHIFT = 32, TPR_AGENT_INDEX_MASK = 0xffffff };
 
 typedef enum tpr_agent_state { TPR_AGENT_NEW, TPR_AGENT_STARTING, TPR_AGENT_READY, TPR_AGENT_FAILED, TPR_AGENT_LEAVING,
+                               TPR_AGENT_PARTING,   // a dynamic group's worker that takes no new requests
                                TPR_AGENT_LEFT } tpr_agent_state;
 
 typedef struct tpr_agent_frame {       // a user's function of a method that may be running
@@ -15179,6 +15311,8 @@ typedef struct tpr_agent_worker {      // a peer as this agent calls it
     tprpc_work    again;               // until then: what its pipe waits for, and the calls with it
     uint64_t      kept_bytes;          // of messages that were copied to be sent again
     char          why[140];            // the last failure
+    bool          stray, asked, lost;  // calls may be under way to it whose answer nobody waits for; it was asked
+                                       // whether it has them; its last pipe failed
 } tpr_agent_worker;
 
 typedef struct tpr_agent_placing {     // memory of a user's that a message is received in
@@ -15314,6 +15448,7 @@ typedef struct tpr_agent_loop {        // what an agent has on one loop
     uint64_t bytes_held, tensors_held; // as of a server; written under the lock, read by all loops
     tpr_base_list hungry;              // servers with requests that wait to be let in
     uint64_t ticket;                   // atomic: of the first that waits for other callers' requests; 0: none does
+    uint32_t asking;                   // workers that are `asked`
 } tpr_agent_loop;
 
 typedef struct tpr_agent_look {        // has a loop look whether requests may come in, or a job be run by who waits
@@ -15333,7 +15468,28 @@ typedef struct tpr_agent_start {       // a key of the group that is awaited
     struct tprpc_agent *agent;
     uint32_t rank;
     tprpc_store_op *op;
+    bool     has_word, busy;           // of one that leaves: its word has come; it still runs something
+    uint64_t activity;                 // what it says
+    tpr_wire_leave *word;              // where all that it says goes; NULL: nowhere
 } tpr_agent_start;
+
+typedef struct tpr_agent_change {      // of a dynamic group's members, one at a time: see >>group
+    struct tprpc_agent *agent;
+    int32_t  kind, step;               // kind 0: none is under way
+    uint32_t id;                       // the member's
+    bool     came, locked, pausing, quits;   // its turn has; pausing: until it looks at the lock again; quits: the
+                                       // agent goes
+    bool     frees, forgets;           // the member's id is free, and its name, from then on
+    int64_t  ticket;
+    char     name[TPR_AGENT_NAME];     // the member's
+    tprpc_work timer;
+    int64_t  deadline_us, wait_us, seen_us;
+    uint8_t  entry[TPR_WIRE_ENTRY], other[TPR_WIRE_ENTRY];   // the member's; what stood in its place
+    size_t   entry_size, other_size;
+    uint8_t *record, *own;             // of the members: as it was seen last, since seen_us; as this agent writes it
+    size_t   record_size, own_size;
+    tprpc_error error;
+} tpr_agent_change;
 
 struct tprpc_agent {
     tprpc_context  *ctx;
@@ -15389,6 +15545,10 @@ struct tprpc_agent {
     bool            devices_given;     // no others may be used
     uint32_t        device_count;      // under the lock, but where they were given
     tprpc_device    devices[TPR_AGENT_DEVICES];   // those given, or those of maps; without the host
+    tpr_agent_start mixed;             // the key that says that a worker of another kind of group came
+    uint64_t        kind_nonce;        // names it
+    uint32_t        awaited;           // ranks that have not come
+    tpr_agent_change change;
 };
 
 static tpr_loop *tpr_agent_home(tprpc_agent *agent) { return &agent->ctx->loops[0]; }
@@ -16363,6 +16523,7 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     tpr_agent_call_active(call, on, false);
     tpr_agent_count_outcome(call);
     if (on->active == 0 && on->drained) tpr_loop_notify(loop);
+    if (status != TPRPC_OK || (call->flags & TPRPC_CALL_ONE_WAY)) call->worker->stray = true;
     if (status != TPRPC_OK) on->failed++;
     if (status == TPRPC_ERROR_TIMEOUT) on->timed_out++;
     if (status == TPRPC_ERROR_CANCELLED) on->cancelled++;
@@ -16634,6 +16795,22 @@ static void tpr_agent_on_reply(tpr_agent_worker *worker, tpr_agent_call *call, t
     tpr_pipe_in_read(in, NULL, call->done, tpr_agent_reply_read);
 }
 
+// Asks a worker whether it has all that was sent to it: a call of number 0 and no method, which every version answers,
+// and not before it has seen what came before it.
+static void tpr_agent_ask(tpr_agent_worker *worker) {
+    worker->stray = false;
+    worker->asked = true;
+    tpr_agent_on(worker->agent, worker->loop)->asking++;
+    tpr_agent_say(worker->agent, worker->pipe, TPR_WIRE_CALL, 0, NULL, 0);
+}
+
+static void tpr_agent_answered(tpr_agent_worker *worker) {
+    if (!worker->asked) return;
+    worker->asked = false;
+    tpr_agent_on(worker->agent, worker->loop)->asking--;
+    tpr_loop_notify(worker->loop);
+}
+
 static void tpr_agent_worker_message(tpr_pipe_user *user, tpr_pipe_in *in) {
     tpr_agent_worker *worker = (tpr_agent_worker *)(void *)user;
     tpr_agent_loop *on = tpr_agent_on(worker->agent, worker->loop);
@@ -16643,6 +16820,11 @@ static void tpr_agent_worker_message(tpr_pipe_user *user, tpr_pipe_in *in) {
         (prefix.kind != TPR_WIRE_REPLY && prefix.kind != TPR_WIRE_ERROR)) {
         tpr_pipe_end(worker->pipe, TPRPC_ERROR_PROTOCOL, 0, "%s sent something else than a reply", worker->name);
         tpr_agent_drop_in(in);         // after that, for it may end the pipe
+        return;
+    }
+    if (TPR_UNLIKELY(!prefix.id && worker->asked)) {
+        tpr_agent_answered(worker);
+        tpr_agent_drop_in(in);
         return;
     }
     tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_agent_find(&on->calls, prefix.id);
@@ -16729,6 +16911,9 @@ TPR_COLD static void tpr_agent_worker_ended(tpr_pipe_user *user) {
             tpr_agent_call_end(call, pipe->status, &pipe->error);
         else tpr_agent_call_lost(call, &pipe->error, false);
     }
+    tpr_agent_answered(worker);
+    worker->stray = false;             // what was under way went with it
+    worker->lost = true;
     tpr_agent_count_pipe(tpr_agent_on(worker->agent, worker->loop), pipe);
     tpr_agent_flow_pipe(&worker->to, pipe);
     pipe->closed = true;
@@ -16766,7 +16951,10 @@ TPR_COLD static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
     if (op->status == TPRPC_OK && worker->where && tpr_wire_get_worker(op->value, op->value_size, worker->where)) {
         tprpc_error error = TPR_ZERO;
         worker->rank = worker->where->rank;
-        if (tpr_agent_map_fits(worker, &error) == TPRPC_OK) tpr_agent_worker_reach(worker);
+        if (strcmp(worker->where->name, worker->name) != 0)
+            tpr_pipe_end(worker->pipe, TPRPC_ERROR_PROTOCOL, 0, "the key %.100s of the store has the entry of %.60s",
+                         op->request.key, worker->where->name);
+        else if (tpr_agent_map_fits(worker, &error) == TPRPC_OK) tpr_agent_worker_reach(worker);
         else tpr_pipe_end(worker->pipe, error.status, 0, "%s", error.text);
     } else if (op->status == TPRPC_OK || (op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK)) {   // not mute
         tpr_pipe_end(worker->pipe, TPRPC_ERROR_NO_WORKER, 0, "there is no worker %s in the group", worker->name);
@@ -16951,7 +17139,8 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *m
 
 static tprpc_status tpr_agent_usable(tprpc_agent *agent, tprpc_error *error) {
     tpr_agent_state state = tpr_agent_state_of(agent);
-    if (TPR_LIKELY(state == TPR_AGENT_READY || state == TPR_AGENT_LEAVING)) return TPRPC_OK;
+    if (TPR_LIKELY(state == TPR_AGENT_READY || state == TPR_AGENT_LEAVING || state == TPR_AGENT_PARTING))
+        return TPRPC_OK;
     if (state == TPR_AGENT_LEFT)
         return tprpc_error_set(error, TPRPC_ERROR_CLOSED, 0, "%s has left the group", agent->name);
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "%s has not joined its group yet", agent->name);
@@ -17620,7 +17809,7 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     tprpc_agent *agent = server->agent;
     tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
     bool one_way = (prefix->flags & TPR_WIRE_CALL_ONE_WAY) != 0;   // of those some may be on their way when all leave
-    bool left = !one_way && tpr_agent_state_of(agent) == TPR_AGENT_LEFT;
+    bool left = !one_way && tpr_agent_state_of(agent) >= TPR_AGENT_PARTING;
     tpr_agent_method *method = left ? NULL : tpr_agent_method_take(agent, prefix->method);
     char text[200];
     const char *full = method ? tpr_agent_full(server, in, text, sizeof text) : NULL;
@@ -17724,12 +17913,21 @@ static bool tpr_agent_takes_tensors(tpr_agent_server *server, const tpr_wire_cal
     if (!method || tpr_agent_check_in(agent, in, NULL, method->desc.place != NULL, &error) == TPRPC_OK) return true;
     on->received++;
     on->received_failed++;
+    tpr_agent_count_refused(server, method);
     server->refs++;                    // both of what follows may end its pipe
     tpr_agent_drop_in(in);
     if (!(prefix->flags & TPR_WIRE_CALL_ONE_WAY) && server->pipe)
         tpr_agent_say_error(agent, server->pipe, prefix->id, error.status, 0, error.text);
     tpr_agent_server_unref(server);
     return false;
+}
+
+// A caller that leaves asks whether its calls are here: they have been seen.
+TPR_COLD static void tpr_agent_on_ask(tpr_agent_server *server, tpr_pipe_in *in) {
+    server->refs++;                    // both of what follows may end its pipe
+    tpr_agent_drop_in(in);
+    if (server->pipe) tpr_agent_say_error(server->agent, server->pipe, 0, TPRPC_ERROR_NO_METHOD, 0, "");
+    tpr_agent_server_unref(server);
 }
 
 static void tpr_agent_server_message(tpr_pipe_user *user, tpr_pipe_in *in) {
@@ -17740,7 +17938,8 @@ static void tpr_agent_server_message(tpr_pipe_user *user, tpr_pipe_in *in) {
     uint32_t rank;
     bool good = tpr_wire_get_call(in->prefix, in->prefix_size, &prefix);
     if (good && prefix.kind == TPR_WIRE_CALL && server->caller && !in->message.payload_count) {
-        if (!in->message.tensor_count || tpr_agent_takes_tensors(server, &prefix, in))
+        if (TPR_UNLIKELY(!prefix.id && !prefix.method)) tpr_agent_on_ask(server, in);
+        else if (!in->message.tensor_count || tpr_agent_takes_tensors(server, &prefix, in))
             tpr_agent_on_call(server, &prefix, in);
         return;
     }
@@ -18890,7 +19089,7 @@ TPRPC_API void *tprpc_request_stream(tprpc_request handle, tprpc_device device) 
 }
 
 // >>group -------------------------------------------------------------------------------------------------------------
-// Membership: how an agent joins its group through the store, leaves it, and goes.
+// Membership: how an agent joins its group through the store, who is in it, how it leaves, and goes.
 //
 // Uses: atomic, os, base, wire, timer, loop, context, transport, pipe, store, trace, agent.
 // Invariant: an agent's state is written here alone, under the first loop's lock. What is asked of the store is counted
@@ -18936,24 +19135,31 @@ TPR_COLD static void tpr_group_start_failed(tprpc_agent *agent, tprpc_status sta
         tprpc_error_set(&agent->start_error, status, 0, "%s cannot join: %.200s", agent->name, text);
 }
 
-// Begins one operation of the group's at the store. False: refused, and the start has failed.
+// Begins one operation of the group's at the store. False: refused.
+static bool tpr_group_submit(tprpc_agent *agent, tprpc_store_request *request, void (*done)(tprpc_store_op *, void *),
+                             tpr_agent_start *slot, tprpc_error *error) {
+    request->size = (uint32_t)sizeof *request;
+    agent->start_pending++;
+    bool leaving = agent->state > TPR_AGENT_READY;   // whoever leaves does not wait for a store that has gone before
+    if (tpr_store_submit_as(agent->store, agent->ctx, 0, leaving, request, done, slot, &slot->op, error) == TPRPC_OK)
+        return true;
+    agent->start_pending--;
+    slot->op = NULL;
+    return false;
+}
+
+// The same, all in one. False: refused, and the start has failed.
 static bool tpr_group_ask(tprpc_agent *agent, int32_t kind, const char *key, const void *value, size_t size,
                           int64_t deadline_us, void (*done)(tprpc_store_op *, void *), tpr_agent_start *slot) {
     tprpc_store_request request;
     tprpc_error error = TPR_ZERO;
     memset(&request, 0, sizeof request);
-    request.size = (uint32_t)sizeof request;
     request.kind = kind;
     request.key = key;
     request.value = value;
     request.value_size = size;
     request.deadline_us = deadline_us;
-    agent->start_pending++;
-    bool leaving = agent->state > TPR_AGENT_READY;   // whoever leaves does not wait for a store that has gone before
-    if (tpr_store_submit_as(agent->store, agent->ctx, 0, leaving, &request, done, slot, &slot->op, &error) == TPRPC_OK)
-        return true;
-    agent->start_pending--;
-    slot->op = NULL;
+    if (tpr_group_submit(agent, &request, done, slot, &error)) return true;
     tpr_group_start_failed(agent, error.status, error.text);
     return false;
 }
@@ -19061,7 +19267,7 @@ static void tpr_group_publish_maps(tprpc_agent *agent) {
 static void tpr_group_gathered(tprpc_agent *agent) {
     int64_t deadline = tpr_group_start_deadline(agent);
     char key[64];
-    const bool all = !agent->start_pending && agent->start_error.status == TPRPC_OK;
+    const bool all = !agent->start_pending && !agent->starting_done && agent->start_error.status == TPRPC_OK;
     if (all && agent->map_count) tpr_group_publish_maps(agent);
     for (uint32_t i = 0; all && i < tpr_agent_workers(agent) && agent->start_error.status == TPRPC_OK; i++) {
         const tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
@@ -19079,9 +19285,10 @@ static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     tpr_wire_worker *where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *where);
-    char text[160];
+    char text[240];
     slot->op = NULL;
     agent->start_pending--;
+    agent->awaited--;
     if (op->status == TPRPC_ERROR_TIMEOUT) {
         snprintf(text, sizeof text, "rank %u of %u did not come", (unsigned)slot->rank, (unsigned)agent->world_size);
         tpr_group_start_failed(agent, TPRPC_ERROR_TIMEOUT, text);
@@ -19090,6 +19297,10 @@ static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
     } else if (!where || !tpr_wire_get_worker(op->value, op->value_size, where)) {
         tpr_group_start_failed(agent, where ? TPRPC_ERROR_PROTOCOL : TPRPC_ERROR_MEMORY,
                                "a worker's entry in the store cannot be read");
+    } else if (where->rank != slot->rank) {
+        snprintf(text, sizeof text, "the key %.40s of the store has the entry of worker %.80s, whose rank is %u",
+                 op->request.key, where->name, (unsigned)where->rank);
+        tpr_group_start_failed(agent, TPRPC_ERROR_PROTOCOL, text);
     } else {
         tpr_agent_worker *worker = tpr_agent_worker_of(agent, where->name, true);
         if (worker && !worker->where) {
@@ -19097,10 +19308,70 @@ static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
             worker->rank = where->rank;
             worker->known = true;
             where = NULL;
+        } else if (worker) {
+            snprintf(text, sizeof text, "ranks %u and %u both say that they are worker %.80s", (unsigned)worker->rank,
+                     (unsigned)slot->rank, worker->name);
+            tpr_group_start_failed(agent, TPRPC_ERROR_PROTOCOL, text);
         }
         if (!worker) tpr_group_start_failed(agent, TPRPC_ERROR_MEMORY, "no memory for a worker");
     }
     tpr_agent_free(agent, where, sizeof *where);
+    if (!agent->awaited && agent->mixed.op) tpr_store_cancel(agent->store, agent->mixed.op);
+    tpr_group_gathered(agent);
+}
+
+// ---- one kind of group in one store: tprpc/kind says which, from the first worker on; who comes to another kind says
+// so under tprpc/mixed, with that key's nonce, and static groups that still gather wait for that word too
+
+static const char *tpr_group_kind_text(uint32_t world_size, char *out, size_t size) {   // out: the caller's buffer
+    if (!world_size) snprintf(out, size, "dynamic");
+    else snprintf(out, size, "static, of %u workers", (unsigned)world_size);
+    return out;
+}
+
+static void tpr_group_mixed_key(uint64_t nonce, char *out, size_t size) {
+    snprintf(out, size, "tprpc/mixed/%016llx", (unsigned long long)nonce);
+}
+
+// Whether the store's group is of this agent's kind. Otherwise the text says why not.
+static tprpc_status tpr_group_kind_fits(tprpc_agent *agent, const tprpc_store_op *op, char *text, size_t size) {
+    tpr_wire_kind kind;
+    char ours[40], theirs[40];
+    uint32_t world_size = agent->is_static ? agent->world_size : 0;
+    snprintf(text, size, "the key tprpc/kind of the store cannot be read");
+    if (!op->value || !tpr_wire_get_kind(op->value, op->value_size, &kind)) return TPRPC_ERROR_PROTOCOL;
+    agent->kind_nonce = kind.nonce;
+    if (kind.world_size == world_size) return TPRPC_OK;
+    snprintf(text, size, "its group is %s, and that of worker %.60s, which came first, is %s; if that is over, delete "
+             "the key tprpc/kind of the store", tpr_group_kind_text(world_size, ours, sizeof ours), kind.name,
+             tpr_group_kind_text(kind.world_size, theirs, sizeof theirs));
+    return TPRPC_ERROR_INVALID;
+}
+
+TPR_COLD static void tpr_group_start_marked(tprpc_store_op *op, void *arg) {   // its error is told already
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    (void)op;
+    slot->op = NULL;
+    slot->agent->start_pending--;
+    tpr_group_start_check(slot->agent);
+}
+
+// Another kind of group has come to this one's store, or all of this one are there.
+TPR_COLD static void tpr_group_start_mixed(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    tpr_wire_kind kind;
+    char text[200], ours[40], theirs[40];
+    slot->op = NULL;
+    agent->start_pending--;
+    if (op->status == TPRPC_OK && op->value && tpr_wire_get_kind(op->value, op->value_size, &kind)) {
+        snprintf(text, sizeof text, "its group is %s, and worker %.60s came to the same store for one that is %s",
+                 tpr_group_kind_text(agent->world_size, ours, sizeof ours), kind.name,
+                 tpr_group_kind_text(kind.world_size, theirs, sizeof theirs));
+        tpr_group_start_failed(agent, TPRPC_ERROR_INVALID, text);
+        for (uint32_t r = 0; r < agent->world_size; r++)
+            if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
+    }
     tpr_group_gathered(agent);
 }
 
@@ -19126,6 +19397,7 @@ TPR_COLD static void tpr_group_start_late(tprpc_work *work) {
     tprpc_agent *agent = TPR_CONTAINER(work, tprpc_agent, start_timer);
     for (uint32_t r = 0; r < (agent->is_static ? agent->world_size : 1); r++)
         if (agent->starts[r].op) tpr_store_cancel_for(agent->store, agent->starts[r].op, TPRPC_ERROR_TIMEOUT);
+    if (agent->mixed.op) tpr_store_cancel(agent->store, agent->mixed.op);
     tpr_loop_timer(tpr_agent_home(agent), work, tpr_loop_clock(tpr_agent_home(agent)) + 1000000);
 }
 
@@ -19148,7 +19420,11 @@ static void tpr_group_start_ranked(tprpc_store_op *op, void *arg) {
             snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)r);
             if (!tpr_group_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline, tpr_group_start_peer, &agent->starts[r]))
                 break;
+            agent->awaited++;
         }
+        tpr_group_mixed_key(agent->kind_nonce, key, sizeof key);
+        if (agent->awaited)
+            tpr_group_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline, tpr_group_start_mixed, &agent->mixed);
     }
     tpr_group_start_check(agent);
 }
@@ -19157,16 +19433,510 @@ static void tpr_group_start_ranked(tprpc_store_op *op, void *arg) {
 static void tpr_group_start_named(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
-    uint8_t value[1400];
+    uint8_t value[TPR_WIRE_ENTRY];
     char key[64];
     slot->op = NULL;
     agent->start_pending--;
-    if (tpr_group_claimed(agent, op, "the name") && agent->is_static) {
+    if (tpr_group_claimed(agent, op, "the name")) {
         snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)agent->rank);
         tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
                       tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_group_start_ranked, slot);
     }
     tpr_group_start_check(agent);
+}
+
+// The kind first: those of another kind take no name and no rank.
+static void tpr_group_start_kind(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    uint8_t value[TPR_WIRE_ENTRY];
+    char key[TPR_AGENT_NAME + 16], text[220] = "";
+    tprpc_status status = op->status;
+    slot->op = NULL;
+    agent->start_pending--;
+    if (status == TPRPC_OK) status = tpr_group_kind_fits(agent, op, text, sizeof text);
+    if (status == TPRPC_OK) {
+        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
+        tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
+                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_group_start_named, slot);
+    } else {
+        tpr_group_start_failed(agent, status, op->status == TPRPC_OK ? text : op->error.text);
+    }
+    if (status == TPRPC_ERROR_INVALID && op->status == TPRPC_OK) {
+        size_t size = tpr_wire_put_kind(value, sizeof value, agent->nonce, agent->world_size, agent->name);
+        tpr_group_mixed_key(agent->kind_nonce, key, sizeof key);
+        tpr_group_ask(agent, TPRPC_STORE_SET, key, value, size, 0, tpr_group_start_marked, slot);
+    }
+    tpr_group_start_check(agent);
+}
+
+static void tpr_group_begin_static(tprpc_agent *agent) {
+    uint8_t value[TPR_WIRE_ENTRY];
+    size_t size = tpr_wire_put_kind(value, sizeof value, agent->nonce, agent->world_size, agent->name);
+    tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, "tprpc/kind", value, size, 0, tpr_group_start_kind,
+                  &agent->starts[0]);
+}
+
+// ---- the members of a dynamic group, which one worker at a time changes
+//
+// tprpc/members has the ids that are taken, tprpc/member/ID and tprpc/name/NAME who a member is. The first is a lock
+// too: who changes them puts his name into it, by compare-and-set, and takes it out together with the change. A holder
+// that does not come on, for it died or was stopped, is taken over. If it goes on then it does no harm: its last
+// compare-and-set fails, and it begins again.
+//
+// So that a thousand who come at once do not all try that again and again, each draws a number (tprpc/ticket) and waits
+// for its key tprpc/turn/NUMBER, which the one before sets to the record as he left it. That is a hint, no more: where
+// he died instead, who waits sees that nothing happens for a time, and it goes on from there.
+
+enum {
+    TPR_GROUP_LEASE_US = 2000000,      // who changes nothing for so long is taken over,
+    TPR_GROUP_TURN_US = 1000000,       // and so often those whose turn has not come look
+    TPR_GROUP_LOOK_LEAST_US = 200, TPR_GROUP_LOOK_MOST_US = 20000,   // between looks at a lock that is held
+    TPR_GROUP_QUIT_US = 1000000         // for giving the lock back before the agent goes
+};
+enum { TPR_GROUP_JOIN = 1, TPR_GROUP_LEAVE, TPR_GROUP_REMOVE };
+typedef enum tpr_group_step {
+    TPR_GROUP_KIND, TPR_GROUP_MARK, TPR_GROUP_TICKET, TPR_GROUP_TURN, TPR_GROUP_READ, TPR_GROUP_LOCK, TPR_GROUP_FIND,
+    TPR_GROUP_MEMBER, TPR_GROUP_CHECK, TPR_GROUP_NAME, TPR_GROUP_UNLOCK, TPR_GROUP_FORGET,
+    TPR_GROUP_NEXT, TPR_GROUP_TIDY     // from here on nothing can fail any more
+} tpr_group_step;
+
+static const char tpr_group_none[] = "-";   // what stands under a key that was somebody's
+
+static bool tpr_group_is_none(const tprpc_store_op *op) {
+    return !op->value || (op->value_size == 1 && *(const char *)op->value == tpr_group_none[0]);
+}
+
+static bool tpr_group_same(const tprpc_store_op *op, const void *bytes, size_t size) {
+    return op->value && op->value_size == size && memcmp(op->value, bytes, size) == 0;
+}
+
+static void tpr_group_change_done(tprpc_store_op *op, void *arg);
+static void tpr_group_change_locked(tpr_agent_change *change);
+
+// The change has ended, well or not.
+static void tpr_group_change_over(tpr_agent_change *change) {
+    tprpc_agent *agent = change->agent;
+    bool joins = change->kind == TPR_GROUP_JOIN;
+    tpr_timer_cancel(&tpr_agent_home(agent)->wheel, &change->timer);
+    tpr_agent_free(agent, change->record, change->record_size);
+    tpr_agent_free(agent, change->own, change->own_size);
+    change->record = change->own = NULL;
+    change->kind = 0;
+    if (joins && change->error.status != TPRPC_OK)
+        tpr_group_start_failed(agent, change->error.status, change->error.text);
+    if (joins) tpr_group_start_check(agent);
+    else tpr_loop_notify(tpr_agent_home(agent));
+}
+
+// The key of a step.
+static void tpr_group_change_key(const tpr_agent_change *change, int32_t step, char *out, size_t size) {
+    switch (step) {
+    case TPR_GROUP_KIND: snprintf(out, size, "tprpc/kind"); break;
+    case TPR_GROUP_MARK: tpr_group_mixed_key(change->agent->kind_nonce, out, size); break;
+    case TPR_GROUP_TICKET: snprintf(out, size, "tprpc/ticket"); break;
+    case TPR_GROUP_TURN: case TPR_GROUP_TIDY:
+        snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket);
+        break;
+    case TPR_GROUP_NEXT: snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket + 1); break;
+    case TPR_GROUP_READ: case TPR_GROUP_LOCK: case TPR_GROUP_CHECK: case TPR_GROUP_UNLOCK:
+        snprintf(out, size, "tprpc/members");
+        break;
+    case TPR_GROUP_MEMBER: snprintf(out, size, "tprpc/member/%u", (unsigned)change->id); break;
+    default: snprintf(out, size, "tprpc/name/%s", change->name); break;
+    }
+}
+
+static int32_t tpr_group_change_verb(int32_t step) {
+    switch (step) {
+    case TPR_GROUP_TICKET: return TPRPC_STORE_ADD;
+    case TPR_GROUP_TURN: case TPR_GROUP_READ: case TPR_GROUP_CHECK: case TPR_GROUP_FIND: return TPRPC_STORE_GET;
+    case TPR_GROUP_MARK: case TPR_GROUP_NEXT: return TPRPC_STORE_SET;
+    case TPR_GROUP_FORGET: case TPR_GROUP_TIDY: return TPRPC_STORE_DELETE;
+    default: return TPRPC_STORE_COMPARE_SET;
+    }
+}
+
+// What a step writes; `out`, of `room` bytes, is the caller's.
+static tpr_base_bytes tpr_group_change_value(const tpr_agent_change *change, int32_t step, uint8_t *out, size_t room) {
+    tprpc_agent *agent = change->agent;
+    tpr_base_bytes kind = {out, 0}, own = {change->own, change->own_size}, entry = {change->entry, change->entry_size};
+    tpr_base_bytes none = {(const uint8_t *)tpr_group_none, 1};
+    switch (step) {
+    case TPR_GROUP_KIND: case TPR_GROUP_MARK:
+        kind.size = tpr_wire_put_kind(out, room, agent->nonce, 0, agent->name);
+        return kind;
+    case TPR_GROUP_LOCK: case TPR_GROUP_UNLOCK: return own;
+    case TPR_GROUP_NEXT: return change->own ? own : none;
+    case TPR_GROUP_MEMBER: return change->kind == TPR_GROUP_JOIN ? entry : none;
+    default: return entry;
+    }
+}
+
+// Asks the store for the next step; `expected` is of a compare-and-set.
+static void tpr_group_change_go(tpr_agent_change *change, int32_t step, const void *expected, size_t expected_size) {
+    tprpc_agent *agent = change->agent;
+    tprpc_store_request request;
+    uint8_t bytes[TPR_AGENT_NAME + 32];
+    char key[TPR_AGENT_NAME + 16];
+    tprpc_error error = TPR_ZERO;
+    tpr_base_bytes value = tpr_group_change_value(change, step, bytes, sizeof bytes);
+    tpr_group_change_key(change, step, key, sizeof key);
+    memset(&request, 0, sizeof request);
+    request.kind = tpr_group_change_verb(step);
+    request.key = key;
+    request.value = value.data;
+    request.value_size = value.size;
+    request.expected = expected;
+    request.expected_size = expected_size;
+    request.delta = 1;
+    request.deadline_us = TPRPC_NOW;
+    if (step == TPR_GROUP_TURN) {
+        request.deadline_us = tpr_loop_clock(tpr_agent_home(agent)) + TPR_GROUP_TURN_US;
+        if (request.deadline_us > change->deadline_us) request.deadline_us = change->deadline_us;
+    }
+    change->step = step;
+    if (tpr_group_submit(agent, &request, tpr_group_change_done, &agent->starts[0], &error)) return;
+    if (change->error.status == TPRPC_OK && step < TPR_GROUP_NEXT) change->error = error;
+    tpr_group_change_over(change);     // a lock that is held is taken over
+}
+
+TPR_COLD static void tpr_group_change_quit(tprpc_work *work) {
+    tpr_agent_change *change = TPR_CONTAINER(work, tpr_agent_change, timer);
+    if (change->agent->starts[0].op) tpr_store_cancel(change->agent->store, change->agent->starts[0].op);
+}
+
+// Makes the record that this agent writes of the one that was seen last: with the lock, or without it and with the
+// member's id taken or free. False: no memory.
+static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
+    tprpc_agent *agent = change->agent;
+    tpr_wire_members members;
+    size_t id_byte = change->id / 8;
+    uint8_t bit = (uint8_t)(1u << change->id % 8);
+    bool joined = !locks && change->kind == TPR_GROUP_JOIN && change->error.status == TPRPC_OK;
+    memset(&members, 0, sizeof members);
+    if (change->record) tpr_wire_get_members(change->record, change->record_size, &members);
+    size_t bytes = members.taken.size > id_byte || !joined ? members.taken.size : id_byte + 1;
+    uint8_t *taken = (uint8_t *)tpr_agent_alloc(agent, bytes + 1);
+    tpr_agent_free(agent, change->own, change->own_size);
+    change->own_size = 24 + strlen(agent->name) + bytes;
+    change->own = (uint8_t *)tpr_agent_alloc(agent, change->own_size);
+    if (taken && change->own) {
+        tpr_base_copy(taken, members.taken.data, members.taken.size);
+        if (joined) taken[id_byte] = (uint8_t)(taken[id_byte] | bit);
+        else if (!locks && change->frees && id_byte < bytes) taken[id_byte] = (uint8_t)(taken[id_byte] & ~bit);
+        members.generation += locks ? 1 : 2;
+        members.holder = locks ? agent->nonce : 0;
+        snprintf(members.name, sizeof members.name, "%s", agent->name);
+        members.taken.data = taken;
+        members.taken.size = bytes;
+        tpr_wire_put_members(change->own, change->own_size, &members);
+    }
+    tpr_agent_free(agent, taken, bytes + 1);
+    return taken && change->own;
+}
+
+// Gives back the lock, with the change where there is no error, and the turn; then it is over.
+static void tpr_group_change_unlock(tpr_agent_change *change) {
+    tprpc_agent *agent = change->agent;
+    tpr_loop *home = tpr_agent_home(agent);
+    uint8_t *held = change->own;
+    size_t held_size = change->own_size;
+    bool locked = change->locked, came = change->came;
+    change->locked = change->came = false;
+    if ((locked || came) && change->quits) {   // which does not wait for a store that is silent
+        change->timer.run = tpr_group_change_quit;
+        tpr_loop_timer(home, &change->timer, tpr_loop_clock(home) + TPR_GROUP_QUIT_US);
+    }
+    if (!locked) {
+        if (came) tpr_group_change_go(change, TPR_GROUP_NEXT, NULL, 0);
+        else tpr_group_change_over(change);
+        return;
+    }
+    change->own = NULL;
+    if (tpr_group_change_write(change, false)) {
+        tpr_group_change_go(change, TPR_GROUP_UNLOCK, held, held_size);
+    } else {
+        if (change->error.status == TPRPC_OK)
+            tprpc_error_set(&change->error, TPRPC_ERROR_MEMORY, 0, "no memory for the record of members");
+        tpr_group_change_over(change);
+    }
+    tpr_agent_free(agent, held, held_size);
+}
+
+TPR_COLD static void tpr_group_change_fail(tpr_agent_change *change, tprpc_status status, const char *text) {
+    if (change->error.status == TPRPC_OK) tprpc_error_set(&change->error, status, 0, "%s", text);
+    tpr_group_change_unlock(change);
+}
+
+// Tries to put this agent's name into the record that was seen last.
+static void tpr_group_change_lock(tpr_agent_change *change) {
+    if (tpr_group_change_write(change, true))
+        tpr_group_change_go(change, TPR_GROUP_LOCK, change->record, change->record ? change->record_size : 0);
+    else tpr_group_change_fail(change, TPRPC_ERROR_MEMORY, "no memory for the record of members");
+}
+
+TPR_COLD static void tpr_group_change_look(tprpc_work *work) {
+    tpr_agent_change *change = TPR_CONTAINER(work, tpr_agent_change, timer);
+    change->agent->start_pending--;
+    change->pausing = false;
+    tpr_group_change_go(change, TPR_GROUP_READ, NULL, 0);
+}
+
+// Keeps the record as it is in the store. False: it cannot be read, or there is no memory.
+static bool tpr_group_change_saw(tpr_agent_change *change, const tprpc_store_op *op, tpr_wire_members *members) {
+    tprpc_agent *agent = change->agent;
+    bool same = change->record ? tpr_group_same(op, change->record, change->record_size) : !op->value;
+    memset(members, 0, sizeof *members);
+    if (!same || !change->seen_us) change->seen_us = tpr_loop_clock(tpr_agent_home(agent));
+    if (!same) {
+        tpr_agent_free(agent, change->record, change->record_size);
+        change->record_size = op->value_size;
+        change->record = op->value ? (uint8_t *)tpr_agent_alloc(agent, op->value_size) : NULL;
+        if (op->value && !change->record) return false;
+        if (op->value) memcpy(change->record, op->value, op->value_size);
+    }
+    return !op->value || tpr_wire_get_members(op->value, op->value_size, members);
+}
+
+// What the record is, after the lock was tried or looked at.
+static void tpr_group_change_tried(tpr_agent_change *change, const tprpc_store_op *op) {
+    tpr_loop *home = tpr_agent_home(change->agent);
+    int64_t now = tpr_loop_clock(home), seen_us = change->seen_us;
+    tpr_wire_members members;
+    char text[160];
+    if (change->step == TPR_GROUP_LOCK && tpr_group_same(op, change->own, change->own_size)) {
+        change->locked = true;
+        tpr_group_change_locked(change);
+        return;
+    }
+    bool good = tpr_group_change_saw(change, op, &members);
+    if (!good) {
+        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "the key tprpc/members of the store cannot be read");
+    } else if (now >= change->deadline_us || change->quits) {
+        snprintf(text, sizeof text, "worker %.100s holds up the change of the group's members", members.name);
+        tpr_group_change_fail(change, TPRPC_ERROR_TIMEOUT, text);
+    } else if ((change->came && !members.holder) ||
+               (seen_us == change->seen_us && now - seen_us >= TPR_GROUP_LEASE_US)) {
+        tpr_group_change_lock(change);
+    } else if (!change->came) {
+        tpr_group_change_go(change, TPR_GROUP_TURN, NULL, 0);
+    } else {
+        change->wait_us = change->wait_us ? change->wait_us * 2 : (int64_t)TPR_GROUP_LOOK_LEAST_US;
+        if (change->wait_us > TPR_GROUP_LOOK_MOST_US) change->wait_us = TPR_GROUP_LOOK_MOST_US;
+        change->pausing = true;
+        change->agent->start_pending++;
+        change->timer.run = tpr_group_change_look;
+        tpr_loop_timer(home, &change->timer, now + change->wait_us);
+    }
+}
+
+// With the lock: who joins takes the first id that is free; who goes is looked up.
+static void tpr_group_change_locked(tpr_agent_change *change) {
+    tprpc_agent *agent = change->agent;
+    tpr_wire_members members;
+    if (change->kind != TPR_GROUP_JOIN) {
+        tpr_group_change_go(change, TPR_GROUP_FIND, NULL, 0);
+        return;
+    }
+    memset(&members, 0, sizeof members);
+    if (change->record) tpr_wire_get_members(change->record, change->record_size, &members);
+    size_t byte = 0;
+    while (byte < members.taken.size && members.taken.data[byte] == 0xff) byte++;
+    change->id = (uint32_t)byte * 8;
+    while (byte < members.taken.size && (members.taken.data[byte] >> change->id % 8 & 1)) change->id++;
+    if (byte == TPR_WIRE_MEMBERS) {
+        tpr_group_change_fail(change, TPRPC_ERROR_LIMIT, "the group has as many workers as it can have");
+        return;
+    }
+    agent->self.rank = change->id;
+    change->entry_size = tpr_wire_put_worker(change->entry, sizeof change->entry, &agent->self);
+    tpr_group_change_go(change, TPR_GROUP_MEMBER, NULL, 0);
+}
+
+// The entry of who leaves or is removed. One that is not there, or another's by now, is out already.
+static void tpr_group_change_found(tpr_agent_change *change, const tprpc_store_op *op) {
+    tprpc_agent *agent = change->agent;
+    bool removes = change->kind == TPR_GROUP_REMOVE, there = op->status == TPRPC_OK && op->value;
+    tpr_wire_worker *where = there ? (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *where) : NULL;
+    bool good = where && op->value_size <= sizeof change->entry &&
+                tpr_wire_get_worker(op->value, op->value_size, where) && strcmp(where->name, change->name) == 0;
+    if (there && !where) {
+        tpr_group_change_fail(change, TPRPC_ERROR_MEMORY, "no memory for an entry");
+    } else if (there && !good) {
+        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "its entry in the store cannot be read");
+    } else if (good && (removes || where->nonce == agent->nonce)) {
+        memcpy(change->entry, op->value, op->value_size);
+        change->entry_size = op->value_size;
+        change->id = where->rank;
+        change->forgets = true;
+        tpr_group_change_go(change, TPR_GROUP_MEMBER, change->entry, change->entry_size);
+    } else if (removes) {
+        tpr_group_change_fail(change, TPRPC_ERROR_NO_WORKER, "there is no worker of that name in the group");
+    } else {
+        tpr_group_change_unlock(change);
+    }
+    tpr_agent_free(agent, where, sizeof *where);
+}
+
+// The id's key, after who joins has claimed it. What stands there may be of one that died before it was recorded; but
+// only who has the lock knows that.
+static void tpr_group_change_claimed(tpr_agent_change *change, const tprpc_store_op *op) {
+    if (tpr_group_same(op, change->entry, change->entry_size)) {
+        tpr_group_change_go(change, TPR_GROUP_NAME, NULL, 0);
+    } else if (tpr_group_is_none(op)) {
+        tpr_group_change_go(change, TPR_GROUP_MEMBER, op->value, op->value_size);
+    } else if (op->value_size > sizeof change->other) {
+        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "the key of its id in the store cannot be read");
+    } else {
+        memcpy(change->other, op->value, op->value_size);
+        change->other_size = op->value_size;
+        tpr_group_change_go(change, TPR_GROUP_CHECK, NULL, 0);
+    }
+}
+
+// The name's key, after who joins has claimed it.
+static void tpr_group_change_named(tpr_agent_change *change, tprpc_store_op *op) {
+    tprpc_agent *agent = change->agent;
+    if (tpr_group_same(op, change->entry, change->entry_size)) {
+        tpr_group_change_unlock(change);
+    } else if (!op->value) {
+        tpr_group_change_go(change, TPR_GROUP_NAME, NULL, 0);
+    } else if (tpr_group_claimed(agent, op, "the name")) {   // by this agent, with an id that it did not get
+        tpr_group_change_go(change, TPR_GROUP_NAME, op->value, op->value_size);
+    } else {
+        change->error = agent->start_error;
+        tpr_group_change_unlock(change);
+    }
+}
+
+// Its number was drawn, and its turn has come or not.
+static void tpr_group_change_turn(tpr_agent_change *change, const tprpc_store_op *op) {
+    tpr_wire_members members;
+    change->came = op->status == TPRPC_OK;
+    if (change->came && op->value && tpr_wire_get_members(op->value, op->value_size, &members))
+        tpr_group_change_saw(change, op, &members);
+    if (change->came) tpr_group_change_lock(change);
+    else tpr_group_change_go(change, TPR_GROUP_READ, NULL, 0);
+}
+
+static void tpr_group_change_drew(tpr_agent_change *change, const tprpc_store_op *op) {
+    change->ticket = 0;
+    if (op->value && op->value_size == sizeof change->ticket)
+        memcpy(&change->ticket, op->value, sizeof change->ticket);
+    change->came = change->ticket == 1;
+    if (change->came) tpr_group_change_lock(change);
+    else tpr_group_change_go(change, TPR_GROUP_TURN, NULL, 0);
+}
+
+static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) {
+    bool joins = change->kind == TPR_GROUP_JOIN;
+    char text[220];
+    tprpc_status status;
+    switch (change->step) {
+    case TPR_GROUP_KIND:
+        status = tpr_group_kind_fits(change->agent, op, text, sizeof text);
+        if (status != TPRPC_OK) tprpc_error_set(&change->error, status, 0, "%s", text);
+        if (status == TPRPC_ERROR_INVALID) tpr_group_change_go(change, TPR_GROUP_MARK, NULL, 0);
+        else if (status != TPRPC_OK) tpr_group_change_unlock(change);
+        else tpr_group_change_go(change, TPR_GROUP_TICKET, NULL, 0);
+        break;
+    case TPR_GROUP_TICKET: tpr_group_change_drew(change, op); break;
+    case TPR_GROUP_TURN: tpr_group_change_turn(change, op); break;
+    case TPR_GROUP_READ: case TPR_GROUP_LOCK: tpr_group_change_tried(change, op); break;
+    case TPR_GROUP_FIND: tpr_group_change_found(change, op); break;
+    case TPR_GROUP_MEMBER:
+        if (joins) {
+            tpr_group_change_claimed(change, op);
+        } else {
+            change->frees = tpr_group_is_none(op);   // else the id is another's
+            tpr_group_change_unlock(change);
+        }
+        break;
+    case TPR_GROUP_CHECK:
+        change->locked = tpr_group_same(op, change->own, change->own_size);
+        if (change->locked) tpr_group_change_go(change, TPR_GROUP_MEMBER, change->other, change->other_size);
+        else tpr_group_change_tried(change, op);   // it was taken over, and who did has that id
+        break;
+    case TPR_GROUP_NAME: tpr_group_change_named(change, op); break;
+    case TPR_GROUP_UNLOCK:
+        change->came = true;           // it was the holder: the next one waits for it, whose turn it was before
+        if (!tpr_group_same(op, change->own, change->own_size) && change->error.status == TPRPC_OK) {
+            tpr_group_change_tried(change, op);   // it was taken over
+        } else {
+            if (joins && change->error.status == TPRPC_OK) change->agent->rank = change->id;
+            tpr_group_change_go(change, change->forgets && change->error.status == TPRPC_OK ? TPR_GROUP_FORGET
+                                        : TPR_GROUP_NEXT, NULL, 0);
+        }
+        break;
+    case TPR_GROUP_FORGET: tpr_group_change_go(change, TPR_GROUP_NEXT, NULL, 0); break;
+    case TPR_GROUP_NEXT: tpr_group_change_go(change, TPR_GROUP_TIDY, NULL, 0); break;
+    case TPR_GROUP_TIDY: tpr_group_change_over(change); break;
+    default: tpr_group_change_unlock(change); break;
+    }
+}
+
+static void tpr_group_change_done(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tpr_agent_change *change = &slot->agent->change;
+    bool asks = change->step == TPR_GROUP_FIND || change->step == TPR_GROUP_READ || change->step == TPR_GROUP_CHECK;
+    bool absent = asks && op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK;
+    bool late = change->step == TPR_GROUP_TURN && op->status == TPRPC_ERROR_TIMEOUT;
+    slot->op = NULL;
+    slot->agent->start_pending--;
+    if (op->status == TPRPC_OK || absent || late) tpr_group_change_step(change, op);
+    else if (change->step < TPR_GROUP_NEXT) tpr_group_change_fail(change, op->status, op->error.text);
+    else if (change->quits) tpr_group_change_over(change);
+    else tpr_group_change_step(change, op);
+}
+
+// Begins a change of the group's members, under the first loop's lock; none is under way.
+static void tpr_group_change_begin(tprpc_agent *agent, int32_t kind, const char *name, int64_t deadline_us) {
+    tpr_agent_change *change = &agent->change;
+    change->kind = kind;
+    change->deadline_us = deadline_us;
+    snprintf(change->name, sizeof change->name, "%s", name);
+    change->came = change->locked = change->frees = change->forgets = false;
+    change->seen_us = change->wait_us = 0;
+    memset(&change->error, 0, sizeof change->error);
+    tpr_group_change_go(change, kind == TPR_GROUP_JOIN ? TPR_GROUP_KIND : TPR_GROUP_TICKET, NULL, 0);
+}
+
+// The agent goes: what is under way ends, and gives the lock back.
+TPR_COLD static void tpr_group_change_close(tprpc_agent *agent) {
+    tpr_agent_change *change = &agent->change;
+    if (!change->kind) return;
+    change->quits = true;
+    if (!change->pausing) return;      // its operation is cancelled
+    tpr_timer_cancel(&tpr_agent_home(agent)->wheel, &change->timer);
+    change->pausing = false;
+    agent->start_pending--;
+    tpr_group_change_fail(change, TPRPC_ERROR_CLOSED, "the agent was destroyed");
+}
+
+static bool tpr_group_change_rests(void *arg) { return ((tprpc_agent *)arg)->change.kind == 0; }
+
+// Changes the members, and waits for it.
+static tprpc_status tpr_group_change_run(tprpc_agent *agent, int32_t kind, const char *name, int64_t deadline_us,
+                                         tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    int64_t late_us = deadline_us == INT64_MAX ? deadline_us : deadline_us + 1000000;
+    tprpc_status status = TPRPC_OK;
+    tpr_loop_enter(home);
+    bool mine = tpr_loop_wait(home, tpr_group_change_rests, agent, deadline_us), over = false;
+    if (mine) {
+        tpr_group_change_begin(agent, kind, name, deadline_us);
+        over = tpr_loop_wait(home, tpr_group_change_rests, agent, deadline_us);
+        if (!over && agent->starts[0].op)
+            tpr_store_cancel_for(agent->store, agent->starts[0].op, TPRPC_ERROR_TIMEOUT);
+        if (!over) over = tpr_loop_wait(home, tpr_group_change_rests, agent, late_us);
+    }
+    if (over) status = agent->change.error.status;
+    else status = tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, mine ? "the store does not answer"
+                                  : "another change of the members is under way");
+    if (over && status != TPRPC_OK && error) *error = agent->change.error;
+    tpr_loop_leave(home);
+    return status;
 }
 
 // ---- where this worker listens
@@ -19249,6 +20019,7 @@ static tprpc_status tpr_group_listen(tprpc_agent *agent, const char *host, tprpc
     agent->self.rank = agent->rank;
     agent->self.space = agent->ctx->process_space;
     agent->self.process = (uint32_t)tpr_os_pid();
+    agent->self.level = (uint32_t)TPR_WIRE_LEVEL;
     for (uint32_t i = 0; i < agent->listener->count && agent->self.address_count < TPR_WIRE_ADDRESSES; i++) {
         if (!agent->listener->addresses[i].given) continue;
         snprintf(agent->self.addresses[agent->self.address_count++], TPR_WIRE_ADDRESS, "%s",
@@ -19302,6 +20073,7 @@ static tprpc_status tpr_group_prepare(tprpc_agent *agent, tprpc_error *error) {
         status = tpr_group_launched(agent, url, sizeof url, error);
     if (status != TPRPC_OK) return status;
     uint32_t slots = agent->is_static ? agent->world_size : 1;
+    agent->mixed.agent = agent->change.agent = agent;
     agent->starts = (tpr_agent_start *)tpr_agent_alloc(agent, slots * sizeof *agent->starts);
     if (!agent->starts)
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a group of %u", (unsigned)slots);
@@ -19326,8 +20098,6 @@ static tprpc_status tpr_group_prepare(tprpc_agent *agent, tprpc_error *error) {
 // Begins the start. On an error, which is put down in *error too, it is over.
 static tprpc_status tpr_group_begin(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error) {
     tpr_loop *home = tpr_agent_home(agent);
-    uint8_t value[1400];
-    char key[TPR_AGENT_NAME + 16];
     tpr_loop_enter(home);
     bool fresh = agent->state == TPR_AGENT_NEW;
     if (fresh) tpr_group_set_state(agent, TPR_AGENT_STARTING);
@@ -19339,13 +20109,11 @@ static tprpc_status tpr_group_begin(tprpc_agent *agent, tprpc_done on_ready, voi
     if (status == TPRPC_OK) {
         agent->on_ready = on_ready;
         agent->ready_user = user;
-        agent->start_pending = 1;
-        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
-        tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
-                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_group_start_named,
-                      &agent->starts[0]);
-        agent->start_pending--;
         int64_t due = tpr_group_start_deadline(agent);
+        agent->start_pending = 1;
+        if (agent->is_static) tpr_group_begin_static(agent);
+        else tpr_group_change_begin(agent, TPR_GROUP_JOIN, agent->name, due == TPRPC_FOREVER ? INT64_MAX : due);
+        agent->start_pending--;
         agent->start_timer.run = tpr_group_start_late;
         if (due != TPRPC_FOREVER) tpr_loop_timer(home, &agent->start_timer, due);
         tpr_group_start_check(agent);
@@ -19429,6 +20197,415 @@ static tprpc_status tpr_group_drain_calls(tprpc_agent *agent, int64_t deadline, 
     return TPRPC_OK;
 }
 
+// ---- leaving by rounds
+//
+// When has a group nothing more to do? A call can begin another one anywhere, so it is not enough that each worker was
+// idle once. All are looked at twice (Mattern, Algorithms for distributed termination detection, 1987: the four-counter
+// method). In a round each worker waits until nothing runs here, and says how many calls it has begun and requests it
+// has got in all. When a second round that began after the first had ended shows the same numbers, then at the moment
+// between them nobody was at work. Where the method compares what was sent with what has come, to see that nothing is
+// under way, that cannot be counted here: a connection that fails takes calls with it. Instead a worker asks each peer
+// whether it has what was sent to it (tpr_agent_ask), before it says that it is idle.
+//
+// Keys: tprpc/leave/RANK has what the worker runs, tprpc/leave/RANK/ROUND what it says in that round to rank 0, which
+// compares and says under tprpc/agreed/ROUND whether that was the last. The first of them all is there once a worker
+// has begun to leave.
+
+enum {
+    TPR_GROUP_LOOK_US = 1000, TPR_GROUP_TELL_US = 20000, TPR_GROUP_TELL_MOST_US = 5000000,   // while something runs
+    TPR_GROUP_ROUND_US = 1000, TPR_GROUP_ROUND_MOST_US = 100000   // between rounds, where one was not the last
+};
+
+typedef struct tpr_group_rest { tprpc_agent *agent; tpr_loop *loop; } tpr_group_rest;
+
+// Whether nobody waits for the answer to a request that was kept: only its owner could end it.
+static bool tpr_group_forsaken(const tpr_agent_request *request) {
+    return request->kept && request->cancelled && !request->running;
+}
+
+// Whether nothing runs on a loop: no call, no request, no callback.
+static bool tpr_group_loop_rests(void *arg) {
+    const tpr_group_rest *rest = (const tpr_group_rest *)arg;
+    const tpr_agent_loop *on = tpr_agent_on(rest->agent, rest->loop);
+    if (on->active || on->asking || on->sends != on->gifts) return false;   // gifts: receivers have them
+    if (!on->unanswered) return true;
+    for (tpr_base_list *i = on->servers.next; i != &on->servers; i = i->next) {
+        const tpr_agent_server *server = TPR_CONTAINER(i, tpr_agent_server, node);
+        for (tpr_base_list *k = server->requests.next; k != &server->requests; k = k->next)
+            if (!tpr_group_forsaken(TPR_CONTAINER(k, tpr_agent_request, node))) return false;
+    }
+    return true;
+}
+
+// Asks the workers of a loop whose calls may be under way. Returns whether there were any.
+static bool tpr_group_loop_asks(tprpc_agent *agent, tpr_loop *loop) {
+    bool any = false;
+    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++) {
+        tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (worker->loop != loop || !worker->stray) continue;
+        worker->stray = false;
+        if (!worker->pipe || worker->pipe->state == TPR_PIPE_ENDED) continue;
+        tpr_agent_ask(worker);
+        any = true;
+    }
+    return any;
+}
+
+// Waits until nothing runs on a loop and (asks) its peers have what was sent to them; adds its counts to *activity.
+static bool tpr_group_loop_settles(tprpc_agent *agent, tpr_loop *loop, bool asks, int64_t until_us,
+                                   uint64_t *activity) {
+    tpr_agent_loop *on = tpr_agent_on(agent, loop);
+    tpr_group_rest rest = {agent, loop};
+    int64_t slice_us = TPR_GROUP_LOOK_US;   // what ends on another thread does not always wake this one
+    bool rests = false;
+    tpr_loop_enter(loop);
+    on->drained = true;
+    while (!rests) {
+        int64_t now = tpr_loop_clock(loop), end = now + slice_us;
+        rests = tpr_loop_wait(loop, tpr_group_loop_rests, &rest, end < until_us ? end : until_us);
+        if (rests && asks && tpr_group_loop_asks(agent, loop)) rests = false;
+        else if (!rests && now >= until_us) break;
+        if (slice_us < 16 * TPR_GROUP_LOOK_US) slice_us *= 2;
+    }
+    *activity += on->started + on->received;
+    tpr_loop_leave(loop);
+    return rests;
+}
+
+// What still runs on a loop, added up.
+static void tpr_group_loop_runs(tprpc_agent *agent, tpr_loop *loop, tpr_wire_leave *word) {
+    tpr_loop_enter(loop);
+    tpr_agent_loop *on = tpr_agent_on(agent, loop);
+    const char *method = "";
+    word->calls += (uint32_t)on->active;
+    for (tpr_base_list *i = on->servers.next; i != &on->servers; i = i->next) {
+        const tpr_agent_server *server = TPR_CONTAINER(i, tpr_agent_server, node);
+        for (tpr_base_list *k = server->requests.next; k != &server->requests; k = k->next) {
+            const tpr_agent_request *request = TPR_CONTAINER(k, tpr_agent_request, node);
+            if (tpr_group_forsaken(request)) continue;
+            word->requests++;
+            method = request->method->name;
+        }
+    }
+    for (tpr_base_list *i = on->running.next; i != &on->running; i = i->next) {   // it has answered, and goes on
+        const tpr_agent_frame *frame = TPR_CONTAINER(i, tpr_agent_frame, node);
+        if (!*method && frame->method) method = frame->method->name;
+        if (!word->requests) word->requests++;
+    }
+    for (uint32_t i = 0; i < tpr_agent_workers(agent) && !*method; i++) {
+        const tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (worker->loop == loop && !tpr_base_list_empty(&worker->calls))
+            method = TPR_CONTAINER(worker->calls.next, tpr_agent_call, node)->method_name;
+    }
+    if (*method && !word->method[0]) snprintf(word->method, sizeof word->method, "%s", method);
+    tpr_loop_leave(loop);
+}
+
+static const char *tpr_group_runs_text(const tpr_wire_leave *word, char *out, size_t size) {   // out: the caller's
+    if (!word->calls && !word->requests) snprintf(out, size, "has callbacks under way");
+    else
+        snprintf(out, size, "still runs %u calls and %u requests%s%.100s%s", (unsigned)word->calls,
+                 (unsigned)word->requests, word->method[0] ? " (of " : "", word->method, word->method[0] ? ")" : "");
+    return out;
+}
+
+// A worker's word has come, or an operation that has none is over.
+static void tpr_group_word(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    tpr_wire_leave word;
+    bool absent = op->request.kind == TPRPC_STORE_GET && op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK;
+    bool late = op->request.kind == TPRPC_STORE_GET && op->status == TPRPC_ERROR_TIMEOUT && !op->nowait;
+    slot->op = NULL;
+    agent->start_pending--;
+    slot->has_word = slot->busy = false;
+    if (op->status == TPRPC_OK && op->request.kind == TPRPC_STORE_GET) {
+        slot->has_word = op->value && tpr_wire_get_leave(op->value, op->value_size, &word);
+        slot->busy = slot->has_word && (word.calls || word.requests);
+        slot->activity = slot->has_word ? word.activity : 0;
+        if (slot->has_word && slot->word) *slot->word = word;
+    } else if (op->status != TPRPC_OK && !absent && !late && agent->start_error.status == TPRPC_OK) {
+        agent->start_error = op->error;
+        agent->start_error.status = op->status;
+    }
+    if (!agent->start_pending) tpr_loop_notify(tpr_agent_home(agent));
+}
+
+// Begins an operation of a worker that leaves. False: refused, and start_error says why.
+static bool tpr_group_tell(tprpc_agent *agent, int32_t kind, const char *key, const tpr_wire_leave *word,
+                           int64_t deadline_us, tpr_agent_start *slot) {
+    tprpc_store_request request;
+    uint8_t value[TPR_AGENT_NAME + 32];
+    memset(&request, 0, sizeof request);
+    request.kind = kind;
+    request.key = key;
+    request.value = value;
+    request.value_size = word ? tpr_wire_put_leave(value, sizeof value, word) : 0;
+    request.deadline_us = deadline_us == INT64_MAX ? TPRPC_FOREVER : deadline_us;
+    slot->has_word = false;
+    return tpr_group_submit(agent, &request, tpr_group_word, slot, &agent->start_error);
+}
+
+// Waits for what was begun, a little beyond the deadline: the store itself ends what waits. Under the first loop's
+// lock.
+static tprpc_status tpr_group_await(tprpc_agent *agent, int64_t deadline_us) {
+    tpr_loop *home = tpr_agent_home(agent);
+    int64_t late_us = deadline_us == INT64_MAX ? deadline_us : deadline_us + 1000000;
+    if (tpr_loop_wait(home, tpr_group_step_over, agent, late_us)) return agent->start_error.status;
+    tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "the store does not answer");
+    for (uint32_t r = 0; r < agent->world_size; r++)
+        if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
+    tpr_loop_wait(home, tpr_group_step_over, agent, tpr_loop_clock(home) + 1000000);
+    return agent->start_error.status;
+}
+
+// One operation, and waits for it. *found (NULL allowed): of a get, whether the key was there; its word is *word.
+static tprpc_status tpr_group_do(tprpc_agent *agent, int32_t kind, const char *key, tpr_wire_leave *word, bool *found,
+                                 int64_t deadline_us, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_agent_start *slot = &agent->starts[agent->rank];
+    tpr_loop_enter(home);
+    memset(&agent->start_error, 0, sizeof agent->start_error);
+    slot->word = kind == TPRPC_STORE_GET ? word : NULL;
+    tprpc_status status = agent->start_error.status;
+    if (tpr_group_tell(agent, kind, key, kind == TPRPC_STORE_SET ? word : NULL, deadline_us, slot)) {
+        int64_t until = deadline_us < 0 ? tpr_loop_clock(home) : deadline_us;
+        status = tpr_group_await(agent, until);
+    } else {
+        status = agent->start_error.status;
+    }
+    slot->word = NULL;
+    if (found) *found = slot->has_word;
+    if (status != TPRPC_OK && error) *error = agent->start_error;
+    tpr_loop_leave(home);
+    return status;
+}
+
+static const char *tpr_group_name_of(tprpc_agent *agent, uint32_t rank) {
+    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++)
+        if (tpr_agent_worker_at(agent, i)->rank == rank) return tpr_agent_worker_at(agent, i)->name;
+    return "";
+}
+
+// Waits until nothing runs here, and (by_rounds) is under way from here; what does run the store is told meanwhile.
+static tprpc_status tpr_group_settle(tprpc_agent *agent, bool by_rounds, int64_t deadline_us, tpr_wire_leave *word,
+                                     tprpc_error *error) {
+    char key[64], text[200];
+    bool busy = false;
+    snprintf(key, sizeof key, "tprpc/leave/%u", (unsigned)agent->rank);
+    for (int64_t pause_us = TPR_GROUP_TELL_US;; pause_us *= pause_us < TPR_GROUP_TELL_MOST_US ? 2 : 1) {
+        int64_t now = tprpc_now_us(agent->ctx), until = now + pause_us < deadline_us ? now + pause_us : deadline_us;
+        tprpc_status status = TPRPC_OK;
+        bool rests = true;
+        memset(word, 0, sizeof *word);
+        for (uint32_t i = 0; i < agent->ctx->loop_count; i++)
+            rests &= tpr_group_loop_settles(agent, &agent->ctx->loops[i], by_rounds, until, &word->activity);
+        for (uint32_t i = 0; !rests && i < agent->ctx->loop_count; i++)
+            tpr_group_loop_runs(agent, &agent->ctx->loops[i], word);
+        if (by_rounds && (!rests || busy))
+            status = tpr_group_do(agent, TPRPC_STORE_SET, key, word, NULL, deadline_us, error);
+        if (status != TPRPC_OK || rests) return status;
+        if (now >= deadline_us)
+            return tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, "worker %.100s %s", agent->name,
+                                   tpr_group_runs_text(word, text, sizeof text));
+        busy = true;
+    }
+}
+
+// Says which worker the others wait for, and what it does: `rank`, or the first of those that have not begun to leave
+// or still run something.
+TPR_COLD static tprpc_status tpr_group_blame(tprpc_agent *agent, uint32_t rank, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_wire_leave word;
+    char key[64], text[200];
+    uint32_t missing = UINT32_MAX, busy = UINT32_MAX;
+    tpr_loop_enter(home);
+    memset(&agent->start_error, 0, sizeof agent->start_error);
+    for (uint32_t r = 0; r < agent->world_size; r++) {
+        snprintf(key, sizeof key, "tprpc/leave/%u", (unsigned)r);
+        agent->starts[r].word = NULL;
+        if (!tpr_group_tell(agent, TPRPC_STORE_GET, key, NULL, TPRPC_NOW, &agent->starts[r])) break;
+    }
+    tprpc_status status = tpr_group_await(agent, tpr_loop_clock(home));
+    if (status != TPRPC_OK && error) *error = agent->start_error;
+    for (uint32_t r = agent->world_size; r-- > 0;) {
+        if (r == agent->rank) continue;
+        if (!agent->starts[r].has_word) missing = r;
+        else if (agent->starts[r].busy) busy = r;
+    }
+    tpr_loop_leave(home);
+    if (status != TPRPC_OK) return status;
+    if (missing == UINT32_MAX) missing = busy == UINT32_MAX ? rank : busy;
+    const char *name = tpr_group_name_of(agent, missing);
+    bool found = agent->starts[missing].busy;
+    snprintf(key, sizeof key, "tprpc/leave/%u", (unsigned)missing);
+    if (found) tpr_group_do(agent, TPRPC_STORE_GET, key, &word, &found, TPRPC_NOW, NULL);
+    return tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, "worker %.100s (rank %u) %s", name, (unsigned)missing,
+                           found ? tpr_group_runs_text(&word, text, sizeof text) : "has not left");
+}
+
+// Rank 0: waits for what all say in this round; *activity is their sum with its own.
+static tprpc_status tpr_group_gather(tprpc_agent *agent, uint32_t round, int64_t deadline_us, uint64_t *activity,
+                                     tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    char key[64];
+    uint32_t missing = 0;
+    tpr_loop_enter(home);
+    memset(&agent->start_error, 0, sizeof agent->start_error);
+    for (uint32_t r = 1; r < agent->world_size; r++) {
+        snprintf(key, sizeof key, "tprpc/leave/%u/%u", (unsigned)r, (unsigned)round);
+        agent->starts[r].word = NULL;
+        if (!tpr_group_tell(agent, TPRPC_STORE_GET, key, NULL, deadline_us, &agent->starts[r])) break;
+    }
+    tprpc_status status = tpr_group_await(agent, deadline_us);
+    for (uint32_t r = agent->world_size; r-- > 1;) {
+        if (!agent->starts[r].has_word) missing = r;
+        *activity += agent->starts[r].activity;
+    }
+    if (status != TPRPC_OK && error) *error = agent->start_error;
+    tpr_loop_leave(home);
+    return status == TPRPC_OK && missing ? tpr_group_blame(agent, missing, error) : status;
+}
+
+static bool tpr_group_never(void *arg) {
+    (void)arg;
+    return false;
+}
+
+// Rank 0: one round, after which *agreed says whether it was the last. *sum: of the round before.
+static tprpc_status tpr_group_round_first(tprpc_agent *agent, uint32_t round, int64_t deadline_us, uint64_t *sum,
+                                          bool *agreed, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_wire_leave word;
+    char key[64];
+    tprpc_status status = tpr_group_settle(agent, true, deadline_us, &word, error);
+    uint64_t activity = word.activity;
+    if (status == TPRPC_OK) status = tpr_group_gather(agent, round, deadline_us, &activity, error);
+    if (status != TPRPC_OK) return status;
+    *agreed = round > 1 && activity == *sum;
+    *sum = activity;
+    if (round > 1 && !*agreed) {       // it may take a while: not as fast as the store can
+        int64_t pause_us = round < 8 ? (int64_t)TPR_GROUP_ROUND_US << round : (int64_t)TPR_GROUP_ROUND_MOST_US;
+        tpr_loop_enter(home);
+        tpr_loop_wait(home, tpr_group_never, NULL, tpr_loop_clock(home) + pause_us);
+        tpr_loop_leave(home);
+    }
+    memset(&word, 0, sizeof word);
+    word.activity = *agreed;
+    snprintf(key, sizeof key, "tprpc/agreed/%u", (unsigned)round);
+    if (agent->world_size > 1) status = tpr_group_do(agent, TPRPC_STORE_SET, key, &word, NULL, deadline_us, error);
+    snprintf(key, sizeof key, "tprpc/agreed/%u", (unsigned)round - 1);
+    if (status == TPRPC_OK && round > 1) tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+    return status;
+}
+
+// The others: one round.
+static tprpc_status tpr_group_round(tprpc_agent *agent, uint32_t round, int64_t deadline_us, bool *agreed,
+                                    tprpc_error *error) {
+    tpr_wire_leave word;
+    char key[64];
+    bool found = false;
+    tprpc_status status = tpr_group_settle(agent, true, deadline_us, &word, error);
+    snprintf(key, sizeof key, "tprpc/leave/%u/%u", (unsigned)agent->rank, (unsigned)round);
+    if (status == TPRPC_OK) status = tpr_group_do(agent, TPRPC_STORE_SET, key, &word, NULL, deadline_us, error);
+    if (status != TPRPC_OK) return status;
+    snprintf(key, sizeof key, "tprpc/agreed/%u", (unsigned)round);
+    status = tpr_group_do(agent, TPRPC_STORE_GET, key, &word, &found, deadline_us, error);
+    if (status == TPRPC_OK && !found) status = tpr_group_blame(agent, 0, error);
+    if (status != TPRPC_OK) return status;
+    *agreed = word.activity != 0;
+    snprintf(key, sizeof key, "tprpc/leave/%u/%u", (unsigned)agent->rank, (unsigned)round);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+    return TPRPC_OK;
+}
+
+// Waits until all workers agree that nothing runs anywhere, in *round rounds.
+static tprpc_status tpr_group_agree(tprpc_agent *agent, int64_t deadline_us, uint32_t *round, tprpc_error *error) {
+    tpr_wire_leave word;
+    char key[64];
+    uint64_t sum = 0;
+    bool agreed = false;
+    memset(&word, 0, sizeof word);
+    snprintf(key, sizeof key, "tprpc/leave/%u", (unsigned)agent->rank);
+    tprpc_status status = tpr_group_do(agent, TPRPC_STORE_SET, key, &word, NULL, deadline_us, error);
+    while (status == TPRPC_OK && !agreed) {
+        ++*round;
+        status = agent->rank ? tpr_group_round(agent, *round, deadline_us, &agreed, error)
+                             : tpr_group_round_first(agent, *round, deadline_us, &sum, &agreed, error);
+    }
+    return status;
+}
+
+// Takes a worker's keys out of the store that all have left in peace, so that another group may use it.
+static void tpr_group_tidy(tprpc_agent *agent, const char *format, int64_t deadline_us) {
+    char key[TPR_AGENT_NAME + 16];
+    snprintf(key, sizeof key, format, (unsigned)agent->rank);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+}
+
+static void tpr_group_tidy_own(tprpc_agent *agent, int64_t deadline_us) {
+    char key[TPR_AGENT_NAME + 16];
+    snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+    tpr_group_tidy(agent, "tprpc/rank/%u", deadline_us);
+    tpr_group_tidy(agent, "tprpc/leave/%u", deadline_us);
+}
+
+static void tpr_group_tidy_all(tprpc_agent *agent, uint32_t round, int64_t deadline_us) {
+    tpr_loop *home = tpr_agent_home(agent);
+    char key[64];
+    tpr_loop_enter(home);
+    memset(&agent->start_error, 0, sizeof agent->start_error);
+    for (uint32_t r = 0; r < agent->world_size; r++) {
+        snprintf(key, sizeof key, "tprpc/left/%u", (unsigned)r);
+        if (!tpr_group_tell(agent, TPRPC_STORE_DELETE, key, NULL, TPRPC_NOW, &agent->starts[r])) break;
+    }
+    tpr_group_await(agent, deadline_us);
+    tpr_loop_leave(home);
+    snprintf(key, sizeof key, "tprpc/agreed/%u", (unsigned)round);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, "tprpc/kind", NULL, NULL, deadline_us, NULL);
+}
+
+// Whether all know how to leave by rounds.
+static bool tpr_group_by_rounds(tprpc_agent *agent) {
+    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++) {
+        const tpr_wire_worker *where = tpr_agent_worker_at(agent, i)->where;
+        if (where && where->level < 1) return false;
+    }
+    return true;
+}
+
+static tprpc_status tpr_group_leave_static(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
+    bool rounds = tpr_group_by_rounds(agent);
+    tpr_wire_leave word;
+    uint32_t round = 0;
+    tprpc_status status = rounds ? tpr_group_agree(agent, deadline_us, &round, error)
+                                 : tpr_group_settle(agent, false, deadline_us, &word, error);
+    if (status == TPRPC_OK && !rounds) status = tpr_group_all(agent, "leave", true, deadline_us, error);
+    if (status != TPRPC_OK) return status;
+    tpr_group_tidy_own(agent, deadline_us);
+    status = tpr_group_all(agent, "left", agent->rank == 0, deadline_us, error);   // who serves the store goes last
+    if (status == TPRPC_OK && agent->rank == 0) tpr_group_tidy_all(agent, round, deadline_us);
+    return status;
+}
+
+// Out of the store first, so that nobody finds it any more; then what is at work here comes to its end.
+static tprpc_status tpr_group_leave_dynamic(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_wire_leave word;
+    tprpc_error why = TPR_ZERO;
+    tprpc_status status = tpr_group_drain_calls(agent, deadline_us, error);
+    tprpc_status gone = tpr_group_change_run(agent, TPR_GROUP_LEAVE, agent->name, deadline_us, &why);
+    if (status == TPRPC_OK && gone != TPRPC_OK)
+        status = tprpc_error_set(error, gone, 0, "%s is still in the store: %.180s", agent->name, why.text);
+    tpr_loop_enter(home);
+    tpr_group_set_state(agent, TPR_AGENT_PARTING);
+    tpr_loop_leave(home);
+    if (status == TPRPC_OK) status = tpr_group_settle(agent, false, deadline_us, &word, error);
+    return status;
+}
+
 // ---- the end
 
 // Ends what the agent waits for of its store, and lets nothing begin any more. Under the first loop's lock.
@@ -19436,8 +20613,219 @@ static void tpr_group_close(tprpc_agent *agent) {
     if (agent->state == TPR_AGENT_STARTING) tpr_group_start_failed(agent, TPRPC_ERROR_CLOSED, "it was destroyed");
     tpr_group_set_state(agent, TPR_AGENT_LEFT);
     TPR_ATOMIC_STORE(&agent->closing, 1u);
+    tpr_group_change_close(agent);
     for (uint32_t r = 0; agent->starts && r < (agent->is_static ? agent->world_size : 1); r++)
         if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
+    if (agent->mixed.op) tpr_store_cancel(agent->store, agent->mixed.op);
+}
+
+// ---- who is in the group
+
+enum { TPR_GROUP_LOOKS = 64 };         // gets at a time, of a list
+
+typedef struct tpr_group_look tpr_group_look;
+typedef struct tpr_group_looked {      // one key that is asked for
+    tpr_group_look *look;
+    tprpc_store_op *op;
+    uint32_t        id;                // that the entry must have; UINT32_MAX: any
+    bool            there;
+    tpr_wire_worker where;
+} tpr_group_looked;
+
+struct tpr_group_look {                // a look into the store, and its end awaited
+    tprpc_agent  *agent;
+    const char   *name;                // that the entry must have; NULL: any
+    uint32_t      pending;
+    tprpc_error   error;
+    uint8_t      *ids;                 // of the record of members: a bit for each
+    size_t        bytes;
+    tpr_group_looked at[TPR_GROUP_LOOKS];
+};
+
+static bool tpr_group_look_over(void *arg) { return ((tpr_group_look *)arg)->pending == 0; }
+
+static void tpr_group_look_done(tprpc_store_op *op, void *arg) {
+    tpr_group_looked *at = (tpr_group_looked *)arg;
+    tpr_group_look *look = at->look;
+    tpr_wire_members members;
+    bool absent = op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK;
+    bool record = strcmp(op->request.key, "tprpc/members") == 0, good = true;
+    at->op = NULL;
+    if (op->status == TPRPC_OK && !tpr_group_is_none(op)) {
+        at->there = true;
+        if (record) {
+            good = tpr_wire_get_members(op->value, op->value_size, &members);
+            look->bytes = good ? members.taken.size : 0;
+            look->ids = look->bytes ? (uint8_t *)tpr_agent_alloc(look->agent, look->bytes) : NULL;
+            if (look->ids) memcpy(look->ids, members.taken.data, look->bytes);
+            else if (look->bytes)
+                tprpc_error_set(&look->error, TPRPC_ERROR_MEMORY, 0, "no memory for a list of workers");
+        } else {
+            good = tpr_wire_get_worker(op->value, op->value_size, &at->where) &&
+                   (at->id == UINT32_MAX || at->where.rank == at->id) &&
+                   (!look->name || strcmp(at->where.name, look->name) == 0);
+        }
+        if (!good && look->error.status == TPRPC_OK)
+            tprpc_error_set(&look->error, TPRPC_ERROR_PROTOCOL, 0, "the key %.100s of the store has %s%.80s",
+                            op->request.key, at->where.name[0] ? "the entry of " : "what cannot be read",
+                            at->where.name);
+    } else if (op->status != TPRPC_OK && !absent && look->error.status == TPRPC_OK) {
+        look->error = op->error;
+        look->error.status = op->status;
+    }
+    if (--look->pending == 0) tpr_loop_notify(tpr_agent_home(look->agent));
+}
+
+// Asks for a key, under the first loop's lock.
+static void tpr_group_look_at(tpr_group_look *look, tpr_group_looked *at, const char *key, uint32_t id) {
+    tprpc_store_request request;
+    tprpc_error error = TPR_ZERO;
+    memset(&request, 0, sizeof request);
+    request.size = (uint32_t)sizeof request;
+    request.kind = TPRPC_STORE_GET;
+    request.key = key;
+    request.deadline_us = TPRPC_NOW;
+    at->look = look;
+    at->id = id;
+    at->there = false;
+    look->pending++;
+    tprpc_status status = tpr_store_submit(look->agent->store, look->agent->ctx, 0, &request, tpr_group_look_done, at,
+                                           &at->op, &error);
+    if (status == TPRPC_OK) return;
+    look->pending--;
+    at->op = NULL;
+    if (look->error.status == TPRPC_OK) look->error = error;
+}
+
+// Waits for what was asked; what has not come by then is cancelled.
+static void tpr_group_look_wait(tpr_group_look *look, int64_t deadline_us) {
+    tpr_loop *home = tpr_agent_home(look->agent);
+    if (tpr_loop_wait(home, tpr_group_look_over, look, deadline_us)) return;
+    if (look->error.status == TPRPC_OK)
+        tprpc_error_set(&look->error, TPRPC_ERROR_TIMEOUT, 0, "store %.100s has not answered",
+                        look->agent->store->name);
+    for (uint32_t i = 0; i < TPR_GROUP_LOOKS; i++)
+        if (look->at[i].op) tpr_store_cancel(look->agent->store, look->at[i].op);
+    while (!tpr_loop_wait(home, tpr_group_look_over, look, tpr_loop_clock(home) + 1000000)) { }
+}
+
+// What a worker's entry says, and what this agent knows of it.
+static void tpr_group_show(tprpc_agent *agent, const tpr_wire_worker *where, tprpc_worker_info *out) {
+    memset(out, 0, sizeof *out);
+    snprintf(out->name, sizeof out->name, "%s", where->name);
+    out->id = where->rank;
+    out->process = where->process;
+    out->index = UINT32_MAX;
+    for (; out->url_count < where->address_count && out->url_count < TPR_COUNT(out->urls); out->url_count++)
+        snprintf(out->urls[out->url_count], sizeof out->urls[0], "%s", where->addresses[out->url_count]);
+    tpr_agent_worker *worker = tpr_agent_worker_of(agent, where->name, false);
+    if (worker) {
+        out->index = worker->index;
+        tpr_loop_enter(worker->loop);
+        const tprpc_pipe *pipe = worker->pipe;
+        out->state = (int32_t)(!pipe ? worker->lost ? TPRPC_WORKER_LOST : TPRPC_WORKER_UNUSED
+                               : pipe->state == TPR_PIPE_OPEN ? TPRPC_WORKER_CONNECTED : TPRPC_WORKER_CONNECTING);
+        tpr_loop_leave(worker->loop);
+    }
+    if (strcmp(where->name, agent->name) == 0) out->state = TPRPC_WORKER_SELF;
+}
+
+// Checks what the three functions that look have in common.
+static tprpc_status tpr_group_look_check(tprpc_agent *agent, const void *out, size_t size, tprpc_error *error) {
+    if (!agent || !out || size != sizeof(tprpc_worker_info) || !tpr_context_usable(agent->ctx))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "looking for workers: an argument is NULL, the size that "
+                               "of another tprpc.h, or the agent inherited by a fork");
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_loop_enter(home);
+    bool deep = tpr_loop_in_callback(home) && home->depth > home->env->nesting;
+    tpr_loop_leave(home);
+    return deep ? tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "waits are nested too deep (limits.nesting)")
+                : tpr_agent_usable(agent, error);
+}
+
+static tprpc_status tpr_group_nobody(tprpc_agent *agent, const char *name, uint32_t id, tprpc_error *error) {
+    if (name)
+        return tprpc_error_set(error, TPRPC_ERROR_NO_WORKER, 0, "there is no worker \"%.100s\" in the group of %s",
+                               name, agent->name);
+    return tprpc_error_set(error, TPRPC_ERROR_NO_WORKER, 0, "there is no worker %u in the group of %s", (unsigned)id,
+                           agent->name);
+}
+
+// One worker of a static group, which all are known in: by name, or (NULL) by id.
+static tprpc_status tpr_group_known(tprpc_agent *agent, const char *name, uint32_t id, tprpc_worker_info *out,
+                                    tprpc_error *error) {
+    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++) {
+        tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (name ? strcmp(worker->name, name) != 0 : worker->rank != id) continue;
+        tpr_group_show(agent, worker->where, out);
+        return TPRPC_OK;
+    }
+    return tpr_group_nobody(agent, name, id, error);
+}
+
+// The same of a dynamic group, by the store.
+static tprpc_status tpr_group_find(tprpc_agent *agent, const char *name, uint32_t id, int64_t timeout_ms,
+                                   tprpc_worker_info *out, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    char key[TPR_AGENT_NAME + 16];
+    tpr_group_look *look = (tpr_group_look *)tpr_agent_alloc(agent, sizeof *look);
+    if (!look) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to look for a worker");
+    look->agent = agent;
+    look->name = name;
+    if (name) snprintf(key, sizeof key, "tprpc/name/%s", name);
+    else snprintf(key, sizeof key, "tprpc/member/%u", (unsigned)id);
+    tpr_loop_enter(home);
+    tpr_group_look_at(look, &look->at[0], key, name ? UINT32_MAX : id);
+    if (!name) tpr_group_look_at(look, &look->at[1], "tprpc/members", UINT32_MAX);   // whether that id is taken
+    tpr_group_look_wait(look, tpr_context_deadline(tpr_loop_clock(home), tpr_context_time(timeout_ms,
+                                                                                          agent->start_timeout_ms)));
+    tpr_loop_leave(home);
+    bool taken = name || (look->ids && id / 8 < look->bytes && (look->ids[id / 8] >> id % 8 & 1));
+    tprpc_status status = look->error.status;
+    if (status != TPRPC_OK && error) *error = look->error;
+    else if (status == TPRPC_OK && look->at[0].there && taken) tpr_group_show(agent, &look->at[0].where, out);
+    else if (status == TPRPC_OK) status = tpr_group_nobody(agent, name, id, error);
+    tpr_agent_free(agent, look->ids, look->bytes);
+    tpr_agent_free(agent, look, sizeof *look);
+    return status;
+}
+
+// The list of a dynamic group: the record of members, then the entries of those in it. Who leaves meanwhile is not
+// shown.
+static tprpc_status tpr_group_list(tprpc_agent *agent, int64_t timeout_ms, tprpc_worker_info *out, size_t room,
+                                   size_t *count, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    char key[64];
+    tpr_group_look *look = (tpr_group_look *)tpr_agent_alloc(agent, sizeof *look);
+    if (!look) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a list of workers");
+    look->agent = agent;
+    tpr_loop_enter(home);
+    int64_t deadline =
+        tpr_context_deadline(tpr_loop_clock(home), tpr_context_time(timeout_ms, agent->start_timeout_ms));
+    tpr_group_look_at(look, &look->at[0], "tprpc/members", UINT32_MAX);
+    tpr_group_look_wait(look, deadline);
+    for (uint32_t id = 0; id / 8 < look->bytes && look->error.status == TPRPC_OK;) {
+        uint32_t asked = 0;
+        for (; id / 8 < look->bytes && asked < TPR_GROUP_LOOKS; id++) {
+            if (!(look->ids[id / 8] >> id % 8 & 1)) continue;
+            snprintf(key, sizeof key, "tprpc/member/%u", (unsigned)id);
+            tpr_group_look_at(look, &look->at[asked++], key, id);
+        }
+        tpr_group_look_wait(look, deadline);
+        tpr_loop_leave(home);
+        for (uint32_t i = 0; i < asked && look->error.status == TPRPC_OK; i++) {
+            if (!look->at[i].there) continue;
+            if (*count < room) tpr_group_show(agent, &look->at[i].where, &out[*count]);
+            ++*count;
+        }
+        tpr_loop_enter(home);
+    }
+    tpr_loop_leave(home);
+    tprpc_status status = look->error.status;
+    if (status != TPRPC_OK && error) *error = look->error;
+    tpr_agent_free(agent, look->ids, look->bytes);
+    tpr_agent_free(agent, look, sizeof *look);
+    return status;
 }
 
 // ---- public
@@ -19478,7 +20866,8 @@ TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeou
         uint32_t missing = 0;
         while (missing + 1 < agent->world_size && !(agent->starts && agent->starts[missing].op)) missing++;
         tprpc_error_set(error, status, 0,
-                        agent->gathering ? "%s waited %lld ms for its group; rank %u has not come"
+                        agent->change.pausing ? "%s waited %lld ms for the lock over its group's members"
+                        : agent->gathering ? "%s waited %lld ms for its group; rank %u has not come"
                         : "%s waited %lld ms for its store", agent->name, (long long)most_ms, (unsigned)missing);
     }
     tpr_loop_leave(home);
@@ -19492,6 +20881,10 @@ TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms,
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
                                "tprpc_agent_leave: no agent, one inherited by a fork, or in a callback");
     tpr_loop *home = tpr_agent_home(agent);
+    bool inside = false;
+    tpr_agent_method_runs(agent, NULL, &inside);
+    if (inside)                        // it would wait for the handler that it stands in
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "tprpc_agent_leave: within a handler");
     tpr_loop_enter(home);
     bool ready = agent->state == TPR_AGENT_READY;
     if (ready) tpr_group_set_state(agent, TPR_AGENT_LEAVING);
@@ -19499,27 +20892,84 @@ TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms,
         tpr_context_deadline(tpr_loop_clock(home), tpr_context_time(timeout_ms, agent->start_timeout_ms));
     tpr_loop_leave(home);
     if (!ready) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s is not in its group", agent->name);
-    tprpc_status status = tpr_group_drain_calls(agent, deadline, error);
-    if (status == TPRPC_OK && agent->is_static) status = tpr_group_all(agent, "leave", true, deadline, error);
-    if (status == TPRPC_OK && agent->is_static)
-        status = tpr_group_all(agent, "left", agent->rank == 0, deadline, error);
-    if (!agent->is_static) {
-        char key[TPR_AGENT_NAME + 16];
-        tpr_loop_enter(home);
-        memset(&agent->start_error, 0, sizeof agent->start_error);
-        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
-        if (tpr_group_ask(agent, TPRPC_STORE_DELETE, key, NULL, 0, 0, tpr_group_left_peer, &agent->starts[0]))
-            tpr_loop_wait(home, tpr_group_step_over, agent, deadline);
-        if (agent->start_pending)
-            tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "the store has not answered");
-        if (status == TPRPC_OK && agent->start_error.status != TPRPC_OK)
-            status = tprpc_error_set(error, agent->start_error.status, 0, "%s is still in the store: %.180s",
-                                     agent->name, agent->start_error.text);
-        tpr_loop_leave(home);
-    }
+    tprpc_status status = agent->is_static ? tpr_group_leave_static(agent, deadline, error)
+                                           : tpr_group_leave_dynamic(agent, deadline, error);
     tpr_group_set_state(agent, TPR_AGENT_LEFT);
     if (agent->trace) tpr_trace_flush(agent->trace, NULL);   // the log has what is wrong: it has left all the same
     return status;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_get_worker(tprpc_agent *agent, const char *name, int64_t timeout_ms,
+                                              tprpc_worker_info *out, size_t size, tprpc_error *error) {
+    TPRPC_ASSERT(agent && out);
+    tprpc_status status = tpr_group_look_check(agent, out, size, error);
+    if (status != TPRPC_OK) return status;
+    if (!name || strcmp(name, agent->name) == 0) {
+        tpr_group_show(agent, &agent->self, out);
+        return TPRPC_OK;
+    }
+    if (agent->is_static) return tpr_group_known(agent, name, 0, out, error);
+    if (tpr_base_name_fault(name, strlen(name), TPR_AGENT_NAME - 1)) return tpr_group_nobody(agent, name, 0, error);
+    return tpr_group_find(agent, name, 0, timeout_ms, out, error);
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_get_worker_by_id(tprpc_agent *agent, uint32_t id, int64_t timeout_ms,
+                                                    tprpc_worker_info *out, size_t size, tprpc_error *error) {
+    TPRPC_ASSERT(agent && out);
+    tprpc_status status = tpr_group_look_check(agent, out, size, error);
+    if (status != TPRPC_OK) return status;
+    return agent->is_static ? tpr_group_known(agent, NULL, id, out, error)
+                            : tpr_group_find(agent, NULL, id, timeout_ms, out, error);
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_list_workers(tprpc_agent *agent, int64_t timeout_ms, tprpc_worker_info *out,
+                                                size_t *count, size_t size, tprpc_error *error) {
+    TPRPC_ASSERT(agent && count && (out || !*count));
+    size_t room = count && out ? *count : 0;
+    tprpc_status status = tpr_group_look_check(agent, count, size, error);
+    if (status != TPRPC_OK) return status;
+    *count = 0;
+    if (agent->is_static) {
+        for (uint32_t i = 0; i < tpr_agent_workers(agent); i++, ++*count)
+            if (*count < room) tpr_group_show(agent, tpr_agent_worker_at(agent, i)->where, &out[*count]);
+    } else {
+        status = tpr_group_list(agent, timeout_ms, out, room, count, error);
+    }
+    if (status == TPRPC_OK && *count > room)
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "the group has %zu workers, and there is room for %zu",
+                               *count, room);
+    return status;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_remove_worker(tprpc_agent *agent, const char *name, int64_t timeout_ms,
+                                                 tprpc_error *error) {
+    TPRPC_ASSERT(agent && name);
+    if (!agent || !name || !tpr_context_usable(agent->ctx) || tpr_context_in_callback(agent->ctx))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "tprpc_agent_remove_worker: an argument is NULL, the "
+                               "agent inherited by a fork, or in a callback");
+    tprpc_status status = tpr_agent_usable(agent, error);
+    if (status != TPRPC_OK) return status;
+    if (agent->is_static || strcmp(name, agent->name) == 0)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %.100s cannot be removed: %s", name,
+                               agent->is_static ? "its group is static" : "a worker leaves by itself");
+    tprpc_error why = TPR_ZERO;
+    int64_t deadline = tpr_context_deadline(tprpc_now_us(agent->ctx), tpr_context_time(timeout_ms,
+                                                                                      agent->start_timeout_ms));
+    const char *fault = tpr_base_name_fault(name, strlen(name), TPR_AGENT_NAME - 1);
+    status = fault ? tprpc_error_set(&why, TPRPC_ERROR_INVALID, 0, "its name %s", fault)
+                   : tpr_group_change_run(agent, TPR_GROUP_REMOVE, name, deadline, &why);
+    if (status != TPRPC_OK)
+        return tprpc_error_set(error, status, why.os_code, "removing worker %.80s: %.140s", name, why.text);
+    tpr_agent_worker *worker = tpr_agent_worker_of(agent, name, false);
+    if (!worker) return TPRPC_OK;
+    tpr_loop_enter(worker->loop);      // the next call looks for who has that name then
+    if (worker->pipe) tpr_pipe_end(worker->pipe, TPRPC_ERROR_PEER, 0, "the worker was removed from the group");
+    tpr_loop_leave(worker->loop);
+    return TPRPC_OK;
 }
 
 TPR_COLD

@@ -580,6 +580,58 @@ TEST(calls) {
     CHECK(!intro_decode(bytes, size + 1));
 }
 
+static bool kind_decode(const uint8_t *bytes, size_t size) {
+    tpr_wire_kind kind;
+    return tpr_wire_get_kind(bytes, size, &kind);
+}
+
+static bool members_decode(const uint8_t *bytes, size_t size) {
+    tpr_wire_members members;
+    return tpr_wire_get_members(bytes, size, &members);
+}
+
+static bool leave_decode(const uint8_t *bytes, size_t size) {
+    tpr_wire_leave word;
+    return tpr_wire_get_leave(bytes, size, &word);
+}
+
+TEST(words_of_groups) {
+    static uint8_t bytes[400], taken[3] = {1, 2, 3};
+    tpr_wire_kind kind;
+    tpr_wire_members members, back;
+    tpr_wire_leave word, said;
+    size_t size = tpr_wire_put_kind(bytes, sizeof bytes, 77, 3, "ann");
+    CHECK(tpr_wire_get_kind(bytes, size, &kind) && kind.nonce == 77 && kind.world_size == 3);
+    CHECK_STR(kind.name, "ann");
+    decode_all(kind_decode, bytes, size);
+    CHECK(!kind_decode(bytes, tpr_wire_put_kind(bytes, sizeof bytes, 77, 3, "")));
+    memset(&members, 0, sizeof members);
+    members.generation = 5;
+    members.holder = 6;
+    snprintf(members.name, sizeof members.name, "bob");
+    members.taken.data = taken;
+    members.taken.size = sizeof taken;
+    size = tpr_wire_put_members(bytes, sizeof bytes, &members);
+    CHECK(tpr_wire_get_members(bytes, size, &back) && back.generation == 5 && back.holder == 6);
+    CHECK_STR(back.name, "bob");
+    if (CHECK_EQ_INT(back.taken.size, sizeof taken)) CHECK_MEM(back.taken.data, taken, sizeof taken);
+    decode_all(members_decode, bytes, size);
+    tpr_base_store_le32(bytes + size - 7, TPR_WIRE_MEMBERS + 1);
+    CHECK(!members_decode(bytes, sizeof bytes));
+    memset(&word, 0, sizeof word);
+    word.activity = 9;
+    word.calls = 10;
+    word.requests = 11;
+    for (int named = 0; named < 2; named++) {
+        snprintf(word.method, sizeof word.method, "%s", named ? "hold" : "");
+        size = tpr_wire_put_leave(bytes, sizeof bytes, &word);
+        CHECK(tpr_wire_get_leave(bytes, size, &said) && memcmp(&word, &said, sizeof word) == 0);
+        decode_all(leave_decode, bytes, size);
+    }
+    bytes[size - 1] = 0xFF;                      /* a method that is no UTF-8 */
+    CHECK(!leave_decode(bytes, size));
+}
+
 TEST(workers) {
     static tpr_wire_worker in, out;
     static uint8_t bytes[2000];
@@ -590,6 +642,7 @@ TEST(workers) {
     in.rank = 12;
     in.space = UINT64_C(0x1020304050607080);
     in.process = 4711;
+    in.level = TPR_WIRE_LEVEL;
     in.address_count = TPR_WIRE_ADDRESSES;
     for (i = 0; i < in.address_count; i++)
         snprintf(in.addresses[i], sizeof in.addresses[i], "tcp://127.0.0.1:%u", 1000 + i);
@@ -599,9 +652,11 @@ TEST(workers) {
     CHECK(out.nonce == in.nonce && out.rank == 12 && out.address_count == in.address_count);
     for (i = 0; i < in.address_count; i++) CHECK_STR(out.addresses[i], in.addresses[i]);
     CHECK(out.space == in.space && out.process == 4711);
-    decode_all(worker_decode, bytes, size - 12);
-    CHECK(tpr_wire_get_worker(bytes, size - 12, &out) && out.space == 0 && out.process == 0);   /* as it once was */
-    CHECK(tpr_wire_get_worker(bytes, size, &out) && !out.tells_devices);   /* as it was after that */
+    CHECK_EQ_INT(out.level, TPR_WIRE_LEVEL);
+    decode_all(worker_decode, bytes, size - 16);
+    CHECK(tpr_wire_get_worker(bytes, size - 16, &out) && out.space == 0 && out.process == 0);   /* as it once was, */
+    CHECK(tpr_wire_get_worker(bytes, size - 4, &out) && out.process == 4711 && out.level == 0);   /* and later, */
+    CHECK(tpr_wire_get_worker(bytes, size, &out) && !out.tells_devices);   /* and after that */
     in.tells_devices = in.has_maps = 1;
     in.run_count = TPR_WIRE_RUNS;
     for (i = 0; i < in.run_count; i++) {
@@ -611,7 +666,7 @@ TEST(workers) {
     }
     size_t most = tpr_wire_put_worker(bytes, sizeof bytes, &in);
     CHECK_EQ_INT(most, size + 8 + TPR_WIRE_RUNS * 12);
-    CHECK_LE_INT(most, 1400);                    /* what the agents have room for */
+    CHECK_LE_INT(most, TPR_WIRE_ENTRY);          /* what the agents have room for */
     CHECK(tpr_wire_get_worker(bytes, most, &out) && memcmp(&in, &out, sizeof in) == 0);
     for (i = 1; i < 8; i++) CHECK(tpr_wire_get_worker(bytes, size + i, &out) && !out.tells_devices);
     for (size_t cut = size + 8; cut < most; cut++) CHECK(!worker_decode(bytes, cut));

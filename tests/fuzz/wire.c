@@ -257,9 +257,26 @@ static void try_maps(void) {
     FUZZ_CHECK(memcmp(again, block, size) == 0);
 }
 
+/* What else a group has in its store. */
+static void try_group(void) {
+    tpr_wire_kind kind;
+    tpr_wire_members members;
+    tpr_wire_leave word, back;
+    if (tpr_wire_get_kind(block, block_size, &kind))
+        FUZZ_CHECK(tpr_wire_put_kind(again, sizeof again, kind.nonce, kind.world_size, kind.name) <= block_size);
+    if (tpr_wire_get_members(block, block_size, &members)) {
+        size_t size = tpr_wire_put_members(again, sizeof again, &members);
+        FUZZ_CHECK(size ? memcmp(again, block, size) == 0 : members.taken.size + 200 > sizeof again);
+    }
+    if (!tpr_wire_get_leave(block, block_size, &word)) return;
+    size_t size = tpr_wire_put_leave(again, sizeof again, &word);
+    FUZZ_CHECK(size && tpr_wire_get_leave(again, size, &back) && memcmp(&word, &back, sizeof word) == 0);
+}
+
 static void try_worker(void) {
     static tpr_wire_worker one, two;
     try_maps();
+    try_group();
     if (!tpr_wire_get_worker(block, block_size, &one)) return;
     FUZZ_CHECK(one.address_count <= TPR_WIRE_ADDRESSES && one.run_count <= TPR_WIRE_RUNS && one.name[0]);
     size_t size = tpr_wire_put_worker(again, sizeof again, &one);
