@@ -16573,7 +16573,7 @@ static void tpr_agent_call_timed_out(tprpc_work *work) {
 // lost one worker come back at one moment. Of a hash, for a simulated network runs the same twice.
 static int64_t tpr_agent_pause_us(tprpc_agent *agent, uint64_t of, uint32_t failures) {
     uint64_t seed[3];
-    uint32_t doubled = failures < TPR_AGENT_PAUSES ? failures : TPR_AGENT_PAUSES;
+    uint32_t doubled = failures < (uint32_t)TPR_AGENT_PAUSES ? failures : (uint32_t)TPR_AGENT_PAUSES;
     if (!failures) return 0;
     seed[0] = tpr_base_hash(agent->name, strlen(agent->name));
     seed[1] = of;
