@@ -203,6 +203,15 @@ timers() {
     else ok bench_timers; fi
 }
 
+agents() {
+    names="pending_bytes serving_bytes one_mps threads_mps join_ms"
+    timeout 60 build/bench-agent --calls 5000 --workers 20 --seconds 1 >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 0 ]; then bad bench_agent "exit status $status"
+    elif ! is_json "$names" "" "$names"; then bad bench_agent "$(tail -n 1 "$dir/why")"
+    else ok bench_agent; fi
+}
+
 # It says who it is and stays until it is killed; bench.py looks at both.
 idle() {        # OPTION...
     name=bench_idle$(echo "$*" | tr -d ' -')
@@ -441,7 +450,9 @@ refuses two_ends 'give one of them' build/tprpc-perf --listen a --connect b
 refuses timers 'usage' build/bench-timers --often
 refuses timers_count '"none" is no number' build/bench-timers --count none
 refuses idle 'usage' build/bench-idle --often
+refuses agent 'usage' build/bench-agent --often
 timers
+agents
 idle
 idle --threads 1
 peers
