@@ -251,6 +251,34 @@
 // before you destroy the agent, and destroy agents before their context. unregister is for hot reload: after it
 // returned no code of that method runs.
 //
+// What an agent does; where that is set or done (in tprpc_agent_desc, or by tprpc_agent_...); what it does unless told;
+// and the tests, in tests/, that show it:
+//
+//   threads for blocking handlers               worker_threads                 0, inline     agent_limits
+//   transports and channels allowed             transports, channels           all           agent_maps
+//   how long a call, a start, a leave may take  timeout_ms, start_timeout_ms   60 s each     agent, agent_group
+//   where the group meets                       init_method, store             -             store, agent_store
+//   devices; maps, exchanged and checked        devices; ..._set_device_map    all; none     agent_maps
+//   memory of a device, streams of a call       converters; options.streams    the library's agent_devices
+//   bytes copied, borrowed, given, placed       message.release, .flags; place copied        agent, agent_give
+//   workers by name, by id; all; oneself        ..._get_worker, _list_workers  -             agent_members
+//   a pipe to each, made again after a pause    -                              up to 1.28 s  agent_retry
+//   calls that may be sent again                TPRPC_CALL_IDEMPOTENT          sent once     agent_retry
+//   a timeout names method, worker and time     options.timeout_ms             the agent's   agent, agent_edges
+//   late answers are dropped and counted        stats.late_replies             -             agent
+//   waits for one, any, all; on_done; cancel    tprpc_future_...               -             agent, agent_edges
+//   calls to one worker that start in order     options.lane                   0, no order   agent
+//   handlers inline, as jobs, on threads        TPRPC_METHOD_BLOCKING          inline        agent, agent_limits
+//   answers later, from any thread              tprpc_request_keep             -             agent, agent_limits
+//   calls within handlers                       limits.nesting                 16 deep       agent_admission
+//   callers held up before they make it grow    limits.peer_..., served_bytes  see LIMITS    agent_admission
+//   counts, times, bytes by peer; Prometheus    ..._get_stats; metrics         counts alone  agent_metrics
+//   leaving together; at once                   ..._leave; _destroy            -             agent_leave, agent_end
+//   groups that change; removal of the dead     world_size; ..._remove_worker  dynamic       agent_members
+//   timelines across processes                  trace; ..._flush_trace         none          agent_trace, traces.sh
+//   launched by torchrun, mpirun, srun          env://, pmix://                -             store, pmix.sh
+//   several hosts; links that go away           address; silence_ms            30 s          netns, agent_address
+//
 //
 // DEVICES
 //
