@@ -228,7 +228,8 @@
 // A handler answers with tprpc_reply or tprpc_fail, or keeps the request (tprpc_request_keep) and answers later, from
 // any thread, as examples/late_reply.c does. One that does neither fails the call with a sentence that says so. An
 // answer that comes twice, or after the caller has given up, is INVALID and does no harm; tprpc_request_cancelled
-// tells a long job that nobody waits any more.
+// tells a long job that nobody waits any more. A blocking handler that ends its thread (pthread_exit) fails its call
+// likewise, and another thread of the agent's takes its place; threads that drive a loop must not be ended.
 //
 // A handler may itself call and wait. Such waits nest up to limits.nesting, on each thread that runs handlers; deeper,
 // a wait is refused with LIMIT, the log says so, and tprpc_future_error has the sentence. A thread of worker_threads
@@ -1833,6 +1834,28 @@ TPR_UNUSED static int tpr_os_thread_start(tpr_os_thread *thread, void (*run)(voi
 }
 
 TPR_UNUSED static void tpr_os_thread_join(tpr_os_thread *thread) { pthread_join(thread->id, NULL); }
+
+// Starts another thread in the place of the calling one, which nobody joins then.
+TPR_UNUSED static int tpr_os_thread_replace(tpr_os_thread *thread) {
+    const pthread_t old = thread->id;
+    if (tpr_os_thread_start(thread, thread->run, thread->arg) != 0) return -1;
+    pthread_detach(old);
+    return 0;
+}
+#endif
+
+// Runs run(arg), which may end the calling thread (pthread_exit): then, and only then, ended(arg) follows it.
+#ifdef TPRPC_NO_THREADS
+TPR_UNUSED static void tpr_os_run(void (*run)(void *), void (*ended)(void *), void *arg) {
+    (void)ended;
+    run(arg);
+}
+#else
+TPR_UNUSED static void tpr_os_run(void (*run)(void *), void (*ended)(void *), void *arg) {
+    pthread_cleanup_push(ended, arg);
+    run(arg);
+    pthread_cleanup_pop(0);
+}
 #endif
 
 TPR_UNUSED static int64_t tpr_os_now_us(void) {
@@ -17472,15 +17495,10 @@ static void tpr_agent_handler_over(tpr_loop_task *task) {
 
 // ---- blocking handlers: the engine's jobs, or the agent's own threads
 
-static void tpr_agent_job(void *arg) {
+static void tpr_agent_job_over(void *arg) {
     tpr_agent_request *request = (tpr_agent_request *)arg;
     tpr_loop *loop = request->server->loop;
     tprpc_agent *agent = request->server->agent;
-    tpr_loop_enter(loop);
-    TPR_ATOMIC_ADD(&agent->jobs_running, 1u);
-    tpr_agent_handler_begin(&request->task);
-    tpr_loop_leave(loop);
-    tpr_agent_handler_run(&request->task);
     TPR_ATOMIC_ADD(&loop->deferring, 1u);   // once this is over agent and context may go, but for the loop
     tpr_loop_enter(loop);
     tpr_agent_handler_over(&request->task);
@@ -17489,6 +17507,19 @@ static void tpr_agent_job(void *arg) {
     tpr_loop_notify(loop);
     tpr_loop_leave(loop);
     TPR_ATOMIC_SUB(&loop->deferring, 1u);
+}
+
+static void tpr_agent_job_handler(void *arg) { tpr_agent_handler_run(&((tpr_agent_request *)arg)->task); }
+
+static void tpr_agent_job(void *arg) {
+    tpr_agent_request *request = (tpr_agent_request *)arg;
+    tpr_loop *loop = request->server->loop;
+    tpr_loop_enter(loop);
+    TPR_ATOMIC_ADD(&request->server->agent->jobs_running, 1u);
+    tpr_agent_handler_begin(&request->task);
+    tpr_loop_leave(loop);
+    tpr_os_run(tpr_agent_job_handler, tpr_agent_job_over, request);
+    tpr_agent_job_over(request);
 }
 
 TPR_COLD static void tpr_agent_submit_again(tprpc_work *work) {
@@ -17524,13 +17555,10 @@ static tpr_agent_request *tpr_agent_take_job(tprpc_agent *agent) {
     return request;
 }
 
-TPR_COLD static void tpr_agent_thread_main(void *arg) {
+// A thread's life: jobs, until there are to be no more.
+TPR_COLD static void tpr_agent_thread_run(void *arg) {
     tpr_agent_thread *self = (tpr_agent_thread *)arg;
     tprpc_agent *agent = self->agent;
-    tprpc_context *ctx = agent->ctx;
-    if (ctx->thread_begin) ctx->thread_begin(self->name, ctx->user);
-    tpr_trace_name_thread(agent->trace, self->name);
-    TPR_ATOMIC_STORE(&self->id, tpr_os_thread_id());
     tpr_os_lock_take(&agent->lock);
     while (!agent->stopping || agent->job_head) {
         tpr_agent_request *request = tpr_agent_take_job(agent);
@@ -17544,6 +17572,28 @@ TPR_COLD static void tpr_agent_thread_main(void *arg) {
         if (request) TPR_ATOMIC_ADD(&agent->free_threads, 1u);
     }
     tpr_os_lock_give(&agent->lock);
+}
+
+// A handler has ended its thread: another one takes its place, or else this one goes on after all.
+TPR_COLD static void tpr_agent_thread_ended(void *arg) {
+    tpr_agent_thread *self = (tpr_agent_thread *)arg;
+    tprpc_agent *agent = self->agent;
+    if (agent->ctx->thread_end) agent->ctx->thread_end(self->name, agent->ctx->user);
+    tpr_os_lock_take(&agent->lock);
+    TPR_ATOMIC_ADD(&agent->free_threads, 1u);
+    const bool last = agent->stopping && !agent->job_head;
+    const bool replaced = last || tpr_os_thread_replace(&self->thread) == 0;
+    tpr_os_lock_give(&agent->lock);
+    if (!replaced) tpr_agent_thread_run(self);
+}
+
+TPR_COLD static void tpr_agent_thread_main(void *arg) {
+    tpr_agent_thread *self = (tpr_agent_thread *)arg;
+    tprpc_context *ctx = self->agent->ctx;
+    if (ctx->thread_begin) ctx->thread_begin(self->name, ctx->user);
+    tpr_trace_name_thread(self->agent->trace, self->name);
+    TPR_ATOMIC_STORE(&self->id, tpr_os_thread_id());
+    tpr_os_run(tpr_agent_thread_run, tpr_agent_thread_ended, self);
     if (ctx->thread_end) ctx->thread_end(self->name, ctx->user);
 }
 
