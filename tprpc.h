@@ -3960,12 +3960,14 @@ typedef struct tpr_wire_call {
     uint8_t  kind, flags;
     uint32_t method, lane, timeout_ms;   // timeout_ms 0: none
     uint64_t id;
+    uint8_t  depth;                    // of a call that a blocking handler makes: one more than that of its own request
 } tpr_wire_call;
 
 static inline void tpr_wire_put_call(uint8_t *out, const tpr_wire_call *call) {
     out[0] = call->kind;
     out[1] = call->flags;
-    out[2] = out[3] = 0;
+    out[2] = call->depth;              // older versions write 0, and do not read it
+    out[3] = 0;
     tpr_base_store_le32(out + 4, call->method);
     tpr_base_store_le64(out + 8, call->id);
     tpr_base_store_le32(out + 16, call->lane);
@@ -3976,6 +3978,7 @@ static inline bool tpr_wire_get_call(const uint8_t *in, size_t size, tpr_wire_ca
     if (size < TPR_WIRE_CALL_BYTES) return false;
     call->kind = in[0];
     call->flags = in[1];
+    call->depth = in[2];
     call->method = tpr_base_load_le32(in + 4);
     call->id = tpr_base_load_le64(in + 8);
     call->lane = tpr_base_load_le32(in + 16);
@@ -15471,6 +15474,7 @@ typedef struct tpr_agent_request {
     int64_t       since_us;            // where times are measured: it was whole, later its handler began
     int64_t    whole_ns, begun_ns;     // of a trace: it was, its handler was
     uint64_t      held;                // bytes that it is counted with
+    uint8_t       depth;               // as its caller said
 } tpr_agent_request;
 
 typedef struct tpr_agent_send {        // an outgoing message that lends memory, or did not leave at once
@@ -15512,7 +15516,9 @@ typedef struct tpr_agent_look {        // has a loop look whether requests may c
 
 #ifndef TPRPC_NO_THREADS
 typedef struct tpr_agent_thread { tpr_os_thread thread; struct tprpc_agent *agent; char name[24]; uintptr_t id;
-                                  uint32_t depth; } tpr_agent_thread;   // id: atomic; depth: jobs on its stack
+                                  uint32_t depth;      // jobs on its stack
+                                  uint8_t  chain;      // what calls of the newest of them say of theirs
+} tpr_agent_thread;                    // id: atomic
 #endif
 
 typedef struct tpr_agent_start {       // a key of the group that is awaited
@@ -17135,6 +17141,28 @@ static tpr_agent_worker *tpr_agent_worker_of(tprpc_agent *agent, const char *nam
 
 // ---- a call
 
+#ifndef TPRPC_NO_THREADS
+// The agent's thread for blocking handlers that the calling one is, when that waits within a handler; else NULL.
+TPR_COLD static tpr_agent_thread *tpr_agent_own_thread(tprpc_agent *agent) {
+    for (uint32_t i = 0; i < agent->thread_count; i++)
+        if (TPR_ATOMIC_LOAD(&agent->threads[i].id) == tpr_os_thread_id()) return &agent->threads[i];
+    return NULL;
+}
+
+#endif
+
+// How deep a call from here is in a chain of blocking handlers that wait for each other, as far as is known: a thread
+// that waits must run those that come of its own call, and need not run others.
+static uint8_t tpr_agent_chain(tprpc_agent *agent) {
+#ifndef TPRPC_NO_THREADS
+    const tpr_agent_thread *self = tpr_agent_own_thread(agent);
+    return self ? self->chain : 0;
+#else
+    (void)agent;
+    return 0;
+#endif
+}
+
 static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *method_name,
                                          const tprpc_call_options *options, tpr_agent_call **out, tprpc_error *error) {
     tprpc_agent *agent = worker->agent;
@@ -17267,6 +17295,7 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
     prefix.lane = options->lane;
     prefix.timeout_ms = call->timeout_ms > 0 && call->timeout_ms < UINT32_MAX ? (uint32_t)call->timeout_ms : 0;
     prefix.id = id;
+    prefix.depth = TPR_UNLIKELY(agent->thread_count != 0) ? tpr_agent_chain(agent) : 0;
     call->refs++;                      // this function's
     if (out) call->refs++;
     call->has_future = out != NULL;
@@ -17545,14 +17574,34 @@ static void tpr_agent_submit_place(tpr_loop_task *task) {
 }
 
 #ifndef TPRPC_NO_THREADS
-// The first job that no thread has begun; NULL: there is none. Under the agent's lock.
-static tpr_agent_request *tpr_agent_take_job(tprpc_agent *agent) {
-    tpr_agent_request *request = agent->job_head;
+// The first job that no thread has begun and that `self` may run; NULL: there is none. Under the agent's lock. A thread
+// that waits within handlers runs what may come of their calls, however deep, and of all else half as much as may be
+// nested: so handlers that have nothing to do with each other are not refused their waits.
+static tpr_agent_request **tpr_agent_find_job(const tpr_agent_thread *self) {
+    tpr_agent_request **at = &self->agent->job_head;
+    const bool any = self->depth < (self->agent->ctx->env.nesting + 1) / 2;
+    while (*at && !any && (*at)->depth < self->chain) at = &(*at)->next_job;
+    return at;
+}
+
+static tpr_agent_request *tpr_agent_take_job(const tpr_agent_thread *self) {
+    tprpc_agent *agent = self->agent;
+    tpr_agent_request **at = tpr_agent_find_job(self), *request = *at;
     if (!request) return NULL;
-    agent->job_head = request->next_job;
-    if (!agent->job_head) agent->job_tail = &agent->job_head;
+    *at = request->next_job;
+    if (!*at) agent->job_tail = at;
     TPR_ATOMIC_SUB(&agent->queued, 1u);
     return request;
+}
+
+// Runs a job on top of what the thread has on its stack.
+static void tpr_agent_run_on(tpr_agent_thread *self, tpr_agent_request *request) {
+    const uint8_t chain = self->chain;
+    self->chain = request->depth < UINT8_MAX ? (uint8_t)(request->depth + 1) : (uint8_t)UINT8_MAX;
+    self->depth++;
+    tpr_agent_job(request);
+    self->depth--;
+    self->chain = chain;
 }
 
 // A thread's life: jobs, until there are to be no more.
@@ -17561,12 +17610,12 @@ TPR_COLD static void tpr_agent_thread_run(void *arg) {
     tprpc_agent *agent = self->agent;
     tpr_os_lock_take(&agent->lock);
     while (!agent->stopping || agent->job_head) {
-        tpr_agent_request *request = tpr_agent_take_job(agent);
+        self->depth = self->chain = 0;
+        tpr_agent_request *request = tpr_agent_take_job(self);
         if (request) TPR_ATOMIC_SUB(&agent->free_threads, 1u);
         uint32_t signal = TPR_ATOMIC_LOAD(&agent->job_signal);
         tpr_os_lock_give(&agent->lock);
-        self->depth = 1;
-        if (request) tpr_agent_job(request);
+        if (request) tpr_agent_run_on(self, request);
         else tpr_os_futex_wait(&agent->job_signal, signal, -1);
         tpr_os_lock_take(&agent->lock);
         if (request) TPR_ATOMIC_ADD(&agent->free_threads, 1u);
@@ -17597,28 +17646,24 @@ TPR_COLD static void tpr_agent_thread_main(void *arg) {
     if (ctx->thread_end) ctx->thread_end(self->name, ctx->user);
 }
 
-// The agent's thread for blocking handlers that the calling one is, when that waits within a handler; else NULL.
-TPR_COLD static tpr_agent_thread *tpr_agent_own_thread(tprpc_agent *agent) {
-    for (uint32_t i = 0; i < agent->thread_count; i++)
-        if (TPR_ATOMIC_LOAD(&agent->threads[i].id) == tpr_os_thread_id()) return &agent->threads[i];
-    return NULL;
+// Whether there is a job that no thread is free to run, but this one, which waits.
+static bool tpr_agent_job_waits(const tpr_agent_thread *self) {
+    tprpc_agent *agent = self->agent;
+    if (TPR_ATOMIC_LOAD_FULL(&agent->queued) <= TPR_ATOMIC_LOAD_FULL(&agent->free_threads)) return false;
+    tpr_os_lock_take(&agent->lock);
+    const bool waits = *tpr_agent_find_job(self) != NULL;
+    tpr_os_lock_give(&agent->lock);
+    return waits;
 }
 
-// Whether there are jobs that no thread is free to run.
-static bool tpr_agent_job_waits(tprpc_agent *agent) {
-    return TPR_ATOMIC_LOAD_FULL(&agent->queued) > TPR_ATOMIC_LOAD_FULL(&agent->free_threads);
-}
-
-// Runs one of them on a thread that waits: what it waits for may need it.
+// Runs it: what is waited for may need it.
 TPR_COLD static void tpr_agent_run_job(tpr_agent_thread *self) {
     tprpc_agent *agent = self->agent;
+    if (!tpr_agent_job_waits(self)) return;
     tpr_os_lock_take(&agent->lock);
-    tpr_agent_request *request = tpr_agent_job_waits(agent) ? tpr_agent_take_job(agent) : NULL;
+    tpr_agent_request *request = tpr_agent_take_job(self);
     tpr_os_lock_give(&agent->lock);
-    if (!request) return;
-    self->depth++;
-    tpr_agent_job(request);
-    self->depth--;
+    if (request) tpr_agent_run_on(self, request);
 }
 #endif
 
@@ -17917,6 +17962,7 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     request->method = method;
     request->call = prefix->id;
     request->lane = prefix->lane;
+    request->depth = prefix->depth;
     request->one_way = one_way;
     request->parked = request->whole = request->running = false;
     request->kept = request->cancelled = request->answered = request->mapped = request->waits = false;
@@ -18099,7 +18145,7 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
             tpr_agent_request_fail(request, TPRPC_ERROR_REMOTE, user_code, why ? why : "");
         } else if (request) {
             tprpc_pipe *pipe = request->server->pipe;
-            tpr_wire_call prefix = {TPR_WIRE_REPLY, 0, 0, 0, 0, request->call};
+            tpr_wire_call prefix = {TPR_WIRE_REPLY, 0, 0, 0, 0, request->call, 0};
             const int64_t begun = tpr_trace_clock(agent->trace);
             status = tpr_pipe_check(message, pipe->message_bytes, pipe->metadata_bytes, pipe->tensors, &error);
             if (status == TPRPC_OK && message->payload_count) status = TPRPC_ERROR_INVALID;
@@ -18409,7 +18455,7 @@ static bool tpr_agent_any_done(void *arg) {
         waiting->call->awaited = true;
     }
 #ifndef TPRPC_NO_THREADS
-    if (TPR_UNLIKELY(waiting->thread != NULL)) waiting->job = tpr_agent_job_waits(waiting->thread->agent);
+    if (TPR_UNLIKELY(waiting->thread != NULL)) waiting->job = tpr_agent_job_waits(waiting->thread);
 #endif
     return waiting->job;
 }

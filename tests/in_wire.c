@@ -539,7 +539,7 @@ static bool worker_decode(const uint8_t *bytes, size_t size) {
 }
 
 TEST(calls) {
-    tpr_wire_call in = {TPR_WIRE_REPLY, 1, 0x11223344, 0x55667788, 0x99AABBCC, UINT64_C(0x123456789ABCDEF0)}, out;
+    tpr_wire_call in = {TPR_WIRE_REPLY, 1, 0x11223344, 0x55667788, 0x99AABBCC, UINT64_C(0x123456789ABCDEF0), 7}, out;
     uint8_t bytes[400];
     tprpc_error error;
     char name[TPR_WIRE_NAME];
@@ -548,7 +548,7 @@ TEST(calls) {
     tpr_wire_put_call(bytes, &in);
     CHECK(tpr_wire_get_call(bytes, TPR_WIRE_CALL_BYTES, &out));
     CHECK(in.kind == out.kind && in.flags == out.flags && in.method == out.method && in.lane == out.lane);
-    CHECK(in.timeout_ms == out.timeout_ms && in.id == out.id);
+    CHECK(in.timeout_ms == out.timeout_ms && in.id == out.id && in.depth == out.depth);
     decode_all(call_decode, bytes, TPR_WIRE_CALL_BYTES);
     for (kind = 0; kind < 256; kind++) {
         bytes[0] = (uint8_t)kind;

@@ -47,7 +47,7 @@ plant() {
 
 plant lost_callback '        tpr_loop_post(loop, &call->task);' \
     '        if (status == TPRPC_ERROR_TIMEOUT) on->sends--, call->refs--; else tpr_loop_post(loop, &call->task);' \
-    'overdue|never ended'
+    'overdue|never ended|is due while its worker sleeps'
 plant double_callback '    call->on_done(call->status, reply, error, call->user);' \
     '    for (int i = 0; i < 2; i++) call->on_done(call->status, reply, error, call->user);' \
     'has its callback for the 2'
