@@ -365,7 +365,6 @@ static void tpr_cuda_base_free(tprpc_context *ctx, void *memory, size_t size) {
 // Uses: os.
 // Invariant: an entry point is asked for by the version that it is declared as here, so a newer driver gives the same.
 
-#ifndef TPR_CUDA_DRIVER_TYPES    // the test that compares signatures puts cuda.h's own types here
 typedef int                tpr_cuda_driver_result;     // CUresult
 typedef int                tpr_cuda_driver_device;     // CUdevice
 typedef unsigned long long tpr_cuda_driver_ptr;        // CUdeviceptr
@@ -386,7 +385,6 @@ typedef struct tpr_cuda_driver_pool_props {
     unsigned short usage;
     unsigned char reserved[54];
 } tpr_cuda_driver_pool_props;
-#endif
 typedef void (*tpr_cuda_driver_host_fn)(void *user);
 
 enum {                               // named as cuda.h names them, without CU_ or CUDA_
@@ -1157,11 +1155,12 @@ enum {
 };
 
 typedef struct tpr_cuda_stream_wait {  // for what was queued on a stream
-    tpr_cuda_base_list    node;
+    tpr_cuda_base_list     node;
     void (*run)(struct tpr_cuda_stream_wait *wait, tprpc_status status, const tprpc_error *error);
-    tpr_cuda_device      *device;
-    tpr_cuda_driver_event event;
-    bool                  belled;
+    tpr_cuda_device       *device;
+    tpr_cuda_driver_event  event;      // NULL: for all that is queued on the stream
+    tpr_cuda_driver_stream stream;
+    bool                   belled;
 } tpr_cuda_stream_wait;
 
 typedef struct tpr_cuda_stream_lane {  // of one device
@@ -1306,34 +1305,43 @@ static tprpc_status tpr_cuda_stream_record(tpr_cuda_stream_queue *queue, const t
 
 // ---- waits
 
-// Has `wait` run when all is done that was queued before the event was recorded. The event becomes the wait's.
+// Has `wait` run when all is done that was queued before the event was recorded, which becomes the wait's; or, where
+// there is none, when the stream has nothing queued.
 static void tpr_cuda_stream_watch(tpr_cuda_stream_queue *queue, tpr_cuda_stream_wait *wait, tpr_cuda_device *device,
-                                  tpr_cuda_driver_event event) {
+                                  tpr_cuda_driver_event event, tpr_cuda_driver_stream stream) {
     wait->device = device;
     wait->event = event;
+    wait->stream = stream;
     wait->belled = false;
     tpr_cuda_base_list_add(&queue->waits, &wait->node);
 }
 
-// Likewise, when all is done that is queued on the stream now. The device is entered.
-static tprpc_status tpr_cuda_stream_await(tpr_cuda_stream_queue *queue, tpr_cuda_stream_wait *wait,
-                                          tpr_cuda_device *device, tpr_cuda_driver_stream stream, tprpc_error *error) {
+// Has `wait` run when all is done that is queued on a stream now, which has to stay until then. The device is entered.
+// What was queued has to be waited for, so this does not fail.
+static void tpr_cuda_stream_await(tpr_cuda_stream_queue *queue, tpr_cuda_stream_wait *wait, tpr_cuda_device *device,
+                                  tpr_cuda_driver_stream stream) {
     tpr_cuda_driver_event event = NULL;
-    const tprpc_status status = tpr_cuda_stream_record(queue, device, stream, &event, error);
-    if (status == TPRPC_OK) tpr_cuda_stream_watch(queue, wait, device, event);
-    return status;
+    tpr_cuda_stream_record(queue, device, stream, &event, NULL);
+    tpr_cuda_stream_watch(queue, wait, device, event, stream);
 }
 
-// Whether a wait is over, and how. Its event is then back.
+static tpr_cuda_driver_result tpr_cuda_stream_ask(const tpr_cuda_stream_queue *queue,
+                                                  const tpr_cuda_stream_wait *wait) {
+    return wait->event ? queue->set->cu->cuEventQuery(wait->event) : queue->set->cu->cuStreamQuery(wait->stream);
+}
+
+// Whether a wait is over, and how. Its event is then back. An error says that nothing runs on the device any more only
+// if it stays.
 static bool tpr_cuda_stream_over(tpr_cuda_stream_queue *queue, tpr_cuda_stream_wait *wait, tprpc_status *status,
                                  tprpc_error *error) {
     tpr_cuda_device_guard guard;
     *status = tpr_cuda_device_enter(queue->set, wait->device, &guard, error);
     if (*status != TPRPC_OK) return true;
-    const tpr_cuda_driver_result code = queue->set->cu->cuEventQuery(wait->event);
+    tpr_cuda_driver_result code = tpr_cuda_stream_ask(queue, wait);
+    if ((int)code != 0 && (int)code != TPR_CUDA_DRIVER_ERROR_NOT_READY) code = tpr_cuda_stream_ask(queue, wait);
     const bool over = (int)code != TPR_CUDA_DRIVER_ERROR_NOT_READY;
     if (over) {
-        *status = tpr_cuda_driver_check(queue->set->cu, code, "cuEventQuery", error);
+        *status = tpr_cuda_driver_check(queue->set->cu, code, "waiting for a copy", error);
         tpr_cuda_stream_event_back(queue, wait->device, wait->event);
     }
     tpr_cuda_device_leave(queue->set, &guard);
@@ -1370,7 +1378,7 @@ static bool tpr_cuda_stream_bell(tpr_cuda_stream_queue *queue, tpr_cuda_stream_w
     tpr_cuda_device_guard guard;
     if (wait->belled) return true;
     if (tpr_cuda_device_enter(queue->set, wait->device, &guard, NULL) != TPRPC_OK) return false;
-    wait->belled = tpr_cuda_stream_make(queue, &lane->bell, NULL) == TPRPC_OK &&
+    wait->belled = wait->event && tpr_cuda_stream_make(queue, &lane->bell, NULL) == TPRPC_OK &&
                    cu->cuStreamWaitEvent(lane->bell, wait->event, 0) == 0 &&
                    cu->cuLaunchHostFunc(lane->bell, tpr_cuda_stream_ring, queue) == 0;
     tpr_cuda_device_leave(queue->set, &guard);
@@ -1580,10 +1588,13 @@ static void tpr_cuda_arena_copied(tpr_cuda_stream_wait *wait, tprpc_status statu
 // entered.
 static tprpc_status tpr_cuda_arena_give_after(tpr_cuda_arena_chunk *chunk, tpr_cuda_device *device,
                                               tpr_cuda_driver_stream stream, tprpc_error *error) {
+    tpr_cuda_driver_event event = NULL;
     chunk->wait.run = tpr_cuda_arena_copied;
-    const tprpc_status status = tpr_cuda_stream_await(chunk->arena->queue, &chunk->wait, device, stream, error);
-    if (status == TPRPC_OK) chunk->arena->users++;
-    return status;
+    const tprpc_status status = tpr_cuda_stream_record(chunk->arena->queue, device, stream, &event, error);
+    if (status != TPRPC_OK) return status;
+    tpr_cuda_stream_watch(chunk->arena->queue, &chunk->wait, device, event, stream);
+    chunk->arena->users++;
+    return TPRPC_OK;
 }
 
 // >>batch -------------------------------------------------------------------------------------------------------------
@@ -2139,7 +2150,7 @@ static tprpc_status tpr_cuda_batch_download(tpr_cuda_batch_piece *piece, tpr_cud
     if (status == TPRPC_OK)
         status = tpr_cuda_device_copy(queue->set, NULL, to, order->device, (const uint8_t *)buffer->data + piece->at,
                                       piece->size, stream, error);
-    if (status == TPRPC_OK) status = tpr_cuda_stream_await(queue, &piece->wait, order->device, stream, error);
+    if (status == TPRPC_OK) tpr_cuda_stream_await(queue, &piece->wait, order->device, stream);
     tpr_cuda_device_leave(queue->set, &guard);
     return status;
 }
@@ -2594,45 +2605,38 @@ static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_ba
     return status;
 }
 
-// Has what the sender's streams do next come after the copies that end at an event. *later: the host has to see to it,
-// for a stream is being captured.
-static tprpc_status tpr_cuda_xth_order_sender(tpr_cuda_batch *send, const tpr_cuda_device_set *set,
-                                              tpr_cuda_driver_event event, bool *later, tprpc_error *error) {
-    tprpc_status status = TPRPC_OK;
-    for (uint32_t i = 0; i < send->order_count && status == TPRPC_OK; i++) {
+// Has what the sender's streams do next come after the copies that end at an event. False: not all could be told, for
+// one is being captured; then the host has to see to it.
+static bool tpr_cuda_xth_order_sender(tpr_cuda_batch *send, const tpr_cuda_device_set *set,
+                                      tpr_cuda_driver_event event) {
+    bool all = true;
+    for (uint32_t i = 0; i < send->order_count; i++) {
         const tpr_cuda_batch_order *order = &send->orders[i];
         tpr_cuda_device_guard guard;
-        status = tpr_cuda_device_enter(set, order->device, &guard, error);
-        if (status != TPRPC_OK) break;
-        if (tpr_cuda_device_captures(set, order->stream)) *later = true;
-        else status = TPR_CUDA_DRIVER_CALL(set->cu, cuStreamWaitEvent, (order->stream, event, 0), error);
-        tpr_cuda_device_leave(set, &guard);
+        const bool entered = tpr_cuda_device_enter(set, order->device, &guard, NULL) == TPRPC_OK;
+        all &= entered && !tpr_cuda_device_captures(set, order->stream) &&
+               set->cu->cuStreamWaitEvent(order->stream, event, 0) == 0;
+        if (entered) tpr_cuda_device_leave(set, &guard);
     }
-    return status;
+    return all;
 }
 
-// Orders both sides after the copies that were queued. Where that is not enough, the host waits for them.
-static tprpc_status tpr_cuda_xth_order(tpr_cuda_batch *receive, tpr_cuda_batch *send, bool host, tprpc_error *error) {
+// Orders both sides after the copies that were queued. Where that is not enough, or fails, the host waits for them.
+static void tpr_cuda_xth_order(tpr_cuda_batch *receive, tpr_cuda_batch *send, bool host) {
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
-    tprpc_status first = TPRPC_OK;
     for (uint32_t i = 0; i < receive->order_count; i++) {
         tpr_cuda_batch_order *order = &receive->orders[i];
         tpr_cuda_device_guard guard;
-        tprpc_status status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
-        if (status == TPRPC_OK) {
-            status = tpr_cuda_stream_record(queue, order->device, order->stream, &order->event, error);
+        if (tpr_cuda_device_enter(queue->set, order->device, &guard, NULL) == TPRPC_OK) {
+            tpr_cuda_stream_record(queue, order->device, order->stream, &order->event, NULL);
             tpr_cuda_device_leave(queue->set, &guard);
         }
-        bool later = host;
-        if (status == TPRPC_OK) status = tpr_cuda_xth_order_sender(send, queue->set, order->event, &later, error);
-        if (first == TPRPC_OK) first = status;
-        if (!order->event || !later) continue;
+        if (order->event && tpr_cuda_xth_order_sender(send, queue->set, order->event) && !host) continue;
         order->wait.run = tpr_cuda_batch_fetched;
-        tpr_cuda_stream_watch(queue, &order->wait, order->device, order->event);
+        tpr_cuda_stream_watch(queue, &order->wait, order->device, order->event, order->stream);
         order->event = NULL;           // the wait's
         receive->lent++;
     }
-    return first;
 }
 
 static tpr_cuda_batch_outcome tpr_cuda_xth_fetch(tpr_cuda_batch *receive, tprpc_error *error) {
@@ -2650,10 +2654,8 @@ static tpr_cuda_batch_outcome tpr_cuda_xth_fetch(tpr_cuda_batch *receive, tprpc_
             host |= send->buffers[i].device.kind == TPRPC_CPU || receive->buffers[i].device.kind == TPRPC_CPU;
             status = tpr_cuda_xth_copy(receive, send, i, error);
         }
-        tprpc_error late = TPR_CUDA_ZERO;
-        const tprpc_status ordered = tpr_cuda_xth_order(receive, send, host, &late);
-        if (status == TPRPC_OK && ordered != TPRPC_OK) *error = late;
-        if (status != TPRPC_OK || ordered != TPRPC_OK) outcome = TPR_CUDA_BATCH_FAILED;
+        tpr_cuda_xth_order(receive, send, host);
+        if (status != TPRPC_OK) outcome = TPR_CUDA_BATCH_FAILED;
     }
     if (receive->lent) {               // the sender's memory is in use until it is let go
         receive->held = send;

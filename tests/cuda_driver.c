@@ -1,0 +1,202 @@
+/* Machines whose driver is of no use: no backend is viable, its reason is a sentence, and all else goes on. A device that
+   fails, or has no memory left. */
+#include "cuda_common.h"
+
+extern int (*tprpc_test_hook)(const char *call, int64_t *size);
+
+enum { SIZE = 50000 };
+
+static int no_dlopen(const char *call, int64_t *size) {
+    (void)size;
+    return strcmp(call, "dlopen") == 0 ? ENOENT : 0;
+}
+
+/* The CUDA channels of a context are there, and why they are not used. */
+static void not_viable(tprpc_context *ctx, const char *why) {
+    tprpc_backend_info infos[32];
+    int seen = 0;
+    const size_t count = tprpc_context_get_backends(ctx, infos, 32, sizeof *infos);
+    for (size_t i = 0; i < count; i++) {
+        if (strncmp(infos[i].name, "cuda_", 5) != 0) continue;
+        seen++;
+        CHECK(!infos[i].viable);
+        CHECK_CONTAINS(infos[i].why, why);
+    }
+    CHECK_LE_INT(2, seen);
+}
+
+static void host_goes_on(pair *p) {
+    uint8_t *out = (uint8_t *)malloc(SIZE), *in = (uint8_t *)calloc(1, SIZE);
+    tprpc_tensor from = gpu_tensor(-1, out, SIZE, NULL, -1), to = gpu_tensor(-1, in, SIZE, NULL, -1);
+    cargo c;
+    REQUIRE(out && in);
+    fill(out, SIZE, 3);
+    cargo_carry(&c, p, &from, &to, 1);
+    CHECK(matches(in, SIZE, 3));
+    free(out);
+    free(in);
+}
+
+/* A context is made all the same; a GPU tensor is refused with the sentence. */
+static void without(const char *why) {
+    char memory[16];
+    tprpc_tensor tensor = gpu_tensor(0, memory, sizeof memory, NULL, 0);
+    tprpc_message m;
+    tprpc_error error;
+    tprpc_cuda_device device;
+    outcome o;
+    pair p;
+    gpu_pair(&p, "shm://", NULL, 0);
+    not_viable(p.s.ctx, why);
+    host_goes_on(&p);
+    memset(&m, 0, sizeof m);
+    memset(&o, 0, sizeof o);
+    m.tensors = &tensor;
+    m.tensor_count = 1;
+    CHECK_EQ_INT(tprpc_pipe_write(p.a, &m, on_written, &o), TPRPC_ERROR_UNSUPPORTED);
+    memset(&error, 0, sizeof error);
+    CHECK_EQ_INT(tprpc_cuda_get_devices(&device, 1, sizeof device, &error), 0);
+    CHECK_CONTAINS(error.text, why);
+    host_goes_on(&p);
+    pair_close(&p);
+}
+
+TEST(no_driver) {
+    tprpc_test_hook = no_dlopen;
+    without("there is no driver");
+}
+
+TEST(an_old_driver) {
+    if (standin_is_real()) SKIP("a real driver");
+    setenv("STANDIN_VERSION", "11080", 1);
+    standin_load();
+    without("12.0 or later is needed");
+}
+
+TEST(no_devices) {
+    if (standin_is_real()) SKIP("a real driver");
+    setenv("STANDIN_DEVICES", "0", 1);
+    standin_load();
+    without("there is no CUDA device");
+}
+
+/* What CUDA_VISIBLE_DEVICES hides is not there: also with a real driver. */
+TEST(no_visible_devices) {
+    setenv("CUDA_VISIBLE_DEVICES", "", 1);
+    standin_load();
+    without("there is no CUDA device");
+}
+
+/* The write, or what becomes of it, fails with this. */
+static void fails(pair *p, const tprpc_tensor *out, tprpc_tensor *in, tprpc_status status, const char *why) {
+    cargo c;
+    memset(&c, 0, sizeof c);
+    c.out.tensors = out;
+    c.out.tensor_count = 1;
+    c.out.release = on_release;
+    c.out.release_user = &c.wrote;
+    const tprpc_status said = tprpc_pipe_write(p->a, &c.out, on_written, &c.wrote);
+    if (said != TPRPC_OK) {
+        CHECK_EQ_INT(said, status);
+        CHECK_EQ_INT(c.wrote.releases, 1);
+        return;
+    }
+    c.in.tensors = in;
+    c.in.tensor_count = 1;
+    REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(p->b, on_described, &c.described), TPRPC_OK);
+    cargo_read(&c, &p->s, p->b);
+    cargo_wait(&c, &p->s);
+    CHECK(c.wrote.status == status || c.got.status == status);
+    if (why) CHECK_CONTAINS(c.wrote.status == status ? c.wrote.text : c.got.text, why);
+}
+
+/* Each call of the driver's on the way fails, the first and the later ones: the transfer says so, and the pipe goes on. */
+TEST(calls_that_fail) {
+    static const char *const calls[] = {"cuEventRecord", "cuEventCreate", "cuStreamWaitEvent", "cuMemcpyAsync",
+                                        "cuMemcpyPeerAsync", "cuStreamCreate", "cuMemHostRegister_v2",
+                                        "cuPointerGetAttributes", "cuStreamIsCapturing", "cuEventQuery"};
+    if (standin_is_real()) SKIP("a real driver");
+    for (size_t i = 0; i < COUNT(calls); i++) {
+        for (int nth = 1; nth <= 3; nth++) {
+            const pid_t child = fork();
+            if (child) {
+                CHECK_EQ_INT(test_wait_child(child, 20), 0);
+                continue;
+            }
+            char setting[80];
+            pair p;
+            snprintf(setting, sizeof setting, "%s:%d:999", calls[i], nth);
+            setenv("STANDIN_FAIL", setting, 1);
+            gpu_load();
+            for (int way = 0; way < 2; way++) {
+                gpu_pair(&p, "shm://", way ? "cuda_basic,basic" : "cuda_xth,basic", 0);
+                void *source = gpu_alloc(0, SIZE), *target = gpu_alloc(1, SIZE);
+                tprpc_tensor out = gpu_tensor(0, source, SIZE, NULL, 1), in = gpu_tensor(1, target, SIZE, NULL, 1);
+                for (int k = 0; k < 6; k++) {
+                    cargo c;
+                    memset(&c, 0, sizeof c);
+                    c.out.tensors = &out;
+                    c.in.tensors = &in;
+                    c.out.tensor_count = c.in.tensor_count = 1;
+                    c.out.release = on_release;
+                    c.out.release_user = &c.wrote;
+                    const tprpc_status said = tprpc_pipe_write(p.a, &c.out, on_written, &c.wrote);
+                    if (said != TPRPC_OK) {
+                        CHECK(said == TPRPC_ERROR_DEVICE);
+                        continue;
+                    }
+                    REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(p.b, on_described, &c.described), TPRPC_OK);
+                    cargo_read(&c, &p.s, p.b);
+                    cargo_wait(&c, &p.s);
+                    if (k >= 4) CHECK_EQ_INT(c.got.status, TPRPC_OK);   /* it failed before */
+                }
+                host_goes_on(&p);
+                pair_close(&p);
+            }
+            fflush(NULL);
+            _exit(harness_failures != 0);
+        }
+    }
+}
+
+TEST(no_memory_on_the_device) {
+    pair p;
+    if (standin_is_real()) SKIP("a real driver");
+    setenv("STANDIN_MEMORY_MB", "8", 1);
+    gpu_load();
+    gpu_pair(&p, "shm://", NULL, 0);
+    void *source = gpu_alloc(0, 6 << 20);
+    tprpc_tensor out = gpu_tensor(0, source, 6 << 20, NULL, 0);
+    tprpc_message m;
+    outcome wrote, got;
+    memset(&m, 0, sizeof m);
+    memset(&wrote, 0, sizeof wrote);
+    memset(&got, 0, sizeof got);
+    m.tensors = &out;
+    m.tensor_count = 1;
+    CHECK_EQ_INT(tprpc_pipe_write(p.a, &m, on_written, &wrote), TPRPC_ERROR_MEMORY);   /* to be copied */
+    m.release = on_release;
+    m.release_user = &wrote;
+    REQUIRE_EQ_INT(tprpc_pipe_write(p.a, &m, on_written, &wrote), TPRPC_OK);
+    REQUIRE_EQ_INT(tprpc_pipe_read(p.b, NULL, on_read, &got), TPRPC_OK);
+    WAIT(&p.s, got.runs, 1);
+    WAIT(&p.s, wrote.runs, 1);
+    CHECK_EQ_INT(got.status, TPRPC_ERROR_MEMORY);
+    CHECK_CONTAINS(got.text, "OUT_OF_MEMORY");
+    host_goes_on(&p);
+    pair_close(&p);
+}
+
+TEST(a_device_that_is_anothers) {
+    pair p;
+    if (standin_is_real()) SKIP("a real driver");
+    setenv("STANDIN_EXCLUSIVE", "0", 1);
+    gpu_load();
+    gpu_pair(&p, "shm://", NULL, 0);
+    char memory[16];
+    const tprpc_tensor out = gpu_tensor(0, memory, sizeof memory, NULL, 0);
+    tprpc_tensor in = out;
+    fails(&p, &out, &in, TPRPC_ERROR_DEVICE, NULL);
+    host_goes_on(&p);
+    pair_close(&p);
+}
