@@ -47,7 +47,7 @@ BENCH_ARGS =
 FUZZ_SECONDS  = 0
 COVERAGE_ARGS =
 
-HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tests/fuzz/*.h tools/*.h examples/*.h) \
+HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tests/*/*.h tools/*.h examples/*.h) \
             tests/toys.c
 TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c tests/sim.c,$(wildcard tests/*.c)))
 TESTS_CXX = $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
@@ -190,6 +190,14 @@ $(1)/tests/%: $(1)/tests/%.o $(1)/tests/impl.o
 	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
 
 $(1)/sim: $(1)/tests/sim.o $(1)/tests/impl.o
+	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
+
+# A driver for machines without a GPU, which the tests of CUDA load.
+$(1)/standin/libcuda.so.1: tests/cuda/standin.c tests/cuda/standin.h Makefile | $$(SETUP)
+	@mkdir -p $$(@D)
+	$(2) $$(C_FLAGS) $(4) -D_GNU_SOURCE -fPIC -fvisibility=hidden -shared -Wl,-soname,libcuda.so.1 $$< -o $$@
+
+$(1)/tests/cuda_%: $(1)/tests/cuda_%.o $(1)/tests/impl.o | $(1)/standin/libcuda.so.1
 	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
 
 # A test of internals brings an implementation of its own.
