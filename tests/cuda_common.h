@@ -1,149 +1,13 @@
-/* What the tests of CUDA share: the driver as a user has it, streams that stand still until they are let go, and pairs of
-   contexts that move GPU memory. They run on the stand-in driver, or with CUDA_LIBRARY=libcuda.so.1 on real GPUs. */
+/* What the tests of CUDA with pipes share: pairs of contexts that move GPU memory. */
 #ifndef TPRPC_TESTS_CUDA_COMMON_H
 #define TPRPC_TESTS_CUDA_COMMON_H
 
-#include "cuda/load.h"
-#include "../tprpc_cuda.h"
+#include "harness.h"
+#include "../tprpc.h"
 #include "pipe_common.h"
-
-#define GPU_FUNCTIONS(X)                                                                                      \
-    X(cuInit, (unsigned int)) X(cuDeviceGetCount, (int *)) X(cuDevicePrimaryCtxRetain, (CUcontext *, CUdevice)) \
-    X(cuDevicePrimaryCtxGetState, (CUdevice, unsigned int *, int *)) X(cuCtxSetCurrent, (CUcontext))          \
-    X(cuCtxGetCurrent, (CUcontext *)) X(cuStreamCreate, (CUstream *, unsigned int)) X(cuStreamDestroy_v2, (CUstream)) \
-    X(cuStreamSynchronize, (CUstream)) X(cuStreamQuery, (CUstream)) X(cuStreamIsCapturing, (CUstream, CUstreamCaptureStatus *)) \
-    X(cuStreamBeginCapture_v2, (CUstream, CUstreamCaptureMode)) X(cuStreamEndCapture, (CUstream, CUgraph *))  \
-    X(cuGraphDestroy, (CUgraph)) X(cuEventCreate, (CUevent *, unsigned int)) X(cuEventDestroy_v2, (CUevent))  \
-    X(cuEventRecord, (CUevent, CUstream)) X(cuStreamWaitEvent, (CUstream, CUevent, unsigned int))             \
-    X(cuStreamWaitValue64_v2, (CUstream, CUdeviceptr, cuuint64_t, unsigned int))                              \
-    X(cuMemAlloc_v2, (CUdeviceptr *, size_t)) X(cuMemFree_v2, (CUdeviceptr)) X(cuMemGetInfo_v2, (size_t *, size_t *)) \
-    X(cuMemHostAlloc, (void **, size_t, unsigned int)) X(cuMemFreeHost, (void *))                             \
-    X(cuMemcpyAsync, (CUdeviceptr, CUdeviceptr, size_t, CUstream))                                            \
-    X(cuMemsetD8Async, (CUdeviceptr, unsigned char, size_t, CUstream))                                        \
-    X(cuMemAllocAsync, (CUdeviceptr *, size_t, CUstream)) X(cuMemFreeAsync, (CUdeviceptr, CUstream))          \
-    X(cuCtxCreate_v2, (CUcontext *, unsigned int, CUdevice)) X(cuCtxDestroy_v2, (CUcontext))                  \
-    X(cuMemHostGetDevicePointer_v2, (CUdeviceptr *, void *, unsigned int)) X(cuDeviceCanAccessPeer, (int *, CUdevice, CUdevice))
-
-#define GPU_DECLARE(name, params) static UNUSED CUresult (*name) params;
-GPU_FUNCTIONS(GPU_DECLARE)
-
-enum { GPU_MOST = 16, GPU_GATES = 64 };
-
-static struct {
-    int        count;
-    CUcontext  contexts[GPU_MOST];
-    uint64_t  *gates;                  /* words; a gate is open when its word is not 0 */
-    int        gate_count;
-    standin_count_fn *standin_count;   /* NULL: a real driver */
-    standin_calls_fn *standin_calls;
-} gpu;
-
-#define CU(call) REQUIRE_EQ_INT((int)(call), 0)
-
-static UNUSED void gpu_find(void *library, const char *name, void *out, size_t size) {
-    void *at = dlsym(library, name);
-    memcpy(out, &at, size);
-}
-
-/* Loads the driver. Not before the last fork. */
-static UNUSED void gpu_load(void) {
-    void *library = standin_load();
-#define GPU_FIND(name, params) gpu_find(library, #name, &name, sizeof name); REQUIRE(name != NULL);
-    GPU_FUNCTIONS(GPU_FIND)
-    gpu_find(library, "standin_count", &gpu.standin_count, sizeof gpu.standin_count);
-    gpu_find(library, "standin_calls", &gpu.standin_calls, sizeof gpu.standin_calls);
-    CU(cuInit(0));
-    CU(cuDeviceGetCount(&gpu.count));
-    if (gpu.count > GPU_MOST) gpu.count = GPU_MOST;
-    REQUIRE(gpu.count > 0);
-}
-
-/* The next calls are for this device. */
-static UNUSED void gpu_on(int device) {
-    REQUIRE(device < gpu.count);
-    if (!gpu.contexts[device]) CU(cuDevicePrimaryCtxRetain(&gpu.contexts[device], device));
-    CU(cuCtxSetCurrent(gpu.contexts[device]));
-}
-
-static UNUSED void gpu_off(void) { CU(cuCtxSetCurrent(NULL)); }
-
-static UNUSED bool gpu_has_context(int device) {
-    unsigned int flags;
-    int active = 0;
-    CU(cuDevicePrimaryCtxGetState(device, &flags, &active));
-    return active != 0;
-}
-
-static UNUSED CUstream gpu_stream(int device) {
-    CUstream stream;
-    gpu_on(device);
-    CU(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
-    return stream;
-}
-
-static UNUSED void *gpu_alloc(int device, size_t size) {
-    CUdeviceptr at = 0;
-    gpu_on(device);
-    CU(cuMemAlloc_v2(&at, size));
-    return (void *)(uintptr_t)at;
-}
-
-static UNUSED void gpu_free(int device, void *at) {
-    gpu_on(device);
-    CU(cuMemFree_v2((CUdeviceptr)(uintptr_t)at));
-}
-
-static UNUSED void *gpu_pinned(size_t size) {
-    void *at = NULL;
-    gpu_on(0);
-    CU(cuMemHostAlloc(&at, size, 1 | 2));   /* of all contexts, mapped */
-    return at;
-}
-
-/* Writes what fill() makes, in the order of the stream. */
-static UNUSED void gpu_put(int device, CUstream stream, void *to, size_t size, uint64_t seed) {
-    void *bytes = gpu_pinned(size ? size : 1);   /* until the test ends */
-    fill(bytes, size, seed);
-    gpu_on(device);
-    CU(cuMemcpyAsync((CUdeviceptr)(uintptr_t)to, (CUdeviceptr)(uintptr_t)bytes, size, stream));
-}
-
-/* Whether device memory holds it, once the stream has come that far. */
-static UNUSED int gpu_matches(int device, CUstream stream, const void *at, size_t size, uint64_t seed) {
-    void *bytes = gpu_pinned(size ? size : 1);
-    int same;
-    gpu_on(device);
-    CU(cuMemcpyAsync((CUdeviceptr)(uintptr_t)bytes, (CUdeviceptr)(uintptr_t)at, size, stream));
-    CU(cuStreamSynchronize(stream));
-    same = matches(bytes, size, seed);
-    CU(cuMemFreeHost(bytes));
-    return same;
-}
-
-static UNUSED void gpu_set(int device, CUstream stream, void *at, int value, size_t size) {
-    gpu_on(device);
-    CU(cuMemsetD8Async((CUdeviceptr)(uintptr_t)at, (unsigned char)value, size, stream));
-}
-
-/* ---- gates: a stream goes no further until the test lets it ---- */
-
-static UNUSED uint64_t *gate_close(int device, CUstream stream) {
-    CUdeviceptr word;
-    if (!gpu.gates) {
-        gpu.gates = (uint64_t *)gpu_pinned(GPU_GATES * sizeof *gpu.gates);
-        memset(gpu.gates, 0, GPU_GATES * sizeof *gpu.gates);
-    }
-    REQUIRE(gpu.gate_count < GPU_GATES);
-    uint64_t *gate = &gpu.gates[gpu.gate_count++];
-    gpu_on(device);
-    CU(cuMemHostGetDevicePointer_v2(&word, gate, 0));
-    CU(cuStreamWaitValue64_v2(stream, word, 1, CU_STREAM_WAIT_VALUE_GEQ));
-    return gate;
-}
-
-static UNUSED void gate_open(uint64_t *gate) { __atomic_store_n(gate, 1, __ATOMIC_SEQ_CST); }
-
-static UNUSED bool gate_holds(CUstream stream) { return (int)cuStreamQuery(stream) == CUDA_ERROR_NOT_READY; }
+#define GPU_HOLDS matches
+#define GPU_SEED uint64_t
+#include "cuda_gpu.h"
 
 /* ---- contexts and messages ---- */
 
@@ -171,13 +35,6 @@ static UNUSED void gpu_pair(pair *p, const char *address, const char *channels, 
     p->s.ctx = gpu_context(transport, channels, threads);
     p->s.also = gpu_context(transport, channels, threads);
     pair_connect(p, address, 0);
-}
-
-static UNUSED tprpc_device gpu_device(int index) {     /* -1: the host */
-    tprpc_device device;
-    device.kind = index < 0 ? TPRPC_CPU : TPRPC_CUDA;
-    device.index = index < 0 ? 0 : index;
-    return device;
 }
 
 static UNUSED tprpc_tensor gpu_tensor(int device, void *data, size_t size, CUstream stream, int target) {

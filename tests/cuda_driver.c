@@ -110,52 +110,51 @@ static void fails(pair *p, const tprpc_tensor *out, tprpc_tensor *in, tprpc_stat
     if (why) CHECK_CONTAINS(c.wrote.status == status ? c.wrote.text : c.got.text, why);
 }
 
-/* Each call of the driver's on the way fails, the first and the later ones: the transfer says so, and the pipe goes on. */
+typedef struct failing { const char *call; int nth; } failing;
+
+static void fail_one(void *arg) {
+    const failing *f = (const failing *)arg;
+    char setting[80];
+    pair p;
+    snprintf(setting, sizeof setting, "%s:%d:999", f->call, f->nth);
+    setenv("STANDIN_FAIL", setting, 1);
+    gpu_load();
+    for (int way = 0; way < 2; way++) {
+        gpu_pair(&p, "shm://", way ? "cuda_basic,basic" : "cuda_xth,basic", 0);
+        void *source = gpu_alloc(0, SIZE), *target = gpu_alloc(1, SIZE);
+        tprpc_tensor out = gpu_tensor(0, source, SIZE, NULL, 1), in = gpu_tensor(1, target, SIZE, NULL, 1);
+        for (int k = 0; k < 6; k++) {
+            cargo c;
+            memset(&c, 0, sizeof c);
+            c.out.tensors = &out;
+            c.in.tensors = &in;
+            c.out.tensor_count = c.in.tensor_count = 1;
+            c.out.release = on_release;
+            c.out.release_user = &c.wrote;
+            const tprpc_status said = tprpc_pipe_write(p.a, &c.out, on_written, &c.wrote);
+            if (said != TPRPC_OK) CHECK_EQ_INT(said, TPRPC_ERROR_DEVICE);
+            if (said != TPRPC_OK) continue;
+            REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(p.b, on_described, &c.described), TPRPC_OK);
+            cargo_read(&c, &p.s, p.b);
+            cargo_wait(&c, &p.s);
+            if (k >= 4) CHECK_EQ_INT(c.got.status, TPRPC_OK);   /* it failed before */
+        }
+        host_goes_on(&p);
+        pair_close(&p);
+    }
+}
+
+/* Each call of the driver's on the way fails, the first and later ones: the transfer says so, and the pipe goes on. */
 TEST(calls_that_fail) {
     static const char *const calls[] = {"cuEventRecord", "cuEventCreate", "cuStreamWaitEvent", "cuMemcpyAsync",
                                         "cuMemcpyPeerAsync", "cuStreamCreate", "cuMemHostRegister_v2",
                                         "cuPointerGetAttributes", "cuStreamIsCapturing", "cuEventQuery"};
     if (standin_is_real()) SKIP("a real driver");
     for (size_t i = 0; i < COUNT(calls); i++) {
-        for (int nth = 1; nth <= 3; nth++) {
-            const pid_t child = fork();
-            if (child) {
-                CHECK_EQ_INT(test_wait_child(child, 20), 0);
-                continue;
-            }
-            char setting[80];
-            pair p;
-            snprintf(setting, sizeof setting, "%s:%d:999", calls[i], nth);
-            setenv("STANDIN_FAIL", setting, 1);
-            gpu_load();
-            for (int way = 0; way < 2; way++) {
-                gpu_pair(&p, "shm://", way ? "cuda_basic,basic" : "cuda_xth,basic", 0);
-                void *source = gpu_alloc(0, SIZE), *target = gpu_alloc(1, SIZE);
-                tprpc_tensor out = gpu_tensor(0, source, SIZE, NULL, 1), in = gpu_tensor(1, target, SIZE, NULL, 1);
-                for (int k = 0; k < 6; k++) {
-                    cargo c;
-                    memset(&c, 0, sizeof c);
-                    c.out.tensors = &out;
-                    c.in.tensors = &in;
-                    c.out.tensor_count = c.in.tensor_count = 1;
-                    c.out.release = on_release;
-                    c.out.release_user = &c.wrote;
-                    const tprpc_status said = tprpc_pipe_write(p.a, &c.out, on_written, &c.wrote);
-                    if (said != TPRPC_OK) {
-                        CHECK(said == TPRPC_ERROR_DEVICE);
-                        continue;
-                    }
-                    REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(p.b, on_described, &c.described), TPRPC_OK);
-                    cargo_read(&c, &p.s, p.b);
-                    cargo_wait(&c, &p.s);
-                    if (k >= 4) CHECK_EQ_INT(c.got.status, TPRPC_OK);   /* it failed before */
-                }
-                host_goes_on(&p);
-                pair_close(&p);
-            }
-            fflush(NULL);
-            _exit(harness_failures != 0);
-        }
+        failing f;
+        f.call = calls[i];
+        for (f.nth = 1; f.nth <= 3; f.nth++)
+            if (!CHECK_EQ_INT(test_wait_child(test_fork_run(fail_one, &f), 20), 0)) fprintf(stderr, "%s\n", f.call);
     }
 }
 
