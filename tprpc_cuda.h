@@ -29,9 +29,13 @@
 //   >>device      devices by number, their contexts, peers and memory
 //   >>stream      the library's streams, events, and what waits for them
 //   >>arena       pinned host memory that two processes share
+//   >>word        order between streams of two processes
+//   >>export      device memory that other processes may open
+//   >>outbox      device memory of ours that they have open, for what cannot be shown to them
 //   >>batch       what the channels have in common: batches, and the way through host memory
 //   >>basic       any memory through pinned host memory
 //   >>xth         device memory between threads of one process
+//   >>ipc         device memory between processes of one host
 //   >>convert     device memory for the library: copied, allocated, given back
 //   >>backends    the table
 //
@@ -122,6 +126,18 @@ typedef struct tprpc_cuda_allocator {
 TPRPC_API tprpc_status tprpc_cuda_set_allocator(tprpc_context *ctx, const tprpc_cuda_allocator *allocator,
                                                 tprpc_error *error);
 
+// Lets processes of this host read memory of yours straight, instead of by way of a copy that we make: `size` bytes at
+// `base`, which lie in one allocation of cuMemAlloc (or cudaMalloc), stay allocated until unregister has returned OK.
+// The allocation is shown to peers as a whole. Any thread. Errors: INVALID (not device memory of that device, past the
+// end of its allocation, or registered), UNSUPPORTED (no CUDA channel is used, or memory of a kind that cannot be
+// shared: virtual memory, cuMemAllocAsync), DEVICE, MEMORY.
+TPRPC_API tprpc_status tprpc_cuda_register(tprpc_context *ctx, int32_t device, void *base, size_t size,
+                                           tprpc_error *error);
+// Ends that: no transfer that begins from here on reads the memory straight. OK: no peer has it open any more, it may
+// be freed. PENDING: some peer has; poll, and call again. A peer that dies or whose pipe is closed has it no more.
+// Any thread. INVALID: it is not registered.
+TPRPC_API tprpc_status tprpc_cuda_unregister(tprpc_context *ctx, void *base, tprpc_error *error);
+
 #ifdef __cplusplus
 }
 #endif
@@ -177,6 +193,7 @@ extern "C" {
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -184,6 +201,7 @@ extern "C" {
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/vfs.h>
 #include <time.h>
@@ -314,6 +332,20 @@ static void *tpr_cuda_os_map(int fd, size_t size) {
 static void tpr_cuda_os_unmap(void *at, size_t size) { if (at) munmap(at, size); }
 static void tpr_cuda_os_close(int fd) { if (fd >= 0) close(fd); }
 
+// A descriptor by which a process can be watched, or -1.
+static int tpr_cuda_os_process(int32_t pid) {
+    if (TPR_CUDA_OS_HOOKED("pidfd_open")) return -1;
+    return (int)syscall(SYS_pidfd_open, (pid_t)pid, 0u);
+}
+
+static bool tpr_cuda_os_process_lives(int process) {
+    struct pollfd look;
+    look.fd = process;
+    look.events = POLLIN;
+    look.revents = 0;
+    return TPR_CUDA_OS_HOOKED("poll") || poll(&look, 1, 0) == 0;
+}
+
 static void tpr_cuda_os_sleep_us(int64_t us) {
     struct timespec ts;
     ts.tv_sec = (time_t)(us / 1000000);
@@ -375,6 +407,7 @@ typedef struct tpr_cuda_driver_pool_t    *tpr_cuda_driver_pool;
 typedef int tpr_cuda_driver_device_attribute, tpr_cuda_driver_pointer_attribute, tpr_cuda_driver_pool_attribute;
 typedef int tpr_cuda_driver_capture_status, tpr_cuda_driver_capture_mode, tpr_cuda_driver_proc_status;
 typedef struct tpr_cuda_driver_uuid { char bytes[16]; } tpr_cuda_driver_uuid;
+typedef struct tpr_cuda_driver_ipc { char reserved[64]; } tpr_cuda_driver_ipc;
 typedef struct tpr_cuda_driver_location { int type, id; } tpr_cuda_driver_location;
 typedef struct tpr_cuda_driver_access { tpr_cuda_driver_location location; int flags; } tpr_cuda_driver_access;
 typedef struct tpr_cuda_driver_pool_props {
@@ -401,6 +434,9 @@ enum {                               // named as cuda.h names them, without CU_ 
     TPR_CUDA_DRIVER_EVENT_DISABLE_TIMING = 2,
     TPR_CUDA_DRIVER_STREAM_CAPTURE_STATUS_NONE = 0,
     TPR_CUDA_DRIVER_STREAM_CAPTURE_MODE_RELAXED = 2,
+    TPR_CUDA_DRIVER_STREAM_WAIT_VALUE_GEQ = 0,
+    TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT = 0,
+    TPR_CUDA_DRIVER_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1,
     TPR_CUDA_DRIVER_MEMHOSTREGISTER_PORTABLE = 1,
     TPR_CUDA_DRIVER_MEMHOSTREGISTER_DEVICEMAP = 2,
     TPR_CUDA_DRIVER_MEMORYTYPE_HOST = 1,
@@ -471,7 +507,17 @@ enum {                               // named as cuda.h names them, without CU_ 
     F(cuMemPoolTrimTo, 11020, (tpr_cuda_driver_pool pool, size_t keep)) \
     F(cuMemAllocFromPoolAsync, 11020, \
       (tpr_cuda_driver_ptr *at, size_t size, tpr_cuda_driver_pool pool, tpr_cuda_driver_stream stream)) \
-    F(cuMemFreeAsync, 11020, (tpr_cuda_driver_ptr at, tpr_cuda_driver_stream stream))
+    F(cuMemFreeAsync, 11020, (tpr_cuda_driver_ptr at, tpr_cuda_driver_stream stream)) \
+    F(cuMemAlloc, 3020, (tpr_cuda_driver_ptr *at, size_t size)) \
+    F(cuMemFree, 3020, (tpr_cuda_driver_ptr at)) \
+    F(cuMemHostGetDevicePointer, 3020, (tpr_cuda_driver_ptr *at, void *host, unsigned int flags)) \
+    F(cuIpcGetMemHandle, 4010, (tpr_cuda_driver_ipc *handle, tpr_cuda_driver_ptr at)) \
+    F(cuIpcOpenMemHandle, 11000, (tpr_cuda_driver_ptr *at, tpr_cuda_driver_ipc handle, unsigned int flags)) \
+    F(cuIpcCloseMemHandle, 4010, (tpr_cuda_driver_ptr at)) \
+    F(cuStreamWaitValue64, 11070, \
+      (tpr_cuda_driver_stream stream, tpr_cuda_driver_ptr at, uint64_t value, unsigned int flags)) \
+    F(cuStreamWriteValue64, 11070, \
+      (tpr_cuda_driver_stream stream, tpr_cuda_driver_ptr at, uint64_t value, unsigned int flags))
 
 #define TPR_CUDA_DRIVER_FIELD(name, version, parameters) tpr_cuda_driver_result (*name) parameters;
 typedef struct tpr_cuda_driver { TPR_CUDA_DRIVER_ENTRIES(TPR_CUDA_DRIVER_FIELD) } tpr_cuda_driver;
@@ -575,7 +621,13 @@ static const tpr_cuda_driver *tpr_cuda_driver_get(tprpc_error *error) {
 // Invariant: what is decoded has a known kind and no more than the channels ask about; whether it fits what is under
 // way they judge.
 
-enum { TPR_CUDA_WIRE_CONTROL = 40 };   // bytes: u32 kind, u32 0, u64 id, u64 offset, u64 size, u64 place
+enum {
+    TPR_CUDA_WIRE_CONTROL = 40,        // bytes: u32 kind, u32 0, u64 id, u64 offset, u64 size, u64 place; behind it
+    TPR_CUDA_WIRE_EXPORT_MORE = 80,    // of EXPORT: 16 of the device's UUID, 64 of a handle
+    TPR_CUDA_WIRE_PART = 48,           // of PARTS, and of a descriptor, each: u64 export, u64 from, u64 at, u64 size,
+                                       // u64 seq, u32 slot, u32 flags
+    TPR_CUDA_WIRE_PARTS = 84           // at most in one message
+};
 
 typedef enum tpr_cuda_wire_kind {
     TPR_CUDA_WIRE_WANT = 1,            // receiver: send these bytes, to that place of my arena or through the pipe
@@ -583,8 +635,18 @@ typedef enum tpr_cuda_wire_kind {
     TPR_CUDA_WIRE_DONE = 3,            // receiver: all was fetched
     TPR_CUDA_WIRE_DROP = 4,            // receiver: no more is wanted
     TPR_CUDA_WIRE_CANCEL = 5,          // sender: no more comes, and nothing is written any more
-    TPR_CUDA_WIRE_ARENA = 6            // receiver: my arena, of `size` bytes, with its handle
+    TPR_CUDA_WIRE_ARENA = 6,           // receiver: my arena, of `size` bytes, with its handle
+    TPR_CUDA_WIRE_WORDS = 7,           // sender: my words, of `size` bytes, with their handle
+    TPR_CUDA_WIRE_EXPORT = 8,          // sender: `id` stands for `size` bytes of device memory
+    TPR_CUDA_WIRE_UNEXPORT = 9,        // sender: close it
+    TPR_CUDA_WIRE_CLOSED = 10,         // receiver: it is closed
+    TPR_CUDA_WIRE_PARTS_OF = 11,       // sender: `size` more parts of a transfer
+    TPR_CUDA_WIRE_TOOK = 12            // receiver: the part at `offset` is being read, and its word will be written
 } tpr_cuda_wire_kind;
+
+enum { TPR_CUDA_WIRE_PART_WAITS = 1, TPR_CUDA_WIRE_PART_LAST = 2 };   // its word is to be waited for; is to be written
+
+typedef struct tpr_cuda_wire_part { uint64_t export_id, from, at, size, seq; uint32_t slot, flags; } tpr_cuda_wire_part;
 
 #define TPR_CUDA_WIRE_NOWHERE UINT64_MAX   // as a place: through the pipe
 
@@ -608,17 +670,49 @@ static void tpr_cuda_wire_write(uint8_t *out, const tpr_cuda_wire_message *messa
     tpr_cuda_wire_store(out + 32, message->place, 8);
 }
 
-// Decodes a control message that came with `handles` descriptors. False: it is none.
+static bool tpr_cuda_wire_has_handle(uint64_t kind) {
+    return kind == TPR_CUDA_WIRE_ARENA || kind == TPR_CUDA_WIRE_WORDS;
+}
+
+// Decodes a control message that came with `handles` descriptors; what stands behind it is as long as it says. False:
+// it is none.
 static bool tpr_cuda_wire_read(const uint8_t *in, size_t size, size_t handles, tpr_cuda_wire_message *out) {
-    if (size != TPR_CUDA_WIRE_CONTROL) return false;
+    if (size < TPR_CUDA_WIRE_CONTROL) return false;
     const uint64_t kind = tpr_cuda_wire_load(in, 8);
+    uint64_t more = 0;
     out->kind = (uint32_t)kind;
     out->id = tpr_cuda_wire_load(in + 8, 8);
     out->offset = tpr_cuda_wire_load(in + 16, 8);
     out->size = tpr_cuda_wire_load(in + 24, 8);
     out->place = tpr_cuda_wire_load(in + 32, 8);
-    return kind >= TPR_CUDA_WIRE_WANT && kind <= TPR_CUDA_WIRE_ARENA &&
-           handles == (kind == TPR_CUDA_WIRE_ARENA ? 1u : 0u);
+    if (kind < TPR_CUDA_WIRE_WANT || kind > TPR_CUDA_WIRE_TOOK) return false;
+    if (kind == TPR_CUDA_WIRE_PARTS_OF && (!out->size || out->size > TPR_CUDA_WIRE_PARTS)) return false;
+    if (kind == TPR_CUDA_WIRE_PARTS_OF) more = out->size * TPR_CUDA_WIRE_PART;
+    if (kind == TPR_CUDA_WIRE_EXPORT) more = TPR_CUDA_WIRE_EXPORT_MORE;
+    return size == TPR_CUDA_WIRE_CONTROL + more && handles == (tpr_cuda_wire_has_handle(kind) ? 1u : 0u);
+}
+
+static void tpr_cuda_wire_write_part(uint8_t *out, const tpr_cuda_wire_part *part) {
+    tpr_cuda_wire_store(out, part->export_id, 8);
+    tpr_cuda_wire_store(out + 8, part->from, 8);
+    tpr_cuda_wire_store(out + 16, part->at, 8);
+    tpr_cuda_wire_store(out + 24, part->size, 8);
+    tpr_cuda_wire_store(out + 32, part->seq, 8);
+    tpr_cuda_wire_store(out + 40, part->slot, 4);
+    tpr_cuda_wire_store(out + 44, part->flags, 4);
+}
+
+// A part of a transfer of `total` bytes. False: it is none.
+static bool tpr_cuda_wire_read_part(const uint8_t *in, uint64_t total, uint32_t slots, tpr_cuda_wire_part *out) {
+    out->export_id = tpr_cuda_wire_load(in, 8);
+    out->from = tpr_cuda_wire_load(in + 8, 8);
+    out->at = tpr_cuda_wire_load(in + 16, 8);
+    out->size = tpr_cuda_wire_load(in + 24, 8);
+    out->seq = tpr_cuda_wire_load(in + 32, 8);
+    out->slot = (uint32_t)tpr_cuda_wire_load(in + 40, 4);
+    out->flags = (uint32_t)tpr_cuda_wire_load(in + 44, 4);
+    return out->size && out->at < total && out->size <= total - out->at && out->seq && out->seq < UINT64_MAX / 4 &&
+           out->slot < slots && out->flags <= 3;
 }
 
 // >>device ------------------------------------------------------------------------------------------------------------
@@ -646,6 +740,17 @@ typedef struct tpr_cuda_device_block { // memory whose stream was being captured
     size_t size;
 } tpr_cuda_device_block;
 
+typedef struct tpr_cuda_device_export {
+    struct tpr_cuda_device_export *next;      // of the set
+    uint64_t            id, at, size;  // the whole allocation
+    uint64_t            from, length;  // what was registered
+    tpr_cuda_device    *device;
+    tpr_cuda_driver_ipc handle;
+    tpr_cuda_driver_uuid uuid;
+    uint32_t            users;         // links that were told; under the set's lock
+    bool                closing;       // likewise
+} tpr_cuda_device_export;
+
 typedef struct tpr_cuda_device_set {   // of a tprpc context
     tpr_cuda_base_list     node;       // of the process
     tprpc_context         *ctx;
@@ -653,6 +758,8 @@ typedef struct tpr_cuda_device_set {   // of a tprpc context
     uint32_t               users;      // under the process's lock
     tpr_cuda_os_lock       lock;       // for what is made on first use
     tprpc_cuda_allocator   allocator;  // alloc NULL: the pools
+    tpr_cuda_device_export *exports;   // what users registered; under the lock
+    uint64_t               export_ids; // given out; likewise
     tpr_cuda_base_list     queues;     // of >>stream, one a loop; under the lock
     int32_t                count;
     tpr_cuda_device        devices[TPR_CUDA_DEVICE_MOST];
@@ -1069,6 +1176,11 @@ static void tpr_cuda_device_part(tpr_cuda_device_set *set) {   // the other end 
     }
     tpr_cuda_os_lock_give(&tpr_cuda_device_process.lock);
     if (!last) return;
+    while (set->exports) {
+        tpr_cuda_device_export *first = set->exports;
+        set->exports = first->next;
+        tpr_cuda_base_free(set->ctx, first, sizeof *first);
+    }
     for (int32_t i = 0; i < set->count; i++) tpr_cuda_device_close(set, &set->devices[i]);
     tpr_cuda_os_lock_free(&set->lock);
     tpr_cuda_base_free(set->ctx, set, sizeof *set);
@@ -1168,6 +1280,7 @@ typedef struct tpr_cuda_stream_lane {  // of one device
     uint32_t               turn;
     tpr_cuda_driver_event *events;     // free ones: `count` of them, room for `room`
     uint32_t               count, room;
+    void                  *outbox;     // of >>outbox
 } tpr_cuda_stream_lane;
 
 typedef struct tpr_cuda_stream_queue { // of one loop, shared by our channels' instances on it
@@ -1180,6 +1293,10 @@ typedef struct tpr_cuda_stream_queue { // of one loop, shared by our channels' i
     tpr_cuda_os_lock      bell_lock;
     bool                  rung;        // under it: the work is deferred
     tprpc_work            bell;
+    tprpc_work            sweep;       // an export is to be closed; run NULL: nobody cares. Under the set's lock
+    bool                  sweeping;    // it is deferred; likewise
+    void                (*swept)(struct tpr_cuda_stream_queue *queue);
+    void                 *sweeper;
 } tpr_cuda_stream_queue;
 
 static void tpr_cuda_stream_woken(tprpc_work *work) {
@@ -1214,6 +1331,25 @@ static tpr_cuda_stream_queue *tpr_cuda_stream_queue_new(tpr_cuda_device_set *set
     tpr_cuda_base_list_init(&queue->waits);
     tpr_cuda_os_lock_init(&queue->bell_lock);
     return queue;
+}
+
+static void tpr_cuda_stream_swept(tprpc_work *work) {
+    tpr_cuda_stream_queue *queue = TPR_CUDA_OF(work, tpr_cuda_stream_queue, sweep);
+    tpr_cuda_os_lock_take(&queue->set->lock);
+    queue->sweeping = false;
+    tpr_cuda_os_lock_give(&queue->set->lock);
+    if (queue->swept) queue->swept(queue);
+}
+
+// Who is to be told on this loop when an export is to be closed. NULL: nobody any more.
+static void tpr_cuda_stream_sweeper(tpr_cuda_stream_queue *queue, void (*swept)(tpr_cuda_stream_queue *queue),
+                                    void *user) {
+    tpr_cuda_os_lock_take(&queue->set->lock);
+    queue->sweep.run = swept ? tpr_cuda_stream_swept : NULL;
+    queue->sweep.loop = queue->loop;
+    queue->swept = swept;
+    queue->sweeper = user;
+    tpr_cuda_os_lock_give(&queue->set->lock);
 }
 
 // The queue of a host's loop, found or made, with the devices of its context; each join has its part.
@@ -1549,12 +1685,11 @@ static tpr_cuda_arena *tpr_cuda_arena_new(tpr_cuda_stream_queue *queue, tprpc_er
     return arena;
 }
 
-// Maps the arena of the peer, of which nothing is believed. False: it is none, or cannot be mapped.
-static bool tpr_cuda_arena_view(tpr_cuda_arena_memory *memory, intptr_t handle, uint64_t size) {
-    if (memory->base || size != TPR_CUDA_ARENA_SIZE) return false;
-    if (tpr_cuda_os_memfd_check((int)handle, TPR_CUDA_ARENA_SIZE) != 0) return false;
-    memory->base = (uint8_t *)tpr_cuda_os_map((int)handle, TPR_CUDA_ARENA_SIZE);
-    memory->size = TPR_CUDA_ARENA_SIZE;
+// Maps memory of the peer, of which nothing is believed. False: it is not of that size, or cannot be mapped.
+static bool tpr_cuda_arena_map(tpr_cuda_arena_memory *memory, intptr_t handle, size_t size) {
+    if (tpr_cuda_os_memfd_check((int)handle, size) != 0) return false;
+    memory->base = (uint8_t *)tpr_cuda_os_map((int)handle, size);
+    memory->size = size;
     return memory->base != NULL;
 }
 
@@ -1597,12 +1732,463 @@ static tprpc_status tpr_cuda_arena_give_after(tpr_cuda_arena_chunk *chunk, tpr_c
     return TPRPC_OK;
 }
 
+// >>word --------------------------------------------------------------------------------------------------------------
+// Order between streams of two processes: words in pinned memory that both share. A stream waits for a word only after
+// the peer has said that the matching write is queued; when the peer's process has died the host writes it.
+//
+// Uses: os, base, driver, wire, device, stream, arena.
+// Invariant: a link lives until nothing of ours that it orders is queued any more, be its end of a pipe there or not. A
+// slot is used again when both its words have reached what was last said for it.
+
+enum {
+    TPR_CUDA_WORD_SLOTS = 512,
+    TPR_CUDA_WORD_SIZE = TPR_CUDA_WORD_SLOTS * 16,   // bytes: a slot is u64 ready, u64 done
+    TPR_CUDA_WORD_TEND_US = 50000      // a peer's death is looked for, while something waits for it
+};
+
+typedef struct tpr_cuda_word_side {    // the words of one direction: its sender writes `ready`, its receiver `done`
+    tpr_cuda_arena_memory memory;
+    tpr_cuda_driver_ptr   at;          // for devices, once it is pinned
+    uint64_t              said[TPR_CUDA_WORD_SLOTS];    // sender: what a part was said to have
+    uint64_t              waits[TPR_CUDA_WORD_SLOTS];   // what a stream of ours waits for, in the peer's word,
+    uint64_t              writes[TPR_CUDA_WORD_SLOTS];  // and will write to ours
+} tpr_cuda_word_side;
+
+typedef struct tpr_cuda_word_link {
+    tpr_cuda_base_list     node;       // of those that are tended
+    tpr_cuda_stream_queue *queue;
+    tpr_cuda_word_side     mine, theirs;   // of what this end sends, and receives
+    int                    fd, process;
+    bool                   told, dead, gone;   // gone: its end of the pipe is
+    uint32_t               hint;
+    uint64_t               seq;
+    void                 (*freed)(struct tpr_cuda_word_link *link, void *user);   // before its memory goes
+    void                  *user;
+} tpr_cuda_word_link;
+
+typedef struct tpr_cuda_word_tender {  // of an instance: looks after links that something waits for
+    tpr_cuda_stream_queue *queue;
+    tpr_cuda_base_list     links;
+    tprpc_work             work;
+    bool                   set;
+    bool                 (*lent)(const tpr_cuda_word_link *link);   // whether its peer reads memory of ours
+    void                 (*look)(void *user);   // each time
+    void                  *user;
+} tpr_cuda_word_tender;
+
+static uint64_t *tpr_cuda_word_ready(const tpr_cuda_word_side *side, uint32_t slot) {
+    return (uint64_t *)(void *)side->memory.base + 2 * (size_t)slot;
+}
+static uint64_t *tpr_cuda_word_done(const tpr_cuda_word_side *side, uint32_t slot) {
+    return tpr_cuda_word_ready(side, slot) + 1;
+}
+static bool tpr_cuda_word_reached(const uint64_t *word, uint64_t value) {
+    return (int64_t)(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
+}
+
+// Makes the words usable by devices. The device is entered.
+static tprpc_status tpr_cuda_word_pin(const tpr_cuda_device_set *set, tpr_cuda_word_side *side,
+                                      tpr_cuda_device *device, tprpc_error *error) {
+    if (side->at) return TPRPC_OK;
+    const unsigned int flags =
+        TPR_CUDA_DRIVER_MEMHOSTREGISTER_PORTABLE | TPR_CUDA_DRIVER_MEMHOSTREGISTER_DEVICEMAP;
+    tprpc_status status = TPRPC_OK;
+    if (!side->memory.pinned)
+        status = TPR_CUDA_DRIVER_CALL(set->cu, cuMemHostRegister, (side->memory.base, side->memory.size, flags), error);
+    if (status != TPRPC_OK) return status;
+    side->memory.pinned = device;
+    return TPR_CUDA_DRIVER_CALL(set->cu, cuMemHostGetDevicePointer, (&side->at, side->memory.base, 0), error);
+}
+
+// Queues a wait for a word, or its write; `done` says which of the slot's. The device is entered, the side pinned.
+static tprpc_status tpr_cuda_word_wait(const tpr_cuda_device_set *set, tpr_cuda_word_side *side, uint32_t slot,
+                                       bool done, uint64_t value, tpr_cuda_driver_stream stream, tprpc_error *error) {
+    const tpr_cuda_driver_ptr at = side->at + 16 * (uint64_t)slot + (done ? 8 : 0);
+    const tprpc_status status = TPR_CUDA_DRIVER_CALL(
+        set->cu, cuStreamWaitValue64, (stream, at, value, (unsigned int)TPR_CUDA_DRIVER_STREAM_WAIT_VALUE_GEQ), error);
+    if (status == TPRPC_OK) side->waits[slot] = value;
+    return status;
+}
+
+static tprpc_status tpr_cuda_word_write(const tpr_cuda_device_set *set, tpr_cuda_word_side *side, uint32_t slot,
+                                        bool done, uint64_t value, tpr_cuda_driver_stream stream, tprpc_error *error) {
+    const tpr_cuda_driver_ptr at = side->at + 16 * (uint64_t)slot + (done ? 8 : 0);
+    const tprpc_status status = TPR_CUDA_DRIVER_CALL(
+        set->cu, cuStreamWriteValue64, (stream, at, value, (unsigned int)TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT),
+        error);
+    if (status == TPRPC_OK) side->writes[slot] = value;
+    return status;
+}
+
+// ---- slots, of what this end sends
+
+// A slot and a number for it. False: none is free.
+static bool tpr_cuda_word_take(tpr_cuda_word_link *link, uint32_t *slot, uint64_t *seq) {
+    tpr_cuda_word_side *side = &link->mine;
+    for (uint32_t i = 0; i < TPR_CUDA_WORD_SLOTS; i++) {
+        const uint32_t k = (link->hint + i) % TPR_CUDA_WORD_SLOTS;
+        if (!tpr_cuda_word_reached(tpr_cuda_word_done(side, k), side->said[k]) ||
+            !tpr_cuda_word_reached(tpr_cuda_word_ready(side, k), side->writes[k])) continue;
+        link->hint = k + 1;
+        *slot = k;
+        *seq = side->said[k] = ++link->seq;
+        return true;
+    }
+    return false;
+}
+
+// The next number for a slot that goes on being used.
+static uint64_t tpr_cuda_word_again(tpr_cuda_word_link *link, uint32_t slot) {
+    return link->mine.said[slot] = ++link->seq;
+}
+
+// ---- the end of a peer, and of a link
+
+// Whether a stream of ours still waits for a word of the side, or will write one.
+static bool tpr_cuda_word_outstanding(const tpr_cuda_word_side *side, bool sending) {
+    bool open = false;
+    for (uint32_t i = 0; side->memory.base && i < TPR_CUDA_WORD_SLOTS && !open; i++) {
+        const uint64_t *ready = tpr_cuda_word_ready(side, i), *done = tpr_cuda_word_done(side, i);
+        open = !tpr_cuda_word_reached(sending ? ready : done, side->writes[i]) ||
+               !tpr_cuda_word_reached(sending ? done : ready, side->waits[i]);
+    }
+    return open;
+}
+
+static void tpr_cuda_word_reach(uint64_t *word, uint64_t value) {
+    if (value && !tpr_cuda_word_reached(word, value)) __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+
+// The peer's process has ended: what waits for it goes on.
+static void tpr_cuda_word_release(tpr_cuda_word_link *link) {
+    for (uint32_t i = 0; i < TPR_CUDA_WORD_SLOTS; i++) {
+        if (link->mine.memory.base) {
+            tpr_cuda_word_reach(tpr_cuda_word_done(&link->mine, i), link->mine.waits[i]);
+            tpr_cuda_word_reach(tpr_cuda_word_done(&link->mine, i), link->mine.said[i]);
+        }
+        if (link->theirs.memory.base) tpr_cuda_word_reach(tpr_cuda_word_ready(&link->theirs, i), link->theirs.waits[i]);
+    }
+    link->dead = true;
+}
+
+static void tpr_cuda_word_look_at(tpr_cuda_word_link *link) {
+    if (link->dead || !tpr_cuda_os_process_lives(link->process)) tpr_cuda_word_release(link);
+}
+
+static void tpr_cuda_word_link_free(tpr_cuda_word_link *link) {
+    tprpc_context *ctx = link->queue->ctx;
+    if (link->freed) link->freed(link, link->user);
+    tpr_cuda_base_list_remove(&link->node);
+    tpr_cuda_arena_memory_free(link->queue->set, &link->mine.memory);
+    tpr_cuda_arena_memory_free(link->queue->set, &link->theirs.memory);
+    tpr_cuda_os_close(link->fd);
+    tpr_cuda_os_close(link->process);
+    tpr_cuda_base_free(ctx, link, sizeof *link);
+}
+
+// Looks at every link. Returns whether something is outstanding on one. closing: what peers still read of ours is not
+// waited for.
+static bool tpr_cuda_word_tend_all(tpr_cuda_word_tender *tender, bool closing) {
+    bool open = false;
+    for (tpr_cuda_base_list *node = tender->links.next, *next; node != &tender->links; node = next) {
+        tpr_cuda_word_link *link = TPR_CUDA_OF(node, tpr_cuda_word_link, node);
+        next = node->next;
+        const bool waits = tpr_cuda_word_outstanding(&link->mine, true) ||
+                           tpr_cuda_word_outstanding(&link->theirs, false) ||
+                           (link->gone && !closing && tender->lent && tender->lent(link));
+        if (waits) tpr_cuda_word_look_at(link);
+        else if (link->gone) tpr_cuda_word_link_free(link);
+        open |= waits;
+    }
+    if (tender->look) tender->look(tender->user);
+    return open;
+}
+
+static void tpr_cuda_word_tend(tpr_cuda_word_tender *tender) {
+    if (tender->set) return;
+    tender->set = true;
+    tprpc_defer_at(tender->queue->ctx, &tender->work, tprpc_now_us(tender->queue->ctx) + TPR_CUDA_WORD_TEND_US);
+}
+
+static void tpr_cuda_word_tended(tprpc_work *work) {
+    tpr_cuda_word_tender *tender = TPR_CUDA_OF(work, tpr_cuda_word_tender, work);
+    tender->set = false;
+    if (tpr_cuda_word_tend_all(tender, false)) tpr_cuda_word_tend(tender);
+}
+
+static void tpr_cuda_word_tender_init(tpr_cuda_word_tender *tender, tpr_cuda_stream_queue *queue) {
+    tender->queue = queue;
+    tender->work.run = tpr_cuda_word_tended;
+    tender->work.loop = queue->loop;
+    tpr_cuda_base_list_init(&tender->links);
+}
+
+// The words of a new end of a pipe to another process. UNSUPPORTED: it cannot be watched.
+static tprpc_status tpr_cuda_word_link_new(tpr_cuda_word_tender *tender, int32_t process, tpr_cuda_word_link **out,
+                                           tprpc_error *error) {
+    tpr_cuda_word_link *link = (tpr_cuda_word_link *)tpr_cuda_base_alloc(tender->queue->ctx, sizeof *link);
+    if (!link) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory for the words of a pipe");
+    link->queue = tender->queue;
+    link->fd = -1;
+    tpr_cuda_base_list_add(&tender->links, &link->node);
+    link->process = tpr_cuda_os_process(process);
+    if (link->process >= 0 && tpr_cuda_os_process_lives(link->process)) {
+        *out = link;
+        return TPRPC_OK;
+    }
+    tpr_cuda_word_link_free(link);
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "cuda: process %d cannot be watched", (int)process);
+}
+
+// Makes the memory of what this end sends.
+static tprpc_status tpr_cuda_word_make(tpr_cuda_word_link *link, tprpc_error *error) {
+    if (link->mine.memory.base) return TPRPC_OK;
+    if (link->fd < 0) link->fd = tpr_cuda_os_memfd("tprpc cuda words", TPR_CUDA_WORD_SIZE);
+    if (link->fd >= 0) link->mine.memory.base = (uint8_t *)tpr_cuda_os_map(link->fd, TPR_CUDA_WORD_SIZE);
+    link->mine.memory.size = TPR_CUDA_WORD_SIZE;
+    if (link->mine.memory.base) return TPRPC_OK;
+    return tprpc_error_set(error, TPRPC_ERROR_LIMIT, errno, "cuda: making memory for words: %s", strerror(errno));
+}
+
+// The pipe's end is gone; the link goes when nothing waits any more.
+static void tpr_cuda_word_link_leave(tpr_cuda_word_tender *tender, tpr_cuda_word_link *link) {
+    link->gone = true;
+    tpr_cuda_word_look_at(link);
+    if (tpr_cuda_word_tend_all(tender, false)) tpr_cuda_word_tend(tender);
+}
+
+// When the context is destroyed: whether all links could be freed.
+static bool tpr_cuda_word_tender_close(tpr_cuda_word_tender *tender) {
+    for (int64_t waited_us = 0; waited_us < TPR_CUDA_STREAM_CLOSE_US; waited_us += 1000) {
+        tpr_cuda_word_tend_all(tender, true);
+        if (tpr_cuda_base_list_empty(&tender->links)) return true;
+        tpr_cuda_os_sleep_us(1000);
+    }
+    return false;
+}
+
+// >>export ------------------------------------------------------------------------------------------------------------
+// Device memory that other processes of this host may open: what the user registered, and outboxes; and theirs, opened
+// here.
+//
+// Uses: os, base, driver, wire, device, stream, arena, word.
+// Invariant: an export is freed when no link has been told of it that is there, and no peer has it open.
+
+// Makes `size` bytes at `at`, a whole allocation, ready to be opened by others. The device is entered.
+static tprpc_status tpr_cuda_export_make(tpr_cuda_device_set *set, tpr_cuda_device *device, uint64_t at, uint64_t size,
+                                         tpr_cuda_device_export **out, tprpc_error *error) {
+    tpr_cuda_device_export *self = (tpr_cuda_device_export *)tpr_cuda_base_alloc(set->ctx, sizeof *self);
+    if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory to register memory");
+    self->at = self->from = at;
+    self->size = self->length = size;
+    self->device = device;
+    tprpc_status status = TPR_CUDA_DRIVER_CALL(set->cu, cuIpcGetMemHandle, (&self->handle, at), error);
+    if (status == TPRPC_OK)
+        status = TPR_CUDA_DRIVER_CALL(set->cu, cuDeviceGetUuid, (&self->uuid, device->handle), error);
+    if (status != TPRPC_OK) {
+        tpr_cuda_base_free(set->ctx, self, sizeof *self);
+        return status;
+    }
+    tpr_cuda_os_lock_take(&set->lock);
+    self->id = ++set->export_ids;
+    tpr_cuda_os_lock_give(&set->lock);
+    *out = self;
+    return TPRPC_OK;
+}
+
+// What was registered and has all of these bytes, or NULL. It stays while the caller's loop is at it.
+static tpr_cuda_device_export *tpr_cuda_export_find(tpr_cuda_device_set *set, int32_t device, const void *data,
+                                                    size_t size) {
+    const uint64_t at = (uintptr_t)data;
+    tpr_cuda_device_export *found = NULL;
+    tpr_cuda_os_lock_take(&set->lock);
+    for (tpr_cuda_device_export *i = set->exports; i && !found; i = i->next)
+        if (!i->closing && i->device->index == device && at >= i->from && at - i->from < i->length &&
+            size <= i->length - (at - i->from)) found = i;
+    tpr_cuda_os_lock_give(&set->lock);
+    return found;
+}
+
+// ---- public
+
+TPRPC_API tprpc_status tprpc_cuda_register(tprpc_context *ctx, int32_t index, void *base, size_t size,
+                                           tprpc_error *error) {
+    tpr_cuda_device_range range = TPR_CUDA_ZERO;
+    tpr_cuda_device_guard guard;
+    tpr_cuda_device *device;
+    tpr_cuda_device_export *self = NULL;
+    tprpc_device name;
+    TPRPC_ASSERT(ctx && base && size);
+    if (!ctx || !base || !size) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: no memory to register");
+    tpr_cuda_device_set *set = tpr_cuda_device_find(ctx, error);
+    if (!set) return TPRPC_ERROR_UNSUPPORTED;
+    if (tpr_cuda_export_find(set, index, base, 1))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: %p is registered", base);
+    name.kind = TPRPC_CUDA;
+    name.index = index;
+    tprpc_status status = tpr_cuda_device_of(set, name, &device, error);
+    if (status == TPRPC_OK) status = tpr_cuda_device_enter(set, device, &guard, error);
+    if (status != TPRPC_OK) return status;
+    status = tpr_cuda_device_check_memory(set, device, base, size, &range, error);
+    if (status == TPRPC_OK) {
+        tprpc_error why = TPR_CUDA_ZERO;
+        status = tpr_cuda_export_make(set, device, range.start, range.size, &self, &why);
+        if (status == TPRPC_ERROR_DEVICE && why.os_code == TPR_CUDA_DRIVER_ERROR_INVALID_VALUE)
+            status = tprpc_error_set(&why, TPRPC_ERROR_UNSUPPORTED, why.os_code,
+                                     "cuda: memory of this kind cannot be shared with other processes");
+        if (status != TPRPC_OK && error) *error = why;
+    }
+    tpr_cuda_device_leave(set, &guard);
+    if (status != TPRPC_OK) return status;
+    self->from = (uintptr_t)base;
+    self->length = size;
+    tpr_cuda_os_lock_take(&set->lock);
+    self->next = set->exports;
+    set->exports = self;
+    tpr_cuda_os_lock_give(&set->lock);
+    return TPRPC_OK;
+}
+
+TPRPC_API tprpc_status tprpc_cuda_unregister(tprpc_context *ctx, void *base, tprpc_error *error) {
+    tpr_cuda_device_export *self = NULL, **at;
+    TPRPC_ASSERT(ctx && base);
+    if (!ctx || !base) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: no memory to unregister");
+    tpr_cuda_device_set *set = tpr_cuda_device_find(ctx, error);
+    if (!set) return TPRPC_ERROR_UNSUPPORTED;
+    tprpc_status status = TPRPC_ERROR_INVALID;
+    tpr_cuda_os_lock_take(&set->lock);
+    for (at = &set->exports; *at && (*at)->from != (uintptr_t)base; at = &(*at)->next) {}
+    if ((self = *at) != NULL) status = self->users ? TPRPC_PENDING : TPRPC_OK;
+    if (status == TPRPC_OK) *at = self->next;
+    for (tpr_cuda_base_list *node = set->queues.next; node != &set->queues && status == TPRPC_PENDING && !self->closing;
+         node = node->next) {
+        tpr_cuda_stream_queue *queue = TPR_CUDA_OF(node, tpr_cuda_stream_queue, node);
+        if (!queue->sweep.run || queue->sweeping) continue;
+        queue->sweeping = true;
+        tprpc_defer(ctx, &queue->sweep);
+    }
+    if (self) self->closing = true;
+    tpr_cuda_os_lock_give(&set->lock);
+    if (status == TPRPC_OK) tpr_cuda_base_free(ctx, self, sizeof *self);
+    if (status == TPRPC_ERROR_INVALID) tprpc_error_set(error, status, 0, "cuda: %p is not registered", base);
+    return status;
+}
+
+// >>outbox ------------------------------------------------------------------------------------------------------------
+// Device memory of ours that peers have open: what cannot be shown to them is copied there, in chunks.
+//
+// Uses: base, driver, device, stream, arena, word, export.
+// Invariant: a chunk is used again when the receiver's word says that it was read, or the receiver's process has ended.
+
+enum {
+    TPR_CUDA_OUTBOX_CHUNK = 4 << 20, TPR_CUDA_OUTBOX_CHUNKS = 6,
+    TPR_CUDA_OUTBOX_SMALL = 64 << 10, TPR_CUDA_OUTBOX_SMALLS = 64,
+    TPR_CUDA_OUTBOX_ALL = TPR_CUDA_OUTBOX_CHUNKS + TPR_CUDA_OUTBOX_SMALLS,
+    TPR_CUDA_OUTBOX_SIZE =
+        TPR_CUDA_OUTBOX_CHUNK * TPR_CUDA_OUTBOX_CHUNKS + TPR_CUDA_OUTBOX_SMALL * TPR_CUDA_OUTBOX_SMALLS
+};
+
+typedef struct tpr_cuda_outbox_chunk {
+    tpr_cuda_word_link *link;          // whose word says that it was read; NULL: it is free
+    uint64_t at, size, seq;            // at: within the outbox
+    uint64_t offset, length;           // of the transfer's bytes that are in it
+    uint32_t slot;
+    bool     held;                     // a send goes on using it
+} tpr_cuda_outbox_chunk;
+
+typedef struct tpr_cuda_outbox {       // of a device, on a loop
+    tpr_cuda_device_export *export_;
+    uint64_t              base;
+    tpr_cuda_outbox_chunk chunks[TPR_CUDA_OUTBOX_ALL];
+} tpr_cuda_outbox;
+
+// The outbox of a device, made on first use. The device is entered.
+static tprpc_status tpr_cuda_outbox_of(tpr_cuda_stream_queue *queue, tpr_cuda_device *device, tpr_cuda_outbox **out,
+                                       tprpc_error *error) {
+    tpr_cuda_stream_lane *lane = &queue->lanes[device->index];
+    tpr_cuda_device_set *set = queue->set;
+    tpr_cuda_driver_ptr at = 0;
+    *out = (tpr_cuda_outbox *)lane->outbox;
+    if (*out) return TPRPC_OK;
+    tprpc_status status = TPR_CUDA_DRIVER_CALL(set->cu, cuMemAlloc, (&at, (size_t)TPR_CUDA_OUTBOX_SIZE), error);
+    if (status != TPRPC_OK) return status;
+    tpr_cuda_outbox *box = (tpr_cuda_outbox *)tpr_cuda_base_alloc(queue->ctx, sizeof *box);
+    if (!box) status = tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory for an outbox");
+    if (status == TPRPC_OK)
+        status = tpr_cuda_export_make(set, device, at, TPR_CUDA_OUTBOX_SIZE, &box->export_, error);
+    if (status != TPRPC_OK) {
+        tpr_cuda_base_free(queue->ctx, box, sizeof *box);
+        set->cu->cuMemFree(at);
+        return status;
+    }
+    box->base = at;
+    for (uint64_t i = 0, offset = 0; i < TPR_CUDA_OUTBOX_ALL; i++) {
+        box->chunks[i].at = offset;
+        box->chunks[i].size = i < TPR_CUDA_OUTBOX_SMALLS ? TPR_CUDA_OUTBOX_SMALL : TPR_CUDA_OUTBOX_CHUNK;
+        offset += box->chunks[i].size;
+    }
+    lane->outbox = *out = box;
+    return TPRPC_OK;
+}
+
+// A free chunk for that many bytes, with a slot of the link; NULL: none.
+static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cuda_word_link *link, uint64_t size) {
+    const int first = size <= TPR_CUDA_OUTBOX_SMALL ? 0 : TPR_CUDA_OUTBOX_SMALLS;
+    for (int i = first; i < TPR_CUDA_OUTBOX_ALL; i++) {
+        tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
+        if (chunk->held || (chunk->link && !tpr_cuda_word_reached(tpr_cuda_word_done(&chunk->link->mine, chunk->slot),
+                                                                  chunk->seq))) continue;
+        if (!tpr_cuda_word_take(link, &chunk->slot, &chunk->seq)) return NULL;
+        chunk->link = link;
+        chunk->held = true;
+        return chunk;
+    }
+    return NULL;
+}
+
+// Whether the peer of a link has not read a chunk that it may know of.
+static bool tpr_cuda_outbox_lent(const tpr_cuda_stream_queue *queue, const tpr_cuda_word_link *link) {
+    bool lent = false;
+    for (int32_t i = 0; i < queue->set->count; i++) {
+        const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[i].outbox;
+        for (int k = 0; box && k < TPR_CUDA_OUTBOX_ALL && !lent; k++)
+            lent = box->chunks[k].link == link &&
+                   !tpr_cuda_word_reached(tpr_cuda_word_done(&link->mine, box->chunks[k].slot), box->chunks[k].seq);
+    }
+    return lent;
+}
+
+// A link goes: its chunks are free, for nothing of ours waits on it, and its peer reads at its own risk.
+static void tpr_cuda_outbox_link_gone(tpr_cuda_stream_queue *queue, const tpr_cuda_word_link *link) {
+    for (int32_t i = 0; i < queue->set->count; i++) {
+        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i].outbox;
+        for (int k = 0; box && k < TPR_CUDA_OUTBOX_ALL; k++)
+            if (box->chunks[k].link == link) box->chunks[k].link = NULL;
+    }
+}
+
+// Frees the outboxes of a loop, whose links have gone.
+static void tpr_cuda_outbox_close(tpr_cuda_stream_queue *queue) {
+    for (int32_t i = 0; i < queue->set->count; i++) {
+        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i].outbox;
+        tpr_cuda_device_guard guard;
+        if (!box) continue;
+        if (tpr_cuda_device_enter(queue->set, box->export_->device, &guard, NULL) == TPRPC_OK) {
+            queue->set->cu->cuMemFree((tpr_cuda_driver_ptr)box->base);
+            tpr_cuda_device_leave(queue->set, &guard);
+        }
+        tpr_cuda_base_free(queue->ctx, box->export_, sizeof *box->export_);
+        tpr_cuda_base_free(queue->ctx, box, sizeof *box);
+        queue->lanes[i].outbox = NULL;
+    }
+}
+
 // >>batch -------------------------------------------------------------------------------------------------------------
 // What the channels have in common: a batch of buffers, which the receiver fetches itself, or asks for piece by piece.
 // A piece goes through a chunk of the receiver's arena, into which the sender copies it; where the two share no memory,
 // through the pipe.
 //
-// Uses: os, base, driver, wire, device, stream, arena.
+// Uses: os, base, driver, wire, device, stream, arena, outbox.
 // Invariant: a batch is in `sends` or `receives` of its end from its beginning to its end; a message of the twin about
 // one that is not there is about one that has ended. A send ends when neither a stream of ours, nor the link, nor a
 // receiver of this process is at its memory, or when what is at it is ordered before what the user queues next.
@@ -1610,29 +2196,43 @@ static tprpc_status tpr_cuda_arena_give_after(tpr_cuda_arena_chunk *chunk, tpr_c
 enum {
     TPR_CUDA_BATCH_PIECES = 4,         // of a batch that are under way
     TPR_CUDA_BATCH_ORDERS = 64,        // streams that one batch is on
+    TPR_CUDA_BATCH_BOXES = 8,          // chunks of an outbox that one batch has
     TPR_CUDA_BATCH_FEW = 4,            // buffers of a batch whose block is kept
     TPR_CUDA_BATCH_KEPT = 64
 };
 
 typedef enum tpr_cuda_batch_outcome {  // of a fetch
     TPR_CUDA_BATCH_FETCHED,            // it is queued; where `lent` is not 0 it is waited for
+    TPR_CUDA_BATCH_GOING_ON,           // it goes on by what the sender says
     TPR_CUDA_BATCH_UNREADABLE,         // the sender is to be asked for it
     TPR_CUDA_BATCH_GONE,               // the sender has taken it back
     TPR_CUDA_BATCH_FAILED              // the error says why
 } tpr_cuda_batch_outcome;
 
 typedef struct tpr_cuda_batch tpr_cuda_batch;
+struct tpr_cuda_batch_end;
 
 typedef struct tpr_cuda_batch_method { // what a channel does in its own way; NULL: nothing
     const char *name;
-    tpr_cuda_batch_outcome (*fetch)(tpr_cuda_batch *receive, tprpc_error *error);
+    bool words;                        // its sends are ordered by words, not by events
+    tpr_cuda_batch_outcome (*fetch)(tpr_cuda_batch *receive, const uint8_t *descriptor, size_t size,
+                                    tprpc_error *error);
     // A send is over; false: a receiver is still at it, and defers `back`.
     bool (*withdraw)(tpr_cuda_batch *send);
     // A receive that had fetched, or tried to, ends.
     void (*let_go)(tpr_cuda_batch *receive);
+    // A send begins, with a word for the receiver.
+    tprpc_status (*offer)(tpr_cuda_batch *send, uint8_t *descriptor, size_t *size, tprpc_error *error);
+    // All was fetched; the send ends when nothing is lent. Or what was offered will not be fetched.
+    void (*fetched)(tpr_cuda_batch *send);
+    void (*forget)(tpr_cuda_batch *send);
+    // What the twin says that is not about batches in general.
+    tprpc_status (*control)(struct tpr_cuda_batch_end *end, const tpr_cuda_wire_message *message, const uint8_t *more,
+                            const intptr_t *handles);
 } tpr_cuda_batch_method;
 
 typedef struct tpr_cuda_batch_net {    // an instance
+    size_t                 size;       // of its block
     const tpr_cuda_batch_method *method;
     tpr_cuda_stream_queue *queue;
     tpr_cuda_batch        *kept;       // blocks of small batches
@@ -1654,6 +2254,9 @@ typedef struct tpr_cuda_batch_order {  // a stream that buffers of a batch are o
     tpr_cuda_device       *device;
     tpr_cuda_driver_stream stream;
     tpr_cuda_driver_event  event;      // NULL: nothing is queued on it
+    bool                   busy;       // something is
+    uint32_t               slot;       // its word, while `seq` is not 0
+    uint64_t               seq;
     tpr_cuda_batch        *batch;
     tpr_cuda_stream_wait   wait;
 } tpr_cuda_batch_order;
@@ -1684,6 +2287,7 @@ struct tpr_cuda_batch {
     size_t              buffer, at;    // of a receive: what is asked for next,
     uint64_t            wanted;        // which so many bytes stand before
     bool                sending, refused, asked, over, lost, shared;   // shared: the peer may write to chunks for it
+    bool                fetched;       // of a send: by the receiver
     uint32_t            lent;          // what is at its memory, or runs for it
     uint32_t            readers;       // of a send, under the end's lock: receivers of this process; and
     bool                withdrawn;     // that none may begin any more
@@ -1691,11 +2295,14 @@ struct tpr_cuda_batch {
     tprpc_error         error;         // of one that failed
     tprpc_work          back;          // the last reader has gone
     void               *held;          // the method's
+    uint32_t            way;           // likewise
+    tpr_cuda_driver_stream stream;     // likewise
+    struct tpr_cuda_outbox_chunk *boxes[TPR_CUDA_BATCH_BOXES];
     tpr_cuda_batch_piece pieces[TPR_CUDA_BATCH_PIECES];
 };
 
-static void tpr_cuda_batch_say(tpr_cuda_batch_end *end, uint32_t kind, uint64_t id, uint64_t offset, uint64_t size,
-                               uint64_t place, const intptr_t *handle) {
+static tprpc_status tpr_cuda_batch_say(tpr_cuda_batch_end *end, uint32_t kind, uint64_t id, uint64_t offset,
+                                       uint64_t size, uint64_t place, const intptr_t *handle) {
     uint8_t bytes[TPR_CUDA_WIRE_CONTROL];
     tpr_cuda_wire_message message;
     message.kind = kind;
@@ -1704,7 +2311,7 @@ static void tpr_cuda_batch_say(tpr_cuda_batch_end *end, uint32_t kind, uint64_t 
     message.size = size;
     message.place = place;
     tpr_cuda_wire_write(bytes, &message);
-    tprpc_link_control(end->link, bytes, sizeof bytes, handle, handle ? 1 : 0);   // one that refuses aborts all
+    return tprpc_link_control(end->link, bytes, sizeof bytes, handle, handle ? 1 : 0);   // one that refuses aborts all
 }
 
 static tpr_cuda_batch *tpr_cuda_batch_find(const tpr_cuda_base_list *list, uint64_t id) {   // the oldest come first
@@ -1824,7 +2431,8 @@ static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *erro
         if (status == TPRPC_OK && batch->order_count > before) {
             tpr_cuda_batch_order *order = &batch->orders[before];
             status = tpr_cuda_device_check_stream(queue->set, device, buffer->stream, error);
-            if (status == TPRPC_OK && batch->sending && (int)queue->set->cu->cuStreamQuery(stream) != 0)
+            order->busy = batch->sending && status == TPRPC_OK && (int)queue->set->cu->cuStreamQuery(stream) != 0;
+            if (order->busy && !batch->end->net->method->words)
                 status = tpr_cuda_stream_record(queue, device, stream, &order->event, error);
         }
         tpr_cuda_device_leave(queue->set, &guard);
@@ -1901,6 +2509,7 @@ static void tpr_cuda_batch_send_over(tpr_cuda_batch *send) {
         tpr_cuda_base_list_remove(&piece->node);
         piece->batch = NULL;
     }
+    if (method->forget) method->forget(send);
     if (method->withdraw && !method->withdraw(send)) send->lent++;
     tpr_cuda_batch_settle(send);
 }
@@ -2203,6 +2812,7 @@ static tprpc_status tpr_cuda_batch_wanted(tpr_cuda_batch_end *end, const tpr_cud
     while (i < send->count && offset >= send->buffers[i].size) offset -= send->buffers[i++].size;
     if (i == send->count || !message->size || message->size > send->buffers[i].size - offset ||
         message->size > TPR_CUDA_ARENA_CHUNK) return TPRPC_ERROR_PROTOCOL;
+    if (end->net->method->forget) end->net->method->forget(send);
     tpr_cuda_batch_piece *piece = tpr_cuda_batch_piece_new(send);
     if (!piece) return TPRPC_ERROR_PROTOCOL;
     piece->buffer = i;
@@ -2224,11 +2834,12 @@ static tprpc_status tpr_cuda_batch_send(void *end, tprpc_transfer *transfer, con
                                         uint8_t *descriptor, size_t *descriptor_size, tprpc_error *error) {
     tpr_cuda_batch_end *self = (tpr_cuda_batch_end *)end;
     tpr_cuda_batch *send;
-    (void)descriptor;
     *descriptor_size = 0;
     tprpc_status status = tpr_cuda_batch_new(self, transfer, buffers, count, true, &send, error);
     if (status != TPRPC_OK) return status;
     status = tpr_cuda_batch_look(send, error);
+    if (status == TPRPC_OK && self->net->method->offer)
+        status = self->net->method->offer(send, descriptor, descriptor_size, error);
     if (status == TPRPC_OK) tpr_cuda_batch_list(send);
     else tpr_cuda_batch_free(self->net, send);
     return status;
@@ -2248,8 +2859,6 @@ static tprpc_status tpr_cuda_batch_recv(void *end, tprpc_transfer *transfer, con
     tpr_cuda_batch_end *self = (tpr_cuda_batch_end *)end;
     tprpc_error why = TPR_CUDA_ZERO;
     tpr_cuda_batch *receive = NULL;
-    (void)descriptor;
-    (void)descriptor_size;
     tprpc_status status = tpr_cuda_batch_new(self, transfer, buffers, count, false, &receive, error);
     if (status == TPRPC_OK && !receive->refused && (status = tpr_cuda_batch_look(receive, error)) != TPRPC_OK)
         tpr_cuda_batch_free(self->net, receive);
@@ -2261,12 +2870,13 @@ static tprpc_status tpr_cuda_batch_recv(void *end, tprpc_transfer *transfer, con
     if (receive->refused) return TPRPC_OK;
     tpr_cuda_batch_outcome outcome = TPR_CUDA_BATCH_UNREADABLE;
     if (!receive->total) outcome = TPR_CUDA_BATCH_FETCHED;
-    else if (self->net->method->fetch) outcome = self->net->method->fetch(receive, &why);
+    else if (self->net->method->fetch) outcome = self->net->method->fetch(receive, descriptor, descriptor_size, &why);
     receive->asked = outcome == TPR_CUDA_BATCH_UNREADABLE;
     if (receive->asked) tpr_cuda_batch_ask(receive);
     else if (outcome == TPR_CUDA_BATCH_GONE) tpr_cuda_batch_receive_failed(receive, TPRPC_ERROR_PEER, NULL);
     else if (outcome == TPR_CUDA_BATCH_FAILED) tpr_cuda_batch_receive_failed(receive, why.status, &why);
-    else if (!receive->lent) tpr_cuda_batch_receive_over(receive, TPR_CUDA_WIRE_DONE);
+    else if (outcome == TPR_CUDA_BATCH_FETCHED && !receive->lent)
+        tpr_cuda_batch_receive_over(receive, TPR_CUDA_WIRE_DONE);
     return TPRPC_OK;
 }
 
@@ -2320,18 +2930,23 @@ static tprpc_status tpr_cuda_batch_control(void *end, const uint8_t *bytes, size
     case TPR_CUDA_WIRE_WANT: return tpr_cuda_batch_wanted(self, &message);
     case TPR_CUDA_WIRE_HAVE: return tpr_cuda_batch_have(self, &message);
     case TPR_CUDA_WIRE_ARENA:          // one that cannot be mapped here is done without
-        if (self->theirs.base) return TPRPC_ERROR_PROTOCOL;
-        tpr_cuda_arena_view(&self->theirs, handles[0], message.size);
+        if (self->theirs.base || message.size != TPR_CUDA_ARENA_SIZE) return TPRPC_ERROR_PROTOCOL;
+        tpr_cuda_arena_map(&self->theirs, handles[0], TPR_CUDA_ARENA_SIZE);
         return TPRPC_OK;
     case TPR_CUDA_WIRE_DONE:
-        if ((batch = tpr_cuda_batch_find(&self->sends, message.id)) != NULL) tpr_cuda_batch_send_over(batch);
+        batch = tpr_cuda_batch_find(&self->sends, message.id);
+        if (batch && !batch->over && self->net->method->fetched) self->net->method->fetched(batch);
+        if (batch) tpr_cuda_batch_send_over(batch);
         return TPRPC_OK;
     case TPR_CUDA_WIRE_DROP:
         batch = tpr_cuda_batch_find(&self->sends, message.id);
         if (batch) tpr_cuda_batch_send_failed(batch, TPRPC_ERROR_PEER, NULL);
         else tpr_cuda_batch_say(self, TPR_CUDA_WIRE_CANCEL, message.id, 0, 0, 0, NULL);
         return TPRPC_OK;
-    default:                           // CANCEL
+    default:
+        if (message.kind != TPR_CUDA_WIRE_CANCEL)
+            return !self->net->method->control ? TPRPC_ERROR_PROTOCOL
+                   : self->net->method->control(self, &message, bytes + TPR_CUDA_WIRE_CONTROL, handles);
         tpr_cuda_batch_orphans(self, message.id, true, 0);
         batch = tpr_cuda_batch_find(&self->receives, message.id);
         if (!batch) return TPRPC_OK;
@@ -2361,16 +2976,18 @@ static void tpr_cuda_batch_bulk_done(void *end, uint64_t id, uint64_t offset, si
 
 // ---- instances and ends
 
-static tprpc_status tpr_cuda_batch_open(const tprpc_host *host, const tpr_cuda_batch_method *method, void **instance,
-                                        tprpc_error *error) {
+// An instance of `size` bytes, which begin with a tpr_cuda_batch_net.
+static tprpc_status tpr_cuda_batch_open(const tprpc_host *host, const tpr_cuda_batch_method *method, size_t size,
+                                        void **instance, tprpc_error *error) {
     tpr_cuda_stream_queue *queue;
     const tprpc_status status = tpr_cuda_stream_join(host, &queue, error);
     if (status != TPRPC_OK) return status;
-    tpr_cuda_batch_net *net = (tpr_cuda_batch_net *)tpr_cuda_base_alloc(host->context, sizeof *net);
+    tpr_cuda_batch_net *net = (tpr_cuda_batch_net *)tpr_cuda_base_alloc(host->context, size);
     if (!net) {
         tpr_cuda_stream_part(queue);
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "%s: no memory for an instance", method->name);
     }
+    net->size = size;
     net->method = method;
     net->queue = queue;
     *instance = net;
@@ -2385,7 +3002,7 @@ static void tpr_cuda_batch_close(void *instance) {
         net->kept = batch->next;
         tpr_cuda_base_free(queue->ctx, batch, batch->size);
     }
-    tpr_cuda_base_free(queue->ctx, net, sizeof *net);
+    tpr_cuda_base_free(queue->ctx, net, net->size);
     tpr_cuda_stream_part(queue);
 }
 
@@ -2439,11 +3056,12 @@ static void tpr_cuda_batch_detach(tpr_cuda_batch_end *end, size_t size) {
 // Uses: base, device, stream, batch.
 // Invariant: it has no state but that of its batches.
 
-static const tpr_cuda_batch_method tpr_cuda_basic_method = {"cuda_basic", NULL, NULL, NULL};
+static const tpr_cuda_batch_method tpr_cuda_basic_method = {"cuda_basic", false, NULL, NULL, NULL, NULL,
+                                                            NULL, NULL, NULL};
 
 static tprpc_status tpr_cuda_basic_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
     (void)user;
-    return tpr_cuda_batch_open(host, &tpr_cuda_basic_method, instance, error);
+    return tpr_cuda_batch_open(host, &tpr_cuda_basic_method, sizeof(tpr_cuda_batch_net), instance, error);
 }
 
 static size_t tpr_cuda_basic_domain(void *instance, uint8_t *out, size_t capacity) {
@@ -2639,7 +3257,10 @@ static void tpr_cuda_xth_order(tpr_cuda_batch *receive, tpr_cuda_batch *send, bo
     }
 }
 
-static tpr_cuda_batch_outcome tpr_cuda_xth_fetch(tpr_cuda_batch *receive, tprpc_error *error) {
+static tpr_cuda_batch_outcome tpr_cuda_xth_fetch(tpr_cuda_batch *receive, const uint8_t *descriptor, size_t size,
+                                                 tprpc_error *error) {
+    (void)descriptor;
+    (void)size;
     tpr_cuda_xth_end *peer = tpr_cuda_xth_find(((tpr_cuda_xth_end *)receive->end)->peer_key);
     if (!peer) return TPR_CUDA_BATCH_GONE;
     tpr_cuda_batch *send = tpr_cuda_batch_find(&peer->batch.sends, receive->id);
@@ -2684,12 +3305,13 @@ static bool tpr_cuda_xth_withdraw(tpr_cuda_batch *send) {
     return idle;
 }
 
-static const tpr_cuda_batch_method tpr_cuda_xth_method = {"cuda_xth", tpr_cuda_xth_fetch, tpr_cuda_xth_withdraw,
-                                                          tpr_cuda_xth_leave};
+static const tpr_cuda_batch_method tpr_cuda_xth_method = {
+    "cuda_xth", false, tpr_cuda_xth_fetch, tpr_cuda_xth_withdraw, tpr_cuda_xth_leave, NULL, NULL, NULL, NULL,
+};
 
 static tprpc_status tpr_cuda_xth_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
     (void)user;
-    return tpr_cuda_batch_open(host, &tpr_cuda_xth_method, instance, error);
+    return tpr_cuda_batch_open(host, &tpr_cuda_xth_method, sizeof(tpr_cuda_batch_net), instance, error);
 }
 
 static size_t tpr_cuda_xth_domain(void *instance, uint8_t *out, size_t capacity) {
@@ -2762,6 +3384,837 @@ static const tprpc_backend tpr_cuda_xth_backend = {
     (uint32_t)sizeof(tprpc_backend), TPRPC_VERSION, "cuda_xth",
     "GPU memory between threads of one process, copied once in stream order.",
     400, NULL, &tpr_cuda_xth_table, NULL, NULL,
+};
+
+// >>ipc ---------------------------------------------------------------------------------------------------------------
+// Device memory between processes of one host: the receiver opens the sender's memory and copies on his own stream,
+// between words that both share. What was registered is read where it is; all else from the sender's outbox, into which
+// he copies it.
+//
+// Uses: os, base, driver, wire, device, stream, arena, word, export, outbox, batch.
+// Invariant: of a transfer `moved` counts the bytes whose copy by the receiver is queued here, or that the outbox was
+// given; a part is read from memory that the peer has said is its own, within its bounds.
+
+typedef struct tpr_cuda_ipc_net {      // an instance
+    tpr_cuda_batch_net   batch;        // first
+    tpr_cuda_word_tender tender;
+    tpr_cuda_base_list   ends;
+    tpr_cuda_base_list   slow;         // sends that wait for words which no stream of theirs can wait for
+} tpr_cuda_ipc_net;
+
+typedef struct tpr_cuda_ipc_told {     // an export that the peer knows
+    struct tpr_cuda_ipc_told *next;
+    tpr_cuda_device_export *of;
+    bool asked;                        // to close it
+} tpr_cuda_ipc_told;
+
+typedef struct tpr_cuda_ipc_import {   // one of the peer's
+    struct tpr_cuda_ipc_import *next;
+    uint64_t            id, size;
+    tpr_cuda_driver_ipc handle;
+    bool                closing;
+    tpr_cuda_driver_ptr at[1];         // by device of ours; 0: not opened, 1: cannot be
+} tpr_cuda_ipc_import;
+
+typedef struct tpr_cuda_ipc_end {
+    tpr_cuda_batch_end   batch;        // first
+    tpr_cuda_base_list   node;         // of the net
+    tpr_cuda_word_link  *words;
+    tpr_cuda_ipc_told   *told;
+    tpr_cuda_ipc_import *imports;      // given to the link when the end goes
+} tpr_cuda_ipc_end;
+
+enum { TPR_CUDA_IPC_ASKED, TPR_CUDA_IPC_DIRECT, TPR_CUDA_IPC_OUTBOX };   // which way a send goes
+enum { TPR_CUDA_IPC_CANNOT = 1 };
+#define TPR_CUDA_IPC_NEVER (UINT64_C(1) << 62)
+
+static tpr_cuda_ipc_net *tpr_cuda_ipc_net_of(const tpr_cuda_batch *batch) {
+    return (tpr_cuda_ipc_net *)(void *)batch->end->net;
+}
+static tpr_cuda_ipc_end *tpr_cuda_ipc_end_of(const tpr_cuda_batch *batch) {
+    return (tpr_cuda_ipc_end *)(void *)batch->end;
+}
+
+// ---- imports
+
+static size_t tpr_cuda_ipc_import_size(const tpr_cuda_stream_queue *queue) {
+    return sizeof(tpr_cuda_ipc_import) + (size_t)queue->set->count * sizeof(tpr_cuda_driver_ptr);
+}
+
+static tpr_cuda_ipc_import *tpr_cuda_ipc_import_of(const tpr_cuda_ipc_end *end, uint64_t id) {
+    tpr_cuda_ipc_import *import = end->imports;
+    while (import && import->id != id) import = import->next;
+    return import;
+}
+
+// Closes an import on all devices, and frees it. Nothing is queued that reads it.
+static void tpr_cuda_ipc_import_free(tpr_cuda_stream_queue *queue, tpr_cuda_ipc_import *import) {
+    for (int32_t i = 0; i < queue->set->count; i++) {
+        tpr_cuda_device_guard guard;
+        if (import->at[i] <= TPR_CUDA_IPC_CANNOT ||
+            tpr_cuda_device_enter(queue->set, &queue->set->devices[i], &guard, NULL) != TPRPC_OK) continue;
+        queue->set->cu->cuIpcCloseMemHandle(import->at[i]);
+        tpr_cuda_device_leave(queue->set, &guard);
+    }
+    tpr_cuda_base_free(queue->ctx, import, tpr_cuda_ipc_import_size(queue));
+}
+
+// Where a device of ours sees the peer's memory; 0: it cannot. The device is entered.
+static tpr_cuda_driver_ptr tpr_cuda_ipc_open_import(const tpr_cuda_stream_queue *queue, tpr_cuda_ipc_import *import,
+                                                    const tpr_cuda_device *device) {
+    tpr_cuda_driver_ptr *at = &import->at[device->index];
+    if (!*at && queue->set->cu->cuIpcOpenMemHandle(
+                    at, import->handle, (unsigned int)TPR_CUDA_DRIVER_IPC_MEM_LAZY_ENABLE_PEER_ACCESS) != 0)
+        *at = TPR_CUDA_IPC_CANNOT;
+    return *at == TPR_CUDA_IPC_CANNOT ? 0 : *at;
+}
+
+// What an end has opened goes when nothing on its link is outstanding.
+static void tpr_cuda_ipc_link_freed(tpr_cuda_word_link *link, void *user) {
+    tpr_cuda_ipc_import *import = (tpr_cuda_ipc_import *)user, *next;
+    for (; import; import = next) {
+        next = import->next;
+        tpr_cuda_ipc_import_free(link->queue, import);
+    }
+    tpr_cuda_outbox_link_gone(link->queue, link);
+}
+
+static bool tpr_cuda_ipc_link_lent(const tpr_cuda_word_link *link) {
+    return tpr_cuda_outbox_lent(link->queue, link);
+}
+
+// ---- sending
+
+// Tells the peer of our words, and of an export, once.
+static tprpc_status tpr_cuda_ipc_tell_words(tpr_cuda_ipc_end *end, tprpc_error *error) {
+    const intptr_t handle = end->words->fd;
+    if (end->words->told) return TPRPC_OK;
+    end->words->told = true;
+    const tprpc_status status = tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_WORDS, 0, 0, TPR_CUDA_WORD_SIZE, 0,
+                                                   &handle);
+    return status == TPRPC_OK ? status : tprpc_error_set(error, status, 0, "cuda_ipc: the pipe takes no words");
+}
+
+static tprpc_status tpr_cuda_ipc_tell(tpr_cuda_ipc_end *end, tpr_cuda_device_export *export_, tprpc_error *error) {
+    uint8_t bytes[TPR_CUDA_WIRE_CONTROL + TPR_CUDA_WIRE_EXPORT_MORE];
+    tpr_cuda_wire_message message = TPR_CUDA_ZERO;
+    tpr_cuda_stream_queue *queue = end->batch.net->queue;
+    for (tpr_cuda_ipc_told *told = end->told; told; told = told->next)
+        if (told->of == export_) return TPRPC_OK;
+    tpr_cuda_ipc_told *told = (tpr_cuda_ipc_told *)tpr_cuda_base_alloc(queue->ctx, sizeof *told);
+    if (!told) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda_ipc: no memory to remember an export");
+    told->of = export_;
+    told->next = end->told;
+    end->told = told;
+    tpr_cuda_os_lock_take(&queue->set->lock);
+    export_->users++;
+    tpr_cuda_os_lock_give(&queue->set->lock);
+    message.kind = TPR_CUDA_WIRE_EXPORT;
+    message.id = export_->id;
+    message.size = export_->size;
+    tpr_cuda_wire_write(bytes, &message);
+    memcpy(bytes + TPR_CUDA_WIRE_CONTROL, &export_->uuid, 16);
+    memcpy(bytes + TPR_CUDA_WIRE_CONTROL + 16, &export_->handle, 64);
+    const tprpc_status status = tprpc_link_control(end->batch.link, bytes, sizeof bytes, NULL, 0);
+    return status == TPRPC_OK ? status : tprpc_error_set(error, status, 0, "cuda_ipc: the pipe has ended");
+}
+
+// Parts on their way: in the descriptor, or in messages of their own.
+typedef struct tpr_cuda_ipc_parts { uint8_t bytes[TPR_CUDA_WIRE_CONTROL + 4032]; size_t count; } tpr_cuda_ipc_parts;
+
+static void tpr_cuda_ipc_add_part(tpr_cuda_ipc_parts *parts, const tpr_cuda_wire_part *part) {
+    tpr_cuda_wire_write_part(parts->bytes + TPR_CUDA_WIRE_CONTROL + parts->count++ * TPR_CUDA_WIRE_PART, part);
+}
+
+static void tpr_cuda_ipc_say_parts(tpr_cuda_batch *send, tpr_cuda_ipc_parts *parts) {
+    tpr_cuda_wire_message message = TPR_CUDA_ZERO;
+    message.kind = TPR_CUDA_WIRE_PARTS_OF;
+    message.id = send->id;
+    message.size = parts->count;
+    tpr_cuda_wire_write(parts->bytes, &message);
+    if (parts->count)
+        tprpc_link_control(send->end->link, parts->bytes, TPR_CUDA_WIRE_CONTROL + parts->count * TPR_CUDA_WIRE_PART,
+                           NULL, 0);
+}
+
+// Direct: the next buffers as parts, as many as a message holds.
+static tprpc_status tpr_cuda_ipc_direct_parts(tpr_cuda_batch *send, tpr_cuda_ipc_parts *parts, tprpc_error *error) {
+    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
+    tpr_cuda_device_set *set = send->end->net->queue->set;
+    for (; send->buffer < send->count && parts->count < TPR_CUDA_WIRE_PARTS; send->buffer++) {
+        const tprpc_buffer *buffer = &send->buffers[send->buffer];
+        const tpr_cuda_batch_order *order = &send->orders[send->order_of[send->buffer]];
+        tpr_cuda_wire_part part;
+        bool last = true;
+        if (!buffer->size) continue;
+        tpr_cuda_device_export *export_ = tpr_cuda_export_find(set, buffer->device.index, buffer->data, buffer->size);
+        if (!export_) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda_ipc: memory was unregistered");
+        const tprpc_status status = tpr_cuda_ipc_tell(end, export_, error);
+        if (status != TPRPC_OK) return status;
+        for (size_t i = send->buffer + 1; last && i < send->count; i++)
+            last = !send->buffers[i].size || &send->orders[send->order_of[i]] != order;
+        part.export_id = export_->id;
+        part.from = (uintptr_t)buffer->data - export_->at;
+        part.at = send->moved;
+        part.size = buffer->size;
+        part.seq = order->seq;
+        part.slot = order->slot;
+        part.flags = (order->busy ? (uint32_t)TPR_CUDA_WIRE_PART_WAITS : 0) |
+                     (last ? (uint32_t)TPR_CUDA_WIRE_PART_LAST : 0);
+        tpr_cuda_ipc_add_part(parts, &part);
+        send->moved += buffer->size;
+    }
+    return TPRPC_OK;
+}
+
+// Gives each stream of a direct send a slot, whose word it writes when it has come so far.
+static tprpc_status tpr_cuda_ipc_direct_orders(tpr_cuda_batch *send, tprpc_error *error) {
+    tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(send)->words;
+    const tpr_cuda_device_set *set = link->queue->set;
+    tprpc_status status = TPRPC_OK;
+    for (uint32_t i = 0; i < send->order_count && status == TPRPC_OK; i++) {
+        tpr_cuda_batch_order *order = &send->orders[i];
+        tpr_cuda_device_guard guard;
+        status = tpr_cuda_device_enter(set, order->device, &guard, error);
+        if (status != TPRPC_OK) break;
+        status = tpr_cuda_word_pin(set, &link->mine, order->device, error);
+        if (status == TPRPC_OK && !tpr_cuda_word_take(link, &order->slot, &order->seq))
+            status = tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "cuda_ipc: too many transfers are under way");
+        if (status == TPRPC_OK && order->busy) {
+            status = tpr_cuda_word_write(set, &link->mine, order->slot, false, order->seq, order->stream, error);
+        }
+        tpr_cuda_device_leave(set, &guard);
+    }
+    return status;
+}
+
+// Queues the copy of the next bytes of a send into a chunk, on a stream of its outbox's device, which is entered.
+static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbox *box, tpr_cuda_outbox_chunk *chunk,
+                                      tprpc_error *error) {
+    tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(send)->words;
+    const tpr_cuda_device_set *set = link->queue->set;
+    const tpr_cuda_device *device = send->orders[0].device;
+    tprpc_status status = TPRPC_OK;
+    chunk->offset = send->moved;
+    chunk->length = 0;
+    while (send->buffer < send->count && chunk->length < chunk->size && status == TPRPC_OK) {
+        const tprpc_buffer *buffer = &send->buffers[send->buffer];
+        uint64_t size = buffer->size - send->at;
+        if (size > chunk->size - chunk->length) size = chunk->size - chunk->length;
+        if (size)
+            status = tpr_cuda_device_copy(set, device, (void *)(uintptr_t)(box->base + chunk->at + chunk->length),
+                                          device, (const uint8_t *)buffer->data + send->at, (size_t)size, send->stream,
+                                          error);
+        chunk->length += size;
+        send->at += (size_t)size;
+        if (send->at < buffer->size) continue;
+        send->buffer++;
+        send->at = 0;
+    }
+    send->moved += chunk->length;
+    if (status == TPRPC_OK)
+        status = tpr_cuda_word_write(set, &link->mine, chunk->slot, false, chunk->seq, send->stream, error);
+    return status;
+}
+
+static void tpr_cuda_ipc_chunk_part(const tpr_cuda_outbox *box, const tpr_cuda_outbox_chunk *chunk,
+                                    tpr_cuda_ipc_parts *parts) {
+    tpr_cuda_wire_part part;
+    part.export_id = box->export_->id;
+    part.from = chunk->at;
+    part.at = chunk->offset;
+    part.size = chunk->length;
+    part.seq = chunk->seq;
+    part.slot = chunk->slot;
+    part.flags = TPR_CUDA_WIRE_PART_WAITS | TPR_CUDA_WIRE_PART_LAST;
+    tpr_cuda_ipc_add_part(parts, &part);
+}
+
+// The stream that packs: the sender's own where there is one and a chunk does, else one of ours, behind all of his.
+static tprpc_status tpr_cuda_ipc_pack_stream(tpr_cuda_batch *send, tprpc_error *error) {
+    tpr_cuda_stream_queue *queue = send->end->net->queue;
+    tprpc_status status = TPRPC_OK;
+    if (send->order_count == 1 && send->total <= TPR_CUDA_OUTBOX_CHUNK) {
+        send->stream = send->orders[0].stream;
+        return TPRPC_OK;
+    }
+    status = tpr_cuda_stream_own(queue, send->orders[0].device, &send->stream, error);
+    for (uint32_t i = 0; i < send->order_count && status == TPRPC_OK; i++) {
+        tpr_cuda_batch_order *order = &send->orders[i];
+        if (!order->busy) continue;
+        if (!order->event) status = tpr_cuda_stream_record(queue, order->device, order->stream, &order->event, error);
+        if (status == TPRPC_OK)
+            status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (send->stream, order->event, 0), error);
+    }
+    return status;
+}
+
+// All of a send is packed: what its streams do next comes after that.
+static tprpc_status tpr_cuda_ipc_packed(tpr_cuda_batch *send, tprpc_error *error) {
+    tpr_cuda_stream_queue *queue = send->end->net->queue;
+    tpr_cuda_driver_event event = NULL;
+    if (send->stream == send->orders[0].stream) return TPRPC_OK;
+    tprpc_status status = tpr_cuda_stream_record(queue, send->orders[0].device, send->stream, &event, error);
+    for (uint32_t i = 0; i < send->order_count && status == TPRPC_OK; i++) {
+        tpr_cuda_batch_order *order = &send->orders[i];
+        status = tpr_cuda_device_check_stream(queue->set, order->device, order->stream, error);
+        if (status == TPRPC_OK)
+            status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (order->stream, event, 0), error);
+    }
+    tpr_cuda_stream_event_back(queue, send->orders[0].device, event);
+    return status;
+}
+
+// Packs as much as there are chunks for. The device is entered.
+static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, tpr_cuda_ipc_parts *parts, tprpc_error *error) {
+    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
+    tpr_cuda_stream_queue *queue = send->end->net->queue;
+    tpr_cuda_outbox *box;
+    tprpc_status status = tpr_cuda_word_pin(queue->set, &end->words->mine, send->orders[0].device, error);
+    if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, &box, error);
+    if (status == TPRPC_OK) status = tpr_cuda_ipc_tell(end, box->export_, error);
+    if (status == TPRPC_OK) status = tpr_cuda_ipc_pack_stream(send, error);
+    for (int i = 0; i < TPR_CUDA_BATCH_BOXES && send->moved < send->total && status == TPRPC_OK; i++) {
+        send->boxes[i] = tpr_cuda_outbox_take(box, end->words, send->total - send->moved);
+        if (!send->boxes[i]) break;
+        status = tpr_cuda_ipc_pack(send, box, send->boxes[i], error);
+        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(box, send->boxes[i], parts);
+    }
+    if (status == TPRPC_OK && !parts->count)
+        status = tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "cuda_ipc: the outbox is full");
+    if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
+    return status;
+}
+
+// What was offered is not fetched, or fetched no more: its slots are not used again, for a word may still be written.
+static void tpr_cuda_ipc_forget(tpr_cuda_batch *send) {
+    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
+    tpr_cuda_stream_queue *queue = send->end->net->queue;
+    for (uint32_t i = 0; i < send->order_count; i++) {
+        tpr_cuda_batch_order *order = &send->orders[i];
+        if (send->fetched) continue;
+        if (order->seq) end->words->mine.said[order->slot] = order->seq + TPR_CUDA_IPC_NEVER;
+        order->seq = 0;
+        tpr_cuda_device_guard guard;
+        if (send->over || send->way == TPR_CUDA_IPC_ASKED || !order->busy || order->event ||
+            tpr_cuda_device_enter(queue->set, order->device, &guard, NULL) != TPRPC_OK) continue;
+        if (!tpr_cuda_device_captures(queue->set, order->stream))   // it is asked for instead, in this order
+            tpr_cuda_stream_record(queue, order->device, order->stream, &order->event, NULL);
+        tpr_cuda_device_leave(queue->set, &guard);
+    }
+    for (int i = 0; i < TPR_CUDA_BATCH_BOXES; i++) {
+        if (send->boxes[i]) send->boxes[i]->held = false;
+        if (send->boxes[i] && send->way == TPR_CUDA_IPC_OUTBOX && !send->fetched) {
+            end->words->mine.said[send->boxes[i]->slot] = send->boxes[i]->seq + TPR_CUDA_IPC_NEVER;
+            send->boxes[i]->link = NULL;
+        }
+        send->boxes[i] = NULL;
+    }
+    if (!send->over && send->way != TPR_CUDA_IPC_ASKED) send->moved = 0;
+    send->way = TPR_CUDA_IPC_ASKED;
+}
+
+// Which way a send goes; its first parts are the descriptor.
+static tprpc_status tpr_cuda_ipc_offer(tpr_cuda_batch *send, uint8_t *descriptor, size_t *size, tprpc_error *error) {
+    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
+    tpr_cuda_stream_queue *queue = send->end->net->queue;
+    tpr_cuda_device_guard guard;
+    tpr_cuda_ipc_parts parts;
+    bool direct = true, one = true;
+    parts.count = 0;
+    tprpc_status status = tpr_cuda_word_make(end->words, error);
+    if (status == TPRPC_OK) status = tpr_cuda_ipc_tell_words(end, error);
+    if (status != TPRPC_OK) return status;
+    for (size_t i = 0; i < send->count; i++) {
+        const tprpc_buffer *buffer = &send->buffers[i];
+        if (!buffer->size) continue;
+        direct = direct && tpr_cuda_export_find(queue->set, buffer->device.index, buffer->data, buffer->size);
+        one &= buffer->device.index == send->orders[0].device->index;
+    }
+    send->way = direct ? TPR_CUDA_IPC_DIRECT : TPR_CUDA_IPC_OUTBOX;
+    if (!direct && !one)
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                               "cuda_ipc: memory of several devices that is not registered");
+    if (direct) {
+        status = tpr_cuda_ipc_direct_orders(send, error);
+        if (status == TPRPC_OK) status = tpr_cuda_ipc_direct_parts(send, &parts, error);
+    } else if ((status = tpr_cuda_device_enter(queue->set, send->orders[0].device, &guard, error)) == TPRPC_OK) {
+        status = tpr_cuda_ipc_pack_first(send, &parts, error);
+        tpr_cuda_device_leave(queue->set, &guard);
+    }
+    if (status != TPRPC_OK) {
+        send->over = true;
+        tpr_cuda_ipc_forget(send);
+        return status;
+    }
+    *size = parts.count * TPR_CUDA_WIRE_PART;
+    memcpy(descriptor, parts.bytes + TPR_CUDA_WIRE_CONTROL, *size);
+    return TPRPC_OK;
+}
+
+// The peer has queued the read of a chunk: the next bytes go into it, behind that.
+static tprpc_status tpr_cuda_ipc_refill(tpr_cuda_batch *send, tpr_cuda_outbox_chunk *chunk, tprpc_error *error) {
+    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
+    tpr_cuda_stream_queue *queue = send->end->net->queue;
+    tpr_cuda_device *device = send->orders[0].device;
+    const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[device->index].outbox;
+    tpr_cuda_ipc_parts parts;
+    tpr_cuda_device_guard guard;
+    tprpc_status status = tpr_cuda_device_enter(queue->set, device, &guard, error);
+    if (status != TPRPC_OK) return status;
+    parts.count = 0;
+    status = tpr_cuda_word_wait(queue->set, &end->words->mine, chunk->slot, true, chunk->seq, send->stream, error);
+    if (status == TPRPC_OK) {
+        tpr_cuda_word_tend(&tpr_cuda_ipc_net_of(send)->tender);
+        chunk->seq = tpr_cuda_word_again(end->words, chunk->slot);
+        status = tpr_cuda_ipc_pack(send, box, chunk, error);
+    }
+    if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
+    tpr_cuda_device_leave(queue->set, &guard);
+    if (status != TPRPC_OK) return status;
+    tpr_cuda_ipc_chunk_part(box, chunk, &parts);
+    tpr_cuda_ipc_say_parts(send, &parts);
+    return TPRPC_OK;
+}
+
+// The peer goes on with a send.
+static void tpr_cuda_ipc_took(tpr_cuda_batch *send, uint64_t offset) {
+    tprpc_error error = TPR_CUDA_ZERO;
+    tprpc_status status = TPRPC_OK;
+    if (send->over || send->way == TPR_CUDA_IPC_ASKED || send->moved == send->total) return;
+    send->lent++;
+    if (send->way == TPR_CUDA_IPC_DIRECT) {
+        tpr_cuda_ipc_parts parts;
+        for (parts.count = 0; send->moved < send->total && status == TPRPC_OK; parts.count = 0) {
+            status = tpr_cuda_ipc_direct_parts(send, &parts, &error);
+            tpr_cuda_ipc_say_parts(send, &parts);
+        }
+    }
+    for (int i = 0; send->way == TPR_CUDA_IPC_OUTBOX && i < TPR_CUDA_BATCH_BOXES; i++) {
+        if (!send->boxes[i] || send->boxes[i]->offset != offset) continue;
+        status = tpr_cuda_ipc_refill(send, send->boxes[i], &error);
+        break;
+    }
+    if (status != TPRPC_OK) tpr_cuda_batch_send_failed(send, status, &error);
+    send->lent--;
+    tpr_cuda_batch_settle(send);
+}
+
+// The peer has queued all reads: what the sender's streams do next comes after them.
+static void tpr_cuda_ipc_fetched(tpr_cuda_batch *send) {
+    tpr_cuda_ipc_net *net = tpr_cuda_ipc_net_of(send);
+    tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(send)->words;
+    bool slow = false;
+    send->fetched = true;
+    for (int i = 0; i < TPR_CUDA_BATCH_BOXES; i++)
+        if (send->boxes[i]) link->mine.waits[send->boxes[i]->slot] = send->boxes[i]->seq;
+    for (uint32_t i = 0; i < send->order_count && send->way == TPR_CUDA_IPC_DIRECT; i++) {
+        tpr_cuda_batch_order *order = &send->orders[i];
+        tpr_cuda_device_guard guard;
+        if (!order->seq || tpr_cuda_word_reached(tpr_cuda_word_done(&link->mine, order->slot), order->seq)) {
+            order->seq = 0;
+            continue;
+        }
+        tpr_cuda_word_tend(&net->tender);
+        if (tpr_cuda_device_enter(link->queue->set, order->device, &guard, NULL) != TPRPC_OK) continue;
+        if (!tpr_cuda_device_captures(link->queue->set, order->stream) &&
+            tpr_cuda_word_wait(link->queue->set, &link->mine, order->slot, true, order->seq, order->stream, NULL) ==
+                TPRPC_OK) order->seq = 0;
+        slow |= order->seq != 0;
+        tpr_cuda_device_leave(link->queue->set, &guard);
+    }
+    if (!slow) return;
+    send->lent++;                      // the host looks at the words
+    tpr_cuda_base_list_add(&net->slow, &send->hunger);
+}
+
+// Ends sends whose words were to be looked at.
+static bool tpr_cuda_ipc_look_slow(tpr_cuda_ipc_net *net) {
+    bool did = false;
+    for (tpr_cuda_base_list *node = net->slow.next, *next; node != &net->slow; node = next) {
+        tpr_cuda_batch *send = TPR_CUDA_OF(node, tpr_cuda_batch, hunger);
+        const tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(send)->words;
+        bool all = true;
+        next = node->next;
+        for (uint32_t i = 0; i < send->order_count && all; i++)
+            all = !send->orders[i].seq ||
+                  tpr_cuda_word_reached(tpr_cuda_word_done(&link->mine, send->orders[i].slot), send->orders[i].seq);
+        if (!all) continue;
+        did = true;
+        for (uint32_t i = 0; i < send->order_count; i++) send->orders[i].seq = 0;
+        tpr_cuda_base_list_remove(node);
+        send->lent--;
+        tpr_cuda_batch_settle(send);
+        next = net->slow.next;         // others may have gone with it
+    }
+    return did;
+}
+
+// ---- receiving
+
+// Has the sender's word written when all copies of the receive that were queued are done. One stream is entered.
+static tprpc_status tpr_cuda_ipc_write_done(tpr_cuda_batch *receive, const tpr_cuda_wire_part *part,
+                                            tprpc_error *error) {
+    tpr_cuda_stream_queue *queue = receive->end->net->queue;
+    tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
+    tpr_cuda_device *device = receive->orders[0].device;
+    tpr_cuda_driver_stream stream = receive->orders[0].stream;
+    tpr_cuda_device_guard guard;
+    tprpc_status status = tpr_cuda_device_enter(queue->set, device, &guard, error);
+    if (status != TPRPC_OK) return status;
+    if (receive->order_count > 1) status = tpr_cuda_stream_own(queue, device, &stream, error);
+    tpr_cuda_device_leave(queue->set, &guard);
+    for (uint32_t i = 0; i < receive->order_count && receive->order_count > 1 && status == TPRPC_OK; i++) {
+        const tpr_cuda_batch_order *order = &receive->orders[i];
+        tpr_cuda_driver_event event = NULL;
+        status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
+        if (status != TPRPC_OK) break;
+        status = tpr_cuda_stream_record(queue, order->device, order->stream, &event, error);
+        if (status == TPRPC_OK)
+            status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (stream, event, 0), error);
+        tpr_cuda_stream_event_back(queue, order->device, event);
+        tpr_cuda_device_leave(queue->set, &guard);
+    }
+    if (status == TPRPC_OK) status = tpr_cuda_device_enter(queue->set, device, &guard, error);
+    if (status != TPRPC_OK) return status;
+    status = tpr_cuda_word_write(queue->set, &link->theirs, part->slot, true, part->seq, stream, error);
+    tpr_cuda_device_leave(queue->set, &guard);
+    tpr_cuda_word_tend(&tpr_cuda_ipc_net_of(receive)->tender);
+    return status;
+}
+
+// Queues the copy of `size` bytes of a part, from `skip` on, to where they go in the receive's current buffer. *can:
+// whether the peer's memory could be opened.
+static tprpc_status tpr_cuda_ipc_copy(tpr_cuda_batch *receive, tpr_cuda_ipc_import *import,
+                                      const tpr_cuda_wire_part *part, uint64_t skip, size_t size, bool *can,
+                                      tprpc_error *error) {
+    tpr_cuda_stream_queue *queue = receive->end->net->queue;
+    tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
+    const tprpc_buffer *buffer = &receive->buffers[receive->buffer];
+    tpr_cuda_batch_order *order = &receive->orders[receive->order_of[receive->buffer]];
+    tpr_cuda_device_guard guard;
+    tprpc_status status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
+    if (status != TPRPC_OK) return status;
+    status = tpr_cuda_device_check_stream(queue->set, order->device, buffer->stream, error);
+    const tpr_cuda_driver_ptr from = status == TPRPC_OK ? tpr_cuda_ipc_open_import(queue, import, order->device) : 0;
+    if (status == TPRPC_OK && !from) *can = false;
+    if (status == TPRPC_OK && from) status = tpr_cuda_word_pin(queue->set, &link->theirs, order->device, error);
+    const bool waits = (part->flags & TPR_CUDA_WIRE_PART_WAITS) && order->seq != part->seq;
+    if (status == TPRPC_OK && from && waits) {
+        status = tpr_cuda_word_wait(queue->set, &link->theirs, part->slot, false, part->seq, order->stream, error);
+        order->seq = part->seq;        // what this stream waited for last
+        tpr_cuda_word_tend(&tpr_cuda_ipc_net_of(receive)->tender);
+    }
+    if (status == TPRPC_OK && from)
+        status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuMemcpyAsync,
+                                      ((tpr_cuda_driver_ptr)(uintptr_t)buffer->data + receive->at,
+                                       from + part->from + skip, size, order->stream), error);
+    tpr_cuda_device_leave(queue->set, &guard);
+    return status;
+}
+
+// Queues the copies of a part.
+static tprpc_status tpr_cuda_ipc_take(tpr_cuda_batch *receive, const tpr_cuda_wire_part *part, bool *can,
+                                      tprpc_error *error) {
+    tpr_cuda_ipc_import *import = tpr_cuda_ipc_import_of(tpr_cuda_ipc_end_of(receive), part->export_id);
+    tprpc_status status = TPRPC_OK;
+    uint64_t done = 0;
+    if (!import || part->from > import->size || part->size > import->size - part->from || part->at != receive->moved)
+        return tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "cuda_ipc: the peer offered memory that it has not");
+    while (done < part->size && receive->buffer < receive->count && *can && status == TPRPC_OK) {
+        const tprpc_buffer *buffer = &receive->buffers[receive->buffer];
+        size_t size = buffer->size - receive->at;
+        if (size > part->size - done) size = (size_t)(part->size - done);
+        if (size) status = tpr_cuda_ipc_copy(receive, import, part, done, size, can, error);
+        if (!*can || status != TPRPC_OK) break;
+        done += size;
+        receive->at += size;
+        if (receive->at < buffer->size) continue;
+        receive->buffer++;
+        receive->at = 0;
+    }
+    if (status != TPRPC_OK || !*can) return status;
+    receive->moved += part->size;
+    if (part->flags & TPR_CUDA_WIRE_PART_LAST) status = tpr_cuda_ipc_write_done(receive, part, error);
+    return status;
+}
+
+// Takes parts, and tells the sender how far it is.
+static tpr_cuda_batch_outcome tpr_cuda_ipc_take_all(tpr_cuda_batch *receive, const uint8_t *bytes, size_t count,
+                                                    tprpc_error *error) {
+    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(receive);
+    bool can = true;
+    uint64_t told = TPR_CUDA_WIRE_NOWHERE;
+    for (size_t i = 0; i < count; i++, bytes += TPR_CUDA_WIRE_PART) {
+        tpr_cuda_wire_part part;
+        const bool first = !receive->moved;
+        tprpc_status status = TPRPC_OK;
+        if (!tpr_cuda_wire_read_part(bytes, receive->total, TPR_CUDA_WORD_SLOTS, &part) ||
+            !end->words->theirs.memory.base)
+            status = tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "cuda_ipc: the peer sent a broken part");
+        if (status == TPRPC_OK) status = tpr_cuda_ipc_take(receive, &part, &can, error);
+        if (status != TPRPC_OK) return TPR_CUDA_BATCH_FAILED;
+        if (!can && first) {
+            receive->buffer = receive->at = 0;
+            return TPR_CUDA_BATCH_UNREADABLE;
+        }
+        if (!can) tprpc_error_set(error, TPRPC_ERROR_DEVICE, 0, "cuda_ipc: the peer's memory could not be opened");
+        if (!can) return TPR_CUDA_BATCH_FAILED;
+        const bool say = (part.flags & TPR_CUDA_WIRE_PART_LAST) || i + 1 == count;
+        if (receive->moved == receive->total || !say) continue;
+        told = part.at;
+        tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, told, 0, 0, NULL);
+        if (receive->over) return TPR_CUDA_BATCH_GOING_ON;
+    }
+    return receive->moved == receive->total ? TPR_CUDA_BATCH_FETCHED : TPR_CUDA_BATCH_GOING_ON;
+}
+
+static tpr_cuda_batch_outcome tpr_cuda_ipc_fetch(tpr_cuda_batch *receive, const uint8_t *descriptor, size_t size,
+                                                 tprpc_error *error) {
+    if (!size || size % TPR_CUDA_WIRE_PART || size / TPR_CUDA_WIRE_PART > TPR_CUDA_WIRE_PARTS) {
+        tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "cuda_ipc: the peer sent a broken descriptor");
+        return TPR_CUDA_BATCH_FAILED;
+    }
+    receive->lent++;                   // to tell may end the pipe, which aborts all
+    const tpr_cuda_batch_outcome outcome =
+        tpr_cuda_ipc_take_all(receive, descriptor, size / TPR_CUDA_WIRE_PART, error);
+    receive->lent--;
+    return outcome;
+}
+
+// ---- from the twin
+
+static tprpc_status tpr_cuda_ipc_on_export(tpr_cuda_ipc_end *end, const tpr_cuda_wire_message *message,
+                                           const uint8_t *more) {
+    tpr_cuda_stream_queue *queue = end->batch.net->queue;
+    if (tpr_cuda_ipc_import_of(end, message->id) || !message->size) return TPRPC_ERROR_PROTOCOL;
+    tpr_cuda_ipc_import *import =
+        (tpr_cuda_ipc_import *)tpr_cuda_base_alloc(queue->ctx, tpr_cuda_ipc_import_size(queue));
+    if (!import) return TPRPC_ERROR_MEMORY;
+    import->id = message->id;
+    import->size = message->size;
+    memcpy(&import->handle, more + 16, 64);
+    import->next = end->imports;
+    end->imports = import;
+    return TPRPC_OK;
+}
+
+// Closes what the peer wants to have closed, when nothing reads it any more.
+static void tpr_cuda_ipc_close_imports(tpr_cuda_ipc_end *end) {
+    for (tpr_cuda_ipc_import **at = &end->imports; *at;) {
+        tpr_cuda_ipc_import *import = *at;
+        if (!import->closing || tpr_cuda_word_outstanding(&end->words->theirs, false)) {
+            at = &import->next;
+            continue;
+        }
+        const uint64_t id = import->id;
+        *at = import->next;
+        tpr_cuda_ipc_import_free(end->batch.net->queue, import);
+        tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_CLOSED, id, 0, 0, 0, NULL);
+        at = &end->imports;
+    }
+}
+
+static void tpr_cuda_ipc_on_closed(tpr_cuda_ipc_end *end, uint64_t id) {
+    tpr_cuda_device_set *set = end->batch.net->queue->set;
+    for (tpr_cuda_ipc_told **at = &end->told; *at; at = &(*at)->next) {
+        tpr_cuda_ipc_told *told = *at;
+        if (told->of->id != id || !told->asked) continue;
+        *at = told->next;
+        tpr_cuda_os_lock_take(&set->lock);
+        told->of->users--;
+        tpr_cuda_os_lock_give(&set->lock);
+        tpr_cuda_base_free(set->ctx, told, sizeof *told);
+        return;
+    }
+}
+
+static tprpc_status tpr_cuda_ipc_on_parts(tpr_cuda_ipc_end *end, const tpr_cuda_wire_message *message,
+                                          const uint8_t *more) {
+    tpr_cuda_batch *receive = tpr_cuda_batch_find(&end->batch.receives, message->id);
+    tprpc_error error = TPR_CUDA_ZERO;
+    if (!receive || receive->over || receive->asked) return TPRPC_OK;
+    receive->lent++;
+    const tpr_cuda_batch_outcome outcome = tpr_cuda_ipc_take_all(receive, more, (size_t)message->size, &error);
+    if (outcome == TPR_CUDA_BATCH_FETCHED) tpr_cuda_batch_receive_over(receive, TPR_CUDA_WIRE_DONE);
+    else if (outcome != TPR_CUDA_BATCH_GOING_ON)
+        tpr_cuda_batch_receive_failed(receive, error.status != TPRPC_OK ? error.status : TPRPC_ERROR_PEER, &error);
+    receive->lent--;
+    tpr_cuda_batch_settle(receive);
+    return TPRPC_OK;
+}
+
+static tprpc_status tpr_cuda_ipc_control(tpr_cuda_batch_end *batch_end, const tpr_cuda_wire_message *message,
+                                         const uint8_t *more, const intptr_t *handles) {
+    tpr_cuda_ipc_end *end = (tpr_cuda_ipc_end *)(void *)batch_end;
+    tpr_cuda_ipc_import *import;
+    tpr_cuda_batch *send;
+    switch (message->kind) {
+    case TPR_CUDA_WIRE_WORDS:          // that cannot be mapped here: its parts are broken then
+        if (end->words->theirs.memory.base || message->size != TPR_CUDA_WORD_SIZE) return TPRPC_ERROR_PROTOCOL;
+        tpr_cuda_arena_map(&end->words->theirs.memory, handles[0], TPR_CUDA_WORD_SIZE);
+        return TPRPC_OK;
+    case TPR_CUDA_WIRE_EXPORT: return tpr_cuda_ipc_on_export(end, message, more);
+    case TPR_CUDA_WIRE_UNEXPORT:
+        if ((import = tpr_cuda_ipc_import_of(end, message->id)) == NULL) return TPRPC_ERROR_PROTOCOL;
+        import->closing = true;
+        tpr_cuda_ipc_close_imports(end);
+        return TPRPC_OK;
+    case TPR_CUDA_WIRE_CLOSED:
+        tpr_cuda_ipc_on_closed(end, message->id);
+        return TPRPC_OK;
+    case TPR_CUDA_WIRE_PARTS_OF: return tpr_cuda_ipc_on_parts(end, message, more);
+    case TPR_CUDA_WIRE_TOOK:
+        if ((send = tpr_cuda_batch_find(&batch_end->sends, message->id)) != NULL)
+            tpr_cuda_ipc_took(send, message->offset);
+        return TPRPC_OK;
+    default: return TPRPC_ERROR_PROTOCOL;
+    }
+}
+
+// ---- instances and ends
+
+static const tpr_cuda_batch_method tpr_cuda_ipc_method = {
+    "cuda_ipc", true, tpr_cuda_ipc_fetch, NULL, NULL, tpr_cuda_ipc_offer, tpr_cuda_ipc_fetched, tpr_cuda_ipc_forget,
+    tpr_cuda_ipc_control,
+};
+
+// Asks peers to close what is being unregistered.
+static void tpr_cuda_ipc_sweep(tpr_cuda_stream_queue *queue) {
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)queue->sweeper;
+    for (tpr_cuda_base_list *node = net->ends.next, *next; node != &net->ends; node = next) {
+        tpr_cuda_ipc_end *end = TPR_CUDA_OF(node, tpr_cuda_ipc_end, node);
+        next = node->next;
+        for (tpr_cuda_ipc_told *told = end->told; told; told = told->next) {
+            if (!told->of->closing || told->asked) continue;
+            told->asked = true;
+            tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_UNEXPORT, told->of->id, 0, 0, 0, NULL);
+        }
+    }
+}
+
+// Each time that links are tended: imports that wait to be closed.
+static void tpr_cuda_ipc_tended(void *user) {
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)user;
+    for (tpr_cuda_base_list *node = net->ends.next, *next; node != &net->ends; node = next) {
+        next = node->next;
+        tpr_cuda_ipc_close_imports(TPR_CUDA_OF(node, tpr_cuda_ipc_end, node));
+    }
+}
+
+static tprpc_status tpr_cuda_ipc_open(const tprpc_host *host, void *user, void **instance, tprpc_error *error) {
+    (void)user;
+    const tprpc_status status = tpr_cuda_batch_open(host, &tpr_cuda_ipc_method, sizeof(tpr_cuda_ipc_net), instance,
+                                                    error);
+    if (status != TPRPC_OK) return status;
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)*instance;
+    tpr_cuda_word_tender_init(&net->tender, net->batch.queue);
+    net->tender.look = tpr_cuda_ipc_tended;
+    net->tender.lent = tpr_cuda_ipc_link_lent;
+    net->tender.user = net;
+    tpr_cuda_base_list_init(&net->ends);
+    tpr_cuda_base_list_init(&net->slow);
+    tpr_cuda_stream_sweeper(net->batch.queue, tpr_cuda_ipc_sweep, net);
+    return TPRPC_OK;
+}
+
+static void tpr_cuda_ipc_close(void *instance) {
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)instance;
+    tpr_cuda_stream_queue *queue = net->batch.queue;
+    tpr_cuda_stream_sweeper(queue, NULL, NULL);
+    if (!tpr_cuda_word_tender_close(&net->tender)) {   // what still runs will touch it
+        tprpc_log_text(queue->ctx, TPRPC_LOG_ERROR, "cuda_ipc",
+                       "a stream waits for a peer: what it uses is left behind");
+        return;
+    }
+    tpr_cuda_outbox_close(queue);
+    tpr_cuda_batch_close(instance);
+}
+
+static bool tpr_cuda_ipc_progress(void *instance) {
+    const bool slow = tpr_cuda_ipc_look_slow((tpr_cuda_ipc_net *)instance);
+    return tpr_cuda_batch_progress(instance) || slow;
+}
+
+static bool tpr_cuda_ipc_arm(void *instance, int64_t *deadline_us) {
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)instance;
+    if (!tpr_cuda_base_list_empty(&net->slow)) {
+        const int64_t due = tprpc_now_us(net->batch.queue->ctx) + 1000;
+        if (due < *deadline_us) *deadline_us = due;
+    }
+    return tpr_cuda_batch_arm(instance, deadline_us);
+}
+
+static size_t tpr_cuda_ipc_domain(void *instance, uint8_t *out, size_t capacity) {
+    char boot[40];
+    (void)instance;
+    tpr_cuda_os_boot_id(boot);
+    return (size_t)snprintf((char *)out, capacity, "%.36s", boot);
+}
+
+static bool tpr_cuda_ipc_reaches(void *instance, const uint8_t *domain, size_t size) {
+    uint8_t own[64];
+    const size_t own_size = tpr_cuda_ipc_domain(instance, own, sizeof own);
+    return own_size && own_size == size && memcmp(own, domain, size) == 0;
+}
+
+static bool tpr_cuda_ipc_moves(void *instance, tprpc_device from, tprpc_device to) {
+    (void)instance;
+    return from.kind == TPRPC_CUDA && to.kind == TPRPC_CUDA;
+}
+
+static tprpc_status tpr_cuda_ipc_attach(void *instance, tprpc_link *link, void **end, tprpc_error *error) {
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)instance;
+    const int32_t process = tprpc_link_process(link);
+    if (process <= 0 || !tprpc_link_handles(link))
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                               "the transport passes no handles, or cannot say whose process it is");
+    if (process == tpr_cuda_os_pid())
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "the peer is in this process");
+    tpr_cuda_ipc_end *self = (tpr_cuda_ipc_end *)tpr_cuda_batch_attach(instance, link, sizeof *self, error);
+    if (!self) return TPRPC_ERROR_MEMORY;
+    const tprpc_status status = tpr_cuda_word_link_new(&net->tender, process, &self->words, error);
+    if (status != TPRPC_OK) {
+        tpr_cuda_batch_detach(&self->batch, sizeof *self);
+        return status;
+    }
+    self->words->freed = tpr_cuda_ipc_link_freed;
+    tpr_cuda_base_list_add(&net->ends, &self->node);
+    *end = self;
+    return TPRPC_OK;
+}
+
+static void tpr_cuda_ipc_detach(void *end) {
+    tpr_cuda_ipc_end *self = (tpr_cuda_ipc_end *)end;
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)(void *)self->batch.net;
+    tpr_cuda_device_set *set = self->batch.net->queue->set;
+    tpr_cuda_base_list_remove(&self->node);
+    while (self->told) {
+        tpr_cuda_ipc_told *told = self->told;
+        self->told = told->next;
+        tpr_cuda_os_lock_take(&set->lock);
+        told->of->users--;
+        tpr_cuda_os_lock_give(&set->lock);
+        tpr_cuda_base_free(set->ctx, told, sizeof *told);
+    }
+    self->words->user = self->imports;
+    tpr_cuda_word_link_leave(&net->tender, self->words);
+    tpr_cuda_batch_detach(&self->batch, sizeof *self);
+}
+
+static const tprpc_channel_table tpr_cuda_ipc_table = {
+    (uint32_t)sizeof(tprpc_channel_table), 0, 0, 1, 0, TPR_CUDA_WIRE_PARTS * TPR_CUDA_WIRE_PART,
+    tpr_cuda_ipc_open, tpr_cuda_ipc_close, tpr_cuda_ipc_domain, tpr_cuda_ipc_reaches,
+    tpr_cuda_ipc_progress, tpr_cuda_ipc_arm, NULL, tpr_cuda_ipc_moves,
+    tpr_cuda_ipc_attach, tpr_cuda_ipc_detach, NULL, NULL, NULL, tpr_cuda_batch_send, tpr_cuda_batch_recv,
+    tpr_cuda_batch_abort, tpr_cuda_batch_control, tpr_cuda_batch_bulk, tpr_cuda_batch_bulk_done, NULL, NULL, NULL, NULL,
+    1,
+};
+
+static const tprpc_backend tpr_cuda_ipc_backend = {
+    (uint32_t)sizeof(tprpc_backend), TPRPC_VERSION, "cuda_ipc",
+    "GPU memory of another process of this host, opened and copied in stream order.",
+    300, NULL, &tpr_cuda_ipc_table, NULL, NULL,
 };
 
 // >>convert -----------------------------------------------------------------------------------------------------------
@@ -2872,12 +4325,13 @@ static const tprpc_backend tpr_cuda_convert_backend = {
 // >>backends ----------------------------------------------------------------------------------------------------------
 // The table, one line a backend.
 //
-// Uses: basic, xth, convert.
+// Uses: basic, xth, ipc, convert.
 // Invariant: no backend's name appears anywhere below.
 
 TPRPC_API const struct tprpc_backend *const *tprpc_cuda_backends(size_t *count) {
     static const tprpc_backend *const all[] = {
         &tpr_cuda_xth_backend,
+        &tpr_cuda_ipc_backend,
         &tpr_cuda_basic_backend,
         &tpr_cuda_convert_backend,
     };
@@ -2890,6 +4344,7 @@ TPRPC_API const struct tprpc_backend *const *tprpc_cuda_backends(size_t *count) 
 #undef TPR_CUDA_COUNT
 #undef TPR_CUDA_DRIVER_CALL
 #undef TPR_CUDA_DRIVER_ENTRIES
+#undef TPR_CUDA_IPC_NEVER
 #undef TPR_CUDA_OF
 #undef TPR_CUDA_OS_HOOKED
 #undef TPR_CUDA_OS_UNLOCKED

@@ -36,6 +36,9 @@ ASSERT(SAME(STREAM_NON_BLOCKING))
 ASSERT(SAME(EVENT_DISABLE_TIMING))
 ASSERT(SAME(STREAM_CAPTURE_STATUS_NONE))
 ASSERT(SAME(STREAM_CAPTURE_MODE_RELAXED))
+ASSERT(SAME(STREAM_WAIT_VALUE_GEQ))
+ASSERT(SAME(STREAM_WRITE_VALUE_DEFAULT))
+ASSERT(SAME(IPC_MEM_LAZY_ENABLE_PEER_ACCESS))
 ASSERT(SAME(MEMHOSTREGISTER_PORTABLE))
 ASSERT(SAME(MEMHOSTREGISTER_DEVICEMAP))
 ASSERT(SAME(MEMORYTYPE_HOST))
@@ -70,6 +73,7 @@ ASSERT(SIZED(tpr_cuda_driver_capture_status, CUstreamCaptureStatus))
 ASSERT(SIZED(tpr_cuda_driver_capture_mode, CUstreamCaptureMode))
 ASSERT(SIZED(tpr_cuda_driver_proc_status, CUdriverProcAddressQueryResult))
 ASSERT(SIZED(tpr_cuda_driver_uuid, CUuuid))
+ASSERT(SIZED(tpr_cuda_driver_ipc, CUipcMemHandle))
 ASSERT(SIZED(tpr_cuda_driver_location, CUmemLocation))
 ASSERT(SIZED(tpr_cuda_driver_access, CUmemAccessDesc))
 ASSERT(SIZED(tpr_cuda_driver_pool_props, CUmemPoolProps))
@@ -94,6 +98,7 @@ ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, reserved))
 #define tpr_cuda_driver_capture_status CUstreamCaptureStatus
 #define tpr_cuda_driver_capture_mode CUstreamCaptureMode
 #define tpr_cuda_driver_uuid CUuuid
+#define tpr_cuda_driver_ipc CUipcMemHandle
 #define tpr_cuda_driver_access CUmemAccessDesc
 #define tpr_cuda_driver_pool_props CUmemPoolProps
 #define tpr_cuda_driver_host_fn CUhostFn
@@ -111,5 +116,5 @@ TEST(the_driver_is_declared_as_in_cuda_h) { SKIP("no cuda.h"); }
 TEST(both_in_one_file) {
     size_t count = 0;
     CHECK(tprpc_cuda_backends(&count) != NULL);
-    CHECK_EQ_INT(count, 3);
+    CHECK_EQ_INT(count, 4);
 }
