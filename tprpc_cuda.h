@@ -2060,7 +2060,7 @@ TPRPC_API tprpc_status tprpc_cuda_unregister(tprpc_context *ctx, void *base, tpr
     for (at = &set->exports; *at && (*at)->from != (uintptr_t)base; at = &(*at)->next) {}
     if ((self = *at) != NULL) status = self->users ? TPRPC_PENDING : TPRPC_OK;
     if (status == TPRPC_OK) *at = self->next;
-    for (tpr_cuda_base_list *node = set->queues.next; node != &set->queues && status == TPRPC_PENDING && !self->closing;
+    for (tpr_cuda_base_list *node = set->queues.next; node != &set->queues && status == TPRPC_PENDING;
          node = node->next) {
         tpr_cuda_stream_queue *queue = TPR_CUDA_OF(node, tpr_cuda_stream_queue, node);
         if (!queue->sweep.run || queue->sweeping) continue;
@@ -2297,6 +2297,7 @@ struct tpr_cuda_batch {
     void               *held;          // the method's
     uint32_t            way;           // likewise
     tpr_cuda_driver_stream stream;     // likewise
+    bool                stream_set;    // likewise
     struct tpr_cuda_outbox_chunk *boxes[TPR_CUDA_BATCH_BOXES];
     tpr_cuda_batch_piece pieces[TPR_CUDA_BATCH_PIECES];
 };
@@ -2868,15 +2869,19 @@ static tprpc_status tpr_cuda_batch_recv(void *end, tprpc_transfer *transfer, con
     }
     tpr_cuda_batch_list(receive);
     if (receive->refused) return TPRPC_OK;
+    receive->lent++;                   // to tell may end the pipe, which aborts all
     tpr_cuda_batch_outcome outcome = TPR_CUDA_BATCH_UNREADABLE;
     if (!receive->total) outcome = TPR_CUDA_BATCH_FETCHED;
-    else if (self->net->method->fetch) outcome = self->net->method->fetch(receive, descriptor, descriptor_size, &why);
+    else if (self->net->method->fetch)
+        outcome = self->net->method->fetch(receive, descriptor, descriptor_size, &why);
     receive->asked = outcome == TPR_CUDA_BATCH_UNREADABLE;
     if (receive->asked) tpr_cuda_batch_ask(receive);
     else if (outcome == TPR_CUDA_BATCH_GONE) tpr_cuda_batch_receive_failed(receive, TPRPC_ERROR_PEER, NULL);
     else if (outcome == TPR_CUDA_BATCH_FAILED) tpr_cuda_batch_receive_failed(receive, why.status, &why);
-    else if (outcome == TPR_CUDA_BATCH_FETCHED && !receive->lent)
+    else if (outcome == TPR_CUDA_BATCH_FETCHED && receive->lent == 1)
         tpr_cuda_batch_receive_over(receive, TPR_CUDA_WIRE_DONE);
+    receive->lent--;
+    tpr_cuda_batch_settle(receive);
     return TPRPC_OK;
 }
 
@@ -3278,7 +3283,7 @@ static tpr_cuda_batch_outcome tpr_cuda_xth_fetch(tpr_cuda_batch *receive, const 
         tpr_cuda_xth_order(receive, send, host);
         if (status != TPRPC_OK) outcome = TPR_CUDA_BATCH_FAILED;
     }
-    if (receive->lent) {               // the sender's memory is in use until it is let go
+    if (receive->lent > 1) {           // the sender's memory is in use until it is let go
         receive->held = send;
         send->readers++;
         tpr_cuda_os_lock_give(&peer->batch.lock);
@@ -3400,12 +3405,13 @@ typedef struct tpr_cuda_ipc_net {      // an instance
     tpr_cuda_word_tender tender;
     tpr_cuda_base_list   ends;
     tpr_cuda_base_list   slow;         // sends that wait for words which no stream of theirs can wait for
+    tpr_cuda_base_list   starved;      // sends that wait for a chunk of an outbox, in turn
 } tpr_cuda_ipc_net;
 
 typedef struct tpr_cuda_ipc_told {     // an export that the peer knows
     struct tpr_cuda_ipc_told *next;
     tpr_cuda_device_export *of;
-    bool asked;                        // to close it
+    int64_t asked_us;                  // to close it; 0: not
 } tpr_cuda_ipc_told;
 
 typedef struct tpr_cuda_ipc_import {   // one of the peer's
@@ -3630,15 +3636,13 @@ static void tpr_cuda_ipc_chunk_part(const tpr_cuda_outbox *box, const tpr_cuda_o
     tpr_cuda_ipc_add_part(parts, &part);
 }
 
-// The stream that packs: the sender's own where there is one and a chunk does, else one of ours, behind all of his.
-static tprpc_status tpr_cuda_ipc_pack_stream(tpr_cuda_batch *send, tprpc_error *error) {
+// The stream that packs: the sender's own where there is one and a chunk does, at once; else one of ours, behind all of
+// his.
+static tprpc_status tpr_cuda_ipc_pack_stream(tpr_cuda_batch *send, bool his, tprpc_error *error) {
     tpr_cuda_stream_queue *queue = send->end->net->queue;
-    tprpc_status status = TPRPC_OK;
-    if (send->order_count == 1 && send->total <= TPR_CUDA_OUTBOX_CHUNK) {
-        send->stream = send->orders[0].stream;
-        return TPRPC_OK;
-    }
-    status = tpr_cuda_stream_own(queue, send->orders[0].device, &send->stream, error);
+    if (his) send->stream = send->orders[0].stream;
+    if (his) return TPRPC_OK;
+    tprpc_status status = tpr_cuda_stream_own(queue, send->orders[0].device, &send->stream, error);
     for (uint32_t i = 0; i < send->order_count && status == TPRPC_OK; i++) {
         tpr_cuda_batch_order *order = &send->orders[i];
         if (!order->busy) continue;
@@ -3665,7 +3669,25 @@ static tprpc_status tpr_cuda_ipc_packed(tpr_cuda_batch *send, tprpc_error *error
     return status;
 }
 
-// Packs as much as there are chunks for. The device is entered.
+// Packs as much as there are chunks for; none: the parts stay empty. The device is entered.
+static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, tpr_cuda_ipc_parts *parts, tprpc_error *error) {
+    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
+    tpr_cuda_outbox *box = (tpr_cuda_outbox *)end->batch.net->queue->lanes[send->orders[0].device->index].outbox;
+    tprpc_status status = TPRPC_OK;
+    for (int i = 0; i < TPR_CUDA_BATCH_BOXES && send->moved < send->total && status == TPRPC_OK; i++) {
+        send->boxes[i] = tpr_cuda_outbox_take(box, end->words, send->total - send->moved);
+        if (!send->boxes[i]) break;
+        if (!send->stream_set)
+            status = tpr_cuda_ipc_pack_stream(send, send->order_count == 1 && send->total <= send->boxes[i]->size, error);
+        send->stream_set = true;
+        if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, box, send->boxes[i], error);
+        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(box, send->boxes[i], parts);
+    }
+    if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
+    return status;
+}
+
+// Begins to pack. Where there is no chunk it goes on when the receiver says that he is ready. The device is entered.
 static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, tpr_cuda_ipc_parts *parts, tprpc_error *error) {
     tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
     tpr_cuda_stream_queue *queue = send->end->net->queue;
@@ -3673,17 +3695,31 @@ static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, tpr_cuda_ipc_p
     tprpc_status status = tpr_cuda_word_pin(queue->set, &end->words->mine, send->orders[0].device, error);
     if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, &box, error);
     if (status == TPRPC_OK) status = tpr_cuda_ipc_tell(end, box->export_, error);
-    if (status == TPRPC_OK) status = tpr_cuda_ipc_pack_stream(send, error);
-    for (int i = 0; i < TPR_CUDA_BATCH_BOXES && send->moved < send->total && status == TPRPC_OK; i++) {
-        send->boxes[i] = tpr_cuda_outbox_take(box, end->words, send->total - send->moved);
-        if (!send->boxes[i]) break;
-        status = tpr_cuda_ipc_pack(send, box, send->boxes[i], error);
-        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(box, send->boxes[i], parts);
-    }
-    if (status == TPRPC_OK && !parts->count)
-        status = tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "cuda_ipc: the outbox is full");
-    if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
+    if (status == TPRPC_OK) status = tpr_cuda_ipc_pack_some(send, parts, error);
+    if (status == TPRPC_OK && !parts->count) status = tpr_cuda_ipc_pack_stream(send, false, error);
+    send->stream_set = true;
     return status;
+}
+
+// The receiver is ready, and a chunk may be free. False: none is.
+static bool tpr_cuda_ipc_start(tpr_cuda_batch *send) {
+    tpr_cuda_stream_queue *queue = send->end->net->queue;
+    tpr_cuda_device_guard guard;
+    tpr_cuda_ipc_parts parts;
+    tprpc_error error = TPR_CUDA_ZERO;
+    parts.count = 0;
+    tprpc_status status = tpr_cuda_device_enter(queue->set, send->orders[0].device, &guard, &error);
+    if (status == TPRPC_OK) {
+        status = tpr_cuda_ipc_pack_some(send, &parts, &error);
+        tpr_cuda_device_leave(queue->set, &guard);
+    }
+    if (status == TPRPC_OK && !parts.count) return false;
+    send->lent++;
+    if (status == TPRPC_OK) tpr_cuda_ipc_say_parts(send, &parts);
+    else tpr_cuda_batch_send_failed(send, status, &error);
+    send->lent--;
+    tpr_cuda_batch_settle(send);
+    return true;
 }
 
 // What was offered is not fetched, or fetched no more: its slots are not used again, for a word may still be written.
@@ -3790,6 +3826,8 @@ static void tpr_cuda_ipc_took(tpr_cuda_batch *send, uint64_t offset) {
             tpr_cuda_ipc_say_parts(send, &parts);
         }
     }
+    if (send->way == TPR_CUDA_IPC_OUTBOX && !send->boxes[0] && tpr_cuda_base_list_empty(&send->hunger))
+        tpr_cuda_base_list_add(&tpr_cuda_ipc_net_of(send)->starved, &send->hunger);
     for (int i = 0; send->way == TPR_CUDA_IPC_OUTBOX && i < TPR_CUDA_BATCH_BOXES; i++) {
         if (!send->boxes[i] || send->boxes[i]->offset != offset) continue;
         status = tpr_cuda_ipc_refill(send, send->boxes[i], &error);
@@ -3942,9 +3980,8 @@ static tprpc_status tpr_cuda_ipc_take(tpr_cuda_batch *receive, const tpr_cuda_wi
 // Takes parts, and tells the sender how far it is.
 static tpr_cuda_batch_outcome tpr_cuda_ipc_take_all(tpr_cuda_batch *receive, const uint8_t *bytes, size_t count,
                                                     tprpc_error *error) {
-    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(receive);
+    const tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(receive);
     bool can = true;
-    uint64_t told = TPR_CUDA_WIRE_NOWHERE;
     for (size_t i = 0; i < count; i++, bytes += TPR_CUDA_WIRE_PART) {
         tpr_cuda_wire_part part;
         const bool first = !receive->moved;
@@ -3962,8 +3999,7 @@ static tpr_cuda_batch_outcome tpr_cuda_ipc_take_all(tpr_cuda_batch *receive, con
         if (!can) return TPR_CUDA_BATCH_FAILED;
         const bool say = (part.flags & TPR_CUDA_WIRE_PART_LAST) || i + 1 == count;
         if (receive->moved == receive->total || !say) continue;
-        told = part.at;
-        tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, told, 0, 0, NULL);
+        tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, part.at, 0, 0, NULL);
         if (receive->over) return TPR_CUDA_BATCH_GOING_ON;
     }
     return receive->moved == receive->total ? TPR_CUDA_BATCH_FETCHED : TPR_CUDA_BATCH_GOING_ON;
@@ -3971,15 +4007,15 @@ static tpr_cuda_batch_outcome tpr_cuda_ipc_take_all(tpr_cuda_batch *receive, con
 
 static tpr_cuda_batch_outcome tpr_cuda_ipc_fetch(tpr_cuda_batch *receive, const uint8_t *descriptor, size_t size,
                                                  tprpc_error *error) {
-    if (!size || size % TPR_CUDA_WIRE_PART || size / TPR_CUDA_WIRE_PART > TPR_CUDA_WIRE_PARTS) {
+    if (!size) {                       // its outbox is full
+        tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, TPR_CUDA_WIRE_NOWHERE, 0, 0, NULL);
+        return TPR_CUDA_BATCH_GOING_ON;
+    }
+    if (size % TPR_CUDA_WIRE_PART || size / TPR_CUDA_WIRE_PART > TPR_CUDA_WIRE_PARTS) {
         tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "cuda_ipc: the peer sent a broken descriptor");
         return TPR_CUDA_BATCH_FAILED;
     }
-    receive->lent++;                   // to tell may end the pipe, which aborts all
-    const tpr_cuda_batch_outcome outcome =
-        tpr_cuda_ipc_take_all(receive, descriptor, size / TPR_CUDA_WIRE_PART, error);
-    receive->lent--;
-    return outcome;
+    return tpr_cuda_ipc_take_all(receive, descriptor, size / TPR_CUDA_WIRE_PART, error);
 }
 
 // ---- from the twin
@@ -4019,7 +4055,7 @@ static void tpr_cuda_ipc_on_closed(tpr_cuda_ipc_end *end, uint64_t id) {
     tpr_cuda_device_set *set = end->batch.net->queue->set;
     for (tpr_cuda_ipc_told **at = &end->told; *at; at = &(*at)->next) {
         tpr_cuda_ipc_told *told = *at;
-        if (told->of->id != id || !told->asked) continue;
+        if (told->of->id != id || !told->asked_us) continue;
         *at = told->next;
         tpr_cuda_os_lock_take(&set->lock);
         told->of->users--;
@@ -4056,8 +4092,7 @@ static tprpc_status tpr_cuda_ipc_control(tpr_cuda_batch_end *batch_end, const tp
         return TPRPC_OK;
     case TPR_CUDA_WIRE_EXPORT: return tpr_cuda_ipc_on_export(end, message, more);
     case TPR_CUDA_WIRE_UNEXPORT:
-        if ((import = tpr_cuda_ipc_import_of(end, message->id)) == NULL) return TPRPC_ERROR_PROTOCOL;
-        import->closing = true;
+        if ((import = tpr_cuda_ipc_import_of(end, message->id)) != NULL) import->closing = true;
         tpr_cuda_ipc_close_imports(end);
         return TPRPC_OK;
     case TPR_CUDA_WIRE_CLOSED:
@@ -4079,16 +4114,20 @@ static const tpr_cuda_batch_method tpr_cuda_ipc_method = {
     tpr_cuda_ipc_control,
 };
 
-// Asks peers to close what is being unregistered.
+// Asks peers to close what is being unregistered; again after a while, for a pipe that has ended says so only then.
 static void tpr_cuda_ipc_sweep(tpr_cuda_stream_queue *queue) {
     tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)queue->sweeper;
+    const int64_t now_us = tprpc_now_us(queue->ctx);
     for (tpr_cuda_base_list *node = net->ends.next, *next; node != &net->ends; node = next) {
         tpr_cuda_ipc_end *end = TPR_CUDA_OF(node, tpr_cuda_ipc_end, node);
         next = node->next;
-        for (tpr_cuda_ipc_told *told = end->told; told; told = told->next) {
-            if (!told->of->closing || told->asked) continue;
-            told->asked = true;
-            tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_UNEXPORT, told->of->id, 0, 0, 0, NULL);
+        for (tpr_cuda_ipc_told *told = end->told, *after; told; told = after) {
+            const uint64_t id = told->of->id;
+            after = told->next;
+            if (!told->of->closing || (told->asked_us && now_us - told->asked_us < TPR_CUDA_WORD_TEND_US)) continue;
+            told->asked_us = now_us;
+            if (tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_UNEXPORT, id, 0, 0, 0, NULL) != TPRPC_OK)
+                tpr_cuda_ipc_on_closed(end, id);
         }
     }
 }
@@ -4114,6 +4153,7 @@ static tprpc_status tpr_cuda_ipc_open(const tprpc_host *host, void *user, void *
     net->tender.user = net;
     tpr_cuda_base_list_init(&net->ends);
     tpr_cuda_base_list_init(&net->slow);
+    tpr_cuda_base_list_init(&net->starved);
     tpr_cuda_stream_sweeper(net->batch.queue, tpr_cuda_ipc_sweep, net);
     return TPRPC_OK;
 }
@@ -4132,13 +4172,26 @@ static void tpr_cuda_ipc_close(void *instance) {
 }
 
 static bool tpr_cuda_ipc_progress(void *instance) {
-    const bool slow = tpr_cuda_ipc_look_slow((tpr_cuda_ipc_net *)instance);
-    return tpr_cuda_batch_progress(instance) || slow;
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)instance;
+    bool did = tpr_cuda_ipc_look_slow(net);
+    while (!tpr_cuda_base_list_empty(&net->starved)) {
+        tpr_cuda_batch *send = TPR_CUDA_OF(net->starved.next, tpr_cuda_batch, hunger);
+        tpr_cuda_base_list_remove(&send->hunger);
+        if (!tpr_cuda_ipc_start(send)) {
+            net->starved.next->prev = &send->hunger;   // first again
+            send->hunger.next = net->starved.next;
+            send->hunger.prev = &net->starved;
+            net->starved.next = &send->hunger;
+            break;
+        }
+        did = true;
+    }
+    return tpr_cuda_batch_progress(instance) || did;
 }
 
 static bool tpr_cuda_ipc_arm(void *instance, int64_t *deadline_us) {
     tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)instance;
-    if (!tpr_cuda_base_list_empty(&net->slow)) {
+    if (!tpr_cuda_base_list_empty(&net->slow) || !tpr_cuda_base_list_empty(&net->starved)) {
         const int64_t due = tprpc_now_us(net->batch.queue->ctx) + 1000;
         if (due < *deadline_us) *deadline_us = due;
     }
