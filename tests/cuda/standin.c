@@ -16,9 +16,8 @@
 #endif
 #include "standin.h"
 
-#include <errno.h>
+#include <execinfo.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -187,7 +186,7 @@ struct CUctx_st {
     int default_stream;
 };
 
-struct CUmod_st { uint64_t magic; CUcontext ctx; char *image; struct CUfunc_st *functions; };
+struct CUmod_st { uint64_t magic; struct CUmod_st *next; CUcontext ctx; char *image; struct CUfunc_st *functions; };
 struct CUfunc_st { uint64_t magic; struct CUfunc_st *next; CUmodule module; const struct kernel *kernel; };
 
 /* A kernel is prepared with the mutex held, where it names what it will touch, and runs without. */
@@ -230,6 +229,7 @@ static struct {
     CUcontext primaries[DEVICES];
     CUmemoryPool default_pools[DEVICES];
     CUevent events;
+    CUmodule modules;
     capture *captures;
     stream streams[STREAMS];
     int high;                       /* one more than the largest stream that was ever used */
@@ -243,7 +243,11 @@ static __thread int current_count;
 static __thread int thread_mode;            /* CUstreamCaptureMode */
 static __thread bool in_host_function;
 
-/* The C library's own names for it want a function that never returns. */
+static void print_stack(void) {
+    void *stack[30];
+    backtrace_symbols_fd(stack, backtrace(stack, 30), 2);
+}
+
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
     char text[1000];
@@ -252,6 +256,7 @@ static void die(const char *format, ...) {
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     fprintf(stderr, "stand-in driver: %s\n", text);
+    print_stack();
     abort();
 }
 
@@ -490,22 +495,25 @@ static void backing_release(backing *b) {
 
 /* ---- addresses ------------------------------------------------------------------------------------------- */
 
+/* Says whose fault it is and where; the instruction then runs again, and faults as it would have. */
 static void on_segv(int number, siginfo_t *info, void *context) {
+    static const char text[] = "stand-in driver: the host touched device memory\n";
     const uint8_t *at = info->si_addr;
-    (void)number;
     (void)context;
-    if (at >= g.arena && at < g.arena + arena_size) {
-        static const char text[] = "stand-in driver: the host touched device memory\n";
-        if (write(2, text, sizeof text - 1) < 0) return;
+    if (at < g.arena || at >= g.arena + arena_size) {
+        sigaction(number, &g.old_segv, NULL);
+        return;
     }
-    sigaction(SIGSEGV, &g.old_segv, NULL);      /* the instruction runs again, and faults as it would have */
+    if (write(2, text, sizeof text - 1) > 0) print_stack();
+    signal(number, SIG_DFL);
 }
 
 static void arena_open(void) {
     struct sigaction action;
-    void *at = mmap(NULL, arena_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *stack[1], *at = mmap(NULL, arena_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) die("no addresses");
     g.arena = at;
+    backtrace(stack, 1);                        /* the first one allocates, which a signal handler must not */
     memset(&action, 0, sizeof action);
     action.sa_sigaction = on_segv;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -1159,6 +1167,21 @@ static CUresult context_open(CUcontext *slot, CUdevice device, unsigned int flag
     return CUDA_SUCCESS;
 }
 
+static void module_drop(CUmodule m) {
+    CUmodule *link = &g.modules;
+    while (*link != m) link = &(*link)->next;
+    *link = m->next;
+    while (m->functions) {
+        CUfunction f = m->functions;
+        m->functions = f->next;
+        free(f);
+    }
+    m->magic = 0;
+    free(m->image);
+    free(m);
+    g.counts[N_MODULES]--;
+}
+
 /* All that it had goes with it. */
 static void context_close(CUcontext ctx) {
     wait_for_context(ctx);
@@ -1168,6 +1191,10 @@ static void context_close(CUcontext ctx) {
     for (range *r = g.ranges, *next; r; r = next) {
         next = r->next;
         if (r->ctx == ctx && r->kind != RANGE_VMM && r->kind != RANGE_POOL) range_drop(r);
+    }
+    for (CUmodule m = g.modules, next; m; m = next) {
+        next = m->next;
+        if (m->ctx == ctx) module_drop(m);
     }
     ctx->alive = false;
 }
@@ -1628,6 +1655,7 @@ static CUresult event_await(CUevent e, bool block) {
     CUcontext ctx;
     if (!event_is(e)) return CUDA_ERROR_INVALID_HANDLE;
     if (e->capture) { spoil(e->capture); return CUDA_ERROR_CAPTURED_EVENT; }
+    if (is_forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     ctx = e->ctx;
     if (ctx->error != CUDA_SUCCESS) return ctx->error;
     if (event_is_foreign(e)) {
@@ -1646,13 +1674,13 @@ static CUresult event_await(CUevent e, bool block) {
     return ctx->error;
 }
 
-API(cuEventQuery, UNSAFE, (CUevent e), (e)) { return event_await(e, false); }
-API(cuEventSynchronize, UNSAFE, (CUevent e), (e)) { return event_await(e, true); }
+API(cuEventQuery, 0, (CUevent e), (e)) { return event_await(e, false); }
+API(cuEventSynchronize, 0, (CUevent e), (e)) { return event_await(e, true); }
 
 static CUresult elapsed(float *out, CUevent a, CUevent b) {
+    bool timed = event_is(a) && event_is(b) && !((a->flags | b->flags) & CU_EVENT_DISABLE_TIMING);
     if (!out) return CUDA_ERROR_INVALID_VALUE;
-    if (!event_is(a) || !event_is(b) || a->stream < 0 || b->stream < 0 || (a->flags | b->flags) & CU_EVENT_DISABLE_TIMING)
-        return CUDA_ERROR_INVALID_HANDLE;
+    if (!timed || a->stream < 0 || b->stream < 0) return CUDA_ERROR_INVALID_HANDLE;
     if (!order_reached(&a->after) || !order_reached(&b->after)) return CUDA_ERROR_NOT_READY;
     *out = (float)((double)(int64_t)(b->time_ns - a->time_ns) / 1e6);
     host_knows(&a->after);
@@ -2520,6 +2548,8 @@ static CUresult module_load(CUmodule *out, const void *image) {
     m->magic = magic;
     m->ctx = current_context();
     m->image = strdup(image);
+    m->next = g.modules;
+    g.modules = m;
     g.counts[N_MODULES]++;
     *out = m;
     return CUDA_SUCCESS;
@@ -2535,15 +2565,7 @@ API(cuModuleLoadDataEx, CTX | UNSAFE,
 
 API(cuModuleUnload, CTX | UNSAFE, (CUmodule m), (m)) {
     if (!module_is(m)) return CUDA_ERROR_INVALID_HANDLE;
-    while (m->functions) {
-        CUfunction f = m->functions;
-        m->functions = f->next;
-        free(f);
-    }
-    m->magic = 0;
-    free(m->image);
-    free(m);
-    g.counts[N_MODULES]--;
+    module_drop(m);
     return CUDA_SUCCESS;
 }
 
@@ -2729,9 +2751,30 @@ EXPORT void standin_host_access(const void *ptr, size_t size, int write) {
     pthread_mutex_unlock(&g.lock);
 }
 
+/* Threads that have nothing to do end, for a sanitizer sleeps for a second where there are any. */
+static void stop_threads(void) {
+    struct timespec until;
+    int left = 0;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec++;
+    pthread_mutex_lock(&g.lock);
+    for (int i = 0; i < g.high; i++)
+        if (g.streams[i].has_thread && !g.streams[i].head) {
+            g.streams[i].closing = true;
+            pthread_cond_signal(&g.streams[i].wake);
+        }
+    do {
+        left = 0;
+        for (int i = 0; i < g.high; i++) left += g.streams[i].has_thread && g.streams[i].closing;
+    } while (left && pthread_cond_timedwait(&g.changed, &g.lock, &until) == 0);
+    pthread_mutex_unlock(&g.lock);
+}
+
 __attribute__((destructor))
 static void at_exit(void) {
-    if (!setting("STANDIN_LEAKS", 0) || g.pid != getpid()) return;
+    if (g.pid != getpid()) return;
+    stop_threads();
+    if (!setting("STANDIN_LEAKS", 0)) return;
     for (int i = 0; i < N_OPERATIONS; i++)
         if (g.counts[i]) fprintf(stderr, "stand-in driver: %ld %s left\n", g.counts[i], kind_names[i]);
 }
