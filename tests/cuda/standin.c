@@ -143,7 +143,8 @@ typedef struct capture {
 struct CUgraph_st { uint64_t magic; size_t nodes; };
 
 typedef struct stream {
-    bool used, closing, blocking, is_default, has_thread;
+    bool used, closing, blocking, is_default, has_thread, is_joined;
+    pthread_t thread;
     uint32_t generation, issued, done;
     int priority;
     CUcontext ctx;
@@ -851,7 +852,11 @@ static void op_run(stream *s, op *o) {
     if (!lost && o->kernel && !o->kernel->early) result = o->kernel->prepare(o);
     if (!lost && result == CUDA_SUCCESS && !o->checked) op_check(o);
     o->started = true;
-    if (o->host_fn) host_knows(&o->after);
+    if (o->host_fn) {                           /* it may tell the host of all that it comes after */
+        order before = o->after;
+        before.at[o->stream]--;
+        host_knows(&before);
+    }
     pthread_mutex_unlock(&g.lock);
     if (lag && !lost) sleep_us(lag);
     if (!lost && result == CUDA_SUCCESS) result = o->run(o);
@@ -873,6 +878,7 @@ static void *stream_main(void *arg) {
             else pthread_cond_wait(&g.changed, &g.lock);
         }
     }
+    if (!s->is_joined) pthread_detach(pthread_self());
     s->used = s->has_thread = false;
     pthread_cond_broadcast(&g.changed);
     pthread_mutex_unlock(&g.lock);
@@ -881,12 +887,10 @@ static void *stream_main(void *arg) {
 
 static void stream_start(stream *s) {
     sigset_t all, before;
-    pthread_t thread;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (pthread_create(&thread, NULL, stream_main, s) != 0) die("no thread");
+    if (pthread_create(&s->thread, NULL, stream_main, s) != 0) die("no thread");
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_detach(thread);
     s->has_thread = true;
 }
 
@@ -2753,21 +2757,18 @@ EXPORT void standin_host_access(const void *ptr, size_t size, int write) {
 
 /* Threads that have nothing to do end, for a sanitizer sleeps for a second where there are any. */
 static void stop_threads(void) {
-    struct timespec until;
-    int left = 0;
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_sec++;
+    pthread_t threads[STREAMS];
+    int count = 0;
     pthread_mutex_lock(&g.lock);
-    for (int i = 0; i < g.high; i++)
-        if (g.streams[i].has_thread && !g.streams[i].head) {
-            g.streams[i].closing = true;
-            pthread_cond_signal(&g.streams[i].wake);
-        }
-    do {
-        left = 0;
-        for (int i = 0; i < g.high; i++) left += g.streams[i].has_thread && g.streams[i].closing;
-    } while (left && pthread_cond_timedwait(&g.changed, &g.lock, &until) == 0);
+    for (int i = 0; i < g.high; i++) {
+        stream *s = &g.streams[i];
+        if (!s->has_thread || s->head || s->closing) continue;
+        s->closing = s->is_joined = true;
+        threads[count++] = s->thread;
+        pthread_cond_signal(&s->wake);
+    }
     pthread_mutex_unlock(&g.lock);
+    while (count > 0) pthread_join(threads[--count], NULL);
 }
 
 __attribute__((destructor))
