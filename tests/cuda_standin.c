@@ -391,6 +391,7 @@ TEST(words_compare_as_told) {
     OK(cuStreamWaitValue32_v2(s, device_of(word), 0x1, CU_STREAM_WAIT_VALUE_NOR));
     OK(cuStreamSynchronize(s));
     OK(cuStreamWaitValue32_v2(s, device_of(word), 4, CU_STREAM_WAIT_VALUE_GEQ));     /* after it wrapped */
+    test_sleep_us(20000);
     CHECK_EQ_INT(cuStreamQuery(s), CUDA_ERROR_NOT_READY);
     set_word(word, 5);
     OK(cuStreamSynchronize(s));
@@ -659,8 +660,76 @@ TEST(memory_is_shared_between_processes) {
     }
     hear(c, 0);
     OK(cuMemFree_v2(at));
+    new_memory(SIZE);           /* which might be taken for it */
     tell(c, 0);
     CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 0);
+}
+
+static void opens_in_vain(void *arg) {
+    common *c = arg;
+    CUdeviceptr at = 0;
+    begin();
+    hear(c, 1);
+    CHECK(cuIpcOpenMemHandle_v2(&at, c->memory, LAZY) != CUDA_SUCCESS);
+}
+
+/* The bytes of freed memory may be there for a while, if another device still knew them. */
+TEST(freed_memory_is_not_opened) {
+    common *c = new_common();
+    CUcontext first, second = NULL;
+    CUdeviceptr at;
+    pid_t pid;
+    of_the_standin_alone();
+    pid = test_fork_run(opens_in_vain, c);
+    first = begin();
+    at = new_memory(SIZE);
+    OK(cuIpcGetMemHandle(&c->memory, at));
+    OK(cuDevicePrimaryCtxRetain(&second, 1));
+    OK(cuCtxSetCurrent(second));
+    OK(cuMemcpyDtoDAsync_v2(new_memory(SIZE), at, SIZE, new_stream()));
+    while (count_of("operations")) test_sleep_us(1000);
+    OK(cuCtxSetCurrent(first));
+    OK(cuMemFree_v2(at));
+    tell(c, 0);
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 0);
+}
+
+/* A device has its number of each process, and one that is hidden can still be reached. */
+static void sees_other_devices(void *arg) {
+    common *c = arg;
+    CUcontext second = NULL;
+    CUdeviceptr at = 0;
+    int ordinal = -1;
+    uint8_t got = 0;
+    setenv("CUDA_VISIBLE_DEVICES", "3,0", 1);
+    hear(c, 1);
+    begin();
+    CHECK_EQ_INT(cuIpcOpenMemHandle_v2(&at, c->memory, LAZY), CUDA_ERROR_PEER_ACCESS_UNSUPPORTED);
+    REQUIRE_EQ_INT(cuDevicePrimaryCtxRetain(&second, 1), CUDA_SUCCESS);
+    OK(cuCtxSetCurrent(second));
+    REQUIRE_EQ_INT(cuIpcOpenMemHandle_v2(&at, c->memory, LAZY), CUDA_SUCCESS);
+    OK(cuPointerGetAttribute(&ordinal, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, at));
+    CHECK_EQ_INT(ordinal, 1);
+    OK(cuMemcpyDtoH_v2(&got, at, 1));
+    CHECK_EQ_INT(got, 6);
+    OK(cuIpcCloseMemHandle(at));
+}
+
+TEST(processes_that_see_other_devices) {
+    common *c = new_common();
+    CUdeviceptr at;
+    pid_t pid;
+    of_the_standin_alone();
+    pid = test_fork_run(sees_other_devices, c);
+    setenv("CUDA_VISIBLE_DEVICES", "1", 1);
+    begin();
+    at = new_memory(SIZE);
+    OK(cuMemsetD8Async(at, 6, SIZE, NULL));
+    OK(cuStreamSynchronize(NULL));
+    OK(cuIpcGetMemHandle(&c->memory, at));
+    tell(c, 0);
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 0);
+    OK(cuMemFree_v2(at));
 }
 
 static void exporter(void *arg) {
@@ -901,6 +970,7 @@ TEST(ordered_accesses_are_not) {
     field f = new_field();
     CUevent e = new_event();
     CUstream blocking = NULL;
+    CUdeviceptr word;
     OK(cuStreamCreate(&blocking, CU_STREAM_DEFAULT));
     OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
     OK(cuMemsetD8Async(f.at, 2, SIZE, f.a));
@@ -935,6 +1005,38 @@ TEST(ordered_accesses_are_not) {
     OK(cuCtxSynchronize());
     CHECK_EQ_INT(f.pinned[0], 10);
     CHECK_EQ_INT(f.pinned[SIZE - 1], 10);
+    /* A word need not be written as one. */
+    word = new_memory(4);
+    OK(cuMemsetD32Async(word, 0, 1, f.a));
+    OK(cuStreamSynchronize(f.a));
+    OK(cuMemsetD8Async(f.at, 12, SIZE, f.a));
+    OK(cuMemsetD32Async(word, 1, 1, f.a));
+    OK(cuStreamWaitValue32_v2(f.b, word, 1, CU_STREAM_WAIT_VALUE_EQ));
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
+    OK(cuCtxSynchronize());
+    CHECK_EQ_INT(f.pinned[0], 12);
+}
+
+static uint32_t *shown, *taken;
+static void shows_and_waits(void *arg) {
+    (void)arg;
+    set_word(shown, 1);
+    while (!__atomic_load_n(taken, __ATOMIC_ACQUIRE)) test_sleep_us(100);
+}
+
+/* The host goes on while the function that told it so has not returned. */
+TEST(a_host_function_tells_of_what_was_before_it) {
+    field f = new_field();
+    shown = new_word();
+    taken = shown + 1;
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    OK(cuLaunchHostFunc(f.a, shows_and_waits, NULL));
+    while (!__atomic_load_n(shown, __ATOMIC_ACQUIRE)) test_sleep_us(100);
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
+    OK(cuStreamSynchronize(f.b));
+    CHECK_EQ_INT(f.pinned[0], 1);
+    set_word(taken, 1);
+    OK(cuStreamSynchronize(f.a));
 }
 
 /* Programs made up at random whose every access is ordered somehow, by events, words, host functions or waits: none may
@@ -1015,7 +1117,7 @@ TEST(unordered_accesses_of_two_processes_are_found) {
     CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 128 + SIGKILL);
 }
 
-/* What a killed process was about to do is not held against the others. */
+/* What a killed process was about to do is not held against the others, though its parent has not noticed yet. */
 static void survivor(void *arg) {
     common *c = arg;
     field f = new_field();
@@ -1031,15 +1133,17 @@ static void survivor(void *arg) {
 TEST(accesses_of_the_dead_are_over) {
     common *c = new_common();
     pid_t exporting, other;
+    siginfo_t ended;
     of_the_standin_alone();
     exporting = test_fork_run(exporter_at_work, c);
     hear(c, 0);
     other = test_fork_run(survivor, c);
     hear(c, 1);
     kill(exporting, SIGKILL);
-    CHECK_EQ_INT(test_wait_child(exporting, WAIT_S), 128 + SIGKILL);
+    CHECK_EQ_INT(waitid(P_PID, (id_t)exporting, &ended, WEXITED | WNOWAIT), 0);
     tell(c, 1);
     CHECK_EQ_INT(test_wait_child(other, WAIT_S), 0);
+    CHECK_EQ_INT(test_wait_child(exporting, WAIT_S), 128 + SIGKILL);
 }
 
 /* ---- errors ---------------------------------------------------------------------------------------------- */

@@ -2638,7 +2638,12 @@ API(cuGetProcAddress_v2, FREE,
 }
 
 /* The version of CUDA that a version of an entry point came with; NULL: one that is not here. */
+#ifdef STANDIN_WITH_CUDA_H
+#include <cudaTypedefs.h>
+#define AT(name, since, symbol) {#name, since, (void (*)(void))(0 ? (PFN_##name##_v##since)0 : symbol)}
+#else
 #define AT(name, since, symbol) {#name, since, (void (*)(void))symbol}
+#endif
 static const struct { const char *name; int since; void (*symbol)(void); } symbols[] = {
     AT(cuInit, 2000, cuInit), AT(cuDriverGetVersion, 2020, cuDriverGetVersion),
     AT(cuGetErrorName, 6000, cuGetErrorName), AT(cuGetErrorString, 6000, cuGetErrorString),
