@@ -18,7 +18,8 @@ if ! printf '%s\n' "$source" | compiles >/dev/null; then
 fi
 said=$(compiles <standin.c)
 # What is wrong must be seen: a parameter, a version.
-if [ -z "$said" ] && ! sed 's/unsigned int flags, CUdevice device/int flags, CUdevice device/' standin.c | compiles >/dev/null &&
+if [ -z "$said" ] &&
+   ! sed 's/unsigned int flags, CUdevice device/int flags, CUdevice device/' standin.c | compiles >/dev/null &&
    ! sed 's/AT(cuMemFree, 3020/AT(cuMemFree, 3030/' standin.c | compiles >/dev/null; then
     echo 'ok standin_is_as_cuda_h'
     echo '1 passed, 0 failed'

@@ -39,7 +39,8 @@ enum {
     CONTEXT_DEPTH = 32,             /* pushed by one thread */
     TRACES = 96,                    /* accesses in flight to one allocation, of all processes; more go unseen */
     REMEMBERED = 2000,              /* operations that ended without the host knowing; older ones are forgotten */
-    NAME_SIZE = 64
+    NAME_SIZE = 64,
+    LONG_PAUSE_US = 128             /* between looks at a word */
 };
 static const size_t page_size = 4096;
 static const size_t granularity = (size_t)2 << 20;      /* of virtual memory's handles */
@@ -1450,9 +1451,9 @@ static bool is_lost(const op *o) {
 }
 
 static CUresult run_wait(op *o) {
-    for (uint64_t pause = 1; !word_holds(o); pause += pause < 50) {
+    for (uint64_t pause = 1; !word_holds(o); pause *= pause < LONG_PAUSE_US ? 2 : 1) {
         sleep_us(pause);
-        if (pause == 50 && is_lost(o)) break;
+        if (pause == LONG_PAUSE_US && is_lost(o)) break;
     }
     return CUDA_SUCCESS;
 }
@@ -1614,9 +1615,9 @@ static bool ticket_is_done(const ticket *t, uint64_t target) {
 }
 
 static CUresult run_wait_ticket(op *o) {
-    for (uint64_t pause = 1; !ticket_is_done(o->event->ticket, o->target); pause += pause < 50) {
+    for (uint64_t pause = 1; !ticket_is_done(o->event->ticket, o->target); pause *= pause < LONG_PAUSE_US ? 2 : 1) {
         sleep_us(pause);
-        if (pause == 50 && is_lost(o)) break;
+        if (pause == LONG_PAUSE_US && is_lost(o)) break;
     }
     return CUDA_SUCCESS;
 }
@@ -1667,7 +1668,7 @@ static CUresult event_await(CUevent e, bool block) {
         while (!ticket_is_done(e->ticket, target)) {
             if (!block) return CUDA_ERROR_NOT_READY;
             pthread_mutex_unlock(&g.lock);
-            sleep_us(50);
+            sleep_us(LONG_PAUSE_US);
             pthread_mutex_lock(&g.lock);
         }
         return CUDA_SUCCESS;
@@ -2090,8 +2091,14 @@ API(cuPointerSetAttribute, 0, (const void *value, CUpointer_attribute attribute,
 
 /* ---- copies ---------------------------------------------------------------------------------------------- */
 
+/* A copied word may be one that somebody looks at meanwhile. */
 static CUresult run_copy(op *o) {
-    memcpy(o->to, o->from, o->size);
+    bool whole = ((uintptr_t)o->to | (uintptr_t)o->from) % 8 == 0;
+    if (whole && o->size == 4)
+        __atomic_store_n((uint32_t *)o->to, __atomic_load_n((const uint32_t *)o->from, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
+    else if (whole && o->size == 8)
+        __atomic_store_n((uint64_t *)o->to, __atomic_load_n((const uint64_t *)o->from, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
+    else memcpy(o->to, o->from, o->size);
     return CUDA_SUCCESS;
 }
 
@@ -2166,7 +2173,7 @@ static CUresult run_set8(op *o) {
 }
 static CUresult run_set32(op *o) {
     uint32_t value = (uint32_t)o->value;
-    for (size_t i = 0; i < o->size; i += 4) memcpy((uint8_t *)o->to + i, &value, 4);
+    for (size_t i = 0; i < o->size / 4; i++) __atomic_store_n((uint32_t *)o->to + i, value, __ATOMIC_RELEASE);
     return CUDA_SUCCESS;
 }
 
