@@ -2094,11 +2094,15 @@ API(cuPointerSetAttribute, 0, (const void *value, CUpointer_attribute attribute,
 /* A copied word may be one that somebody looks at meanwhile. */
 static CUresult run_copy(op *o) {
     bool whole = ((uintptr_t)o->to | (uintptr_t)o->from) % 8 == 0;
-    if (whole && o->size == 4)
-        __atomic_store_n((uint32_t *)o->to, __atomic_load_n((const uint32_t *)o->from, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
-    else if (whole && o->size == 8)
-        __atomic_store_n((uint64_t *)o->to, __atomic_load_n((const uint64_t *)o->from, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
-    else memcpy(o->to, o->from, o->size);
+    if (whole && o->size == 4) {
+        uint32_t value = __atomic_load_n((const uint32_t *)o->from, __ATOMIC_ACQUIRE);
+        __atomic_store_n((uint32_t *)o->to, value, __ATOMIC_RELEASE);
+    } else if (whole && o->size == 8) {
+        uint64_t value = __atomic_load_n((const uint64_t *)o->from, __ATOMIC_ACQUIRE);
+        __atomic_store_n((uint64_t *)o->to, value, __ATOMIC_RELEASE);
+    } else {
+        memcpy(o->to, o->from, o->size);
+    }
     return CUDA_SUCCESS;
 }
 
