@@ -590,6 +590,7 @@ typedef struct common {
     CUipcMemHandle memory;
     CUipcEventHandle event;
     int ends[2];
+    uint8_t buffer[SIZE];
 } common;
 
 static common *new_common(void) {
@@ -1116,6 +1117,91 @@ TEST(unordered_accesses_of_two_processes_are_found) {
     CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 128 + SIGKILL);
 }
 
+/* Pinned memory that both have registered. A mapping's file can be opened again by root alone, and so its accesses told
+   to other processes. */
+static void writes_pinned_memory(void *arg) {
+    common *c = arg;
+    field f = new_field();
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    spin(&f, f.a);
+    OK(cuMemcpyDtoHAsync_v2(c->buffer, f.at, SIZE, f.a));
+    tell(c, 1);
+    pause();
+}
+static void reads_pinned_memory(void *arg) {
+    common *c = arg;
+    field f = new_field();
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    OK(cuMemcpyHtoDAsync_v2(f.at, c->buffer + 50, 10, f.a));
+    OK(cuStreamSynchronize(f.a));
+}
+static void looks_at_pinned_memory(void *arg) {
+    common *c = arg;
+    begin();
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    host_access(c->buffer, 1, 0);
+}
+
+TEST(unordered_accesses_to_pinned_memory_of_two_processes) {
+    common *c = new_common();
+    siginfo_t ended;
+    pid_t pid;
+    of_the_standin_alone();
+    if (geteuid() != 0) SKIP("not run as root");
+    pid = test_fork_run(writes_pinned_memory, c);
+    hear(c, 0);
+    ends_by(reads_pinned_memory, c, SIGABRT, "of pinned memory, which process");
+    ends_by(looks_at_pinned_memory, c, SIGABRT, "the host reads");
+    kill(pid, SIGKILL);
+    CHECK_EQ_INT(waitid(P_PID, (id_t)pid, &ended, WEXITED | WNOWAIT), 0);
+    CHECK_EQ_INT(test_wait_child(test_fork_run(reads_pinned_memory, c), WAIT_S), 0);
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 128 + SIGKILL);
+}
+
+/* A ring of chunks, one copy down and one up, the host not in between; as two processes without peer access do it. */
+enum { CHUNKS = 40, CHUNK = SIZE / 4 };
+static void pulls_chunks(void *arg) {
+    common *c = arg;
+    uint8_t *text;
+    CUdeviceptr at;
+    CUstream s;
+    begin();
+    s = new_stream();
+    at = new_memory(CHUNKS * CHUNK);
+    text = new_host(CHUNKS * CHUNK);
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    for (uint32_t i = 0; i < CHUNKS; i++) {
+        OK(cuStreamWaitValue32_v2(s, device_of(&c->words[0]), i + 1, CU_STREAM_WAIT_VALUE_GEQ));
+        OK(cuMemcpyHtoDAsync_v2(at + i * CHUNK, c->buffer + i % 4 * CHUNK, CHUNK, s));
+        OK(cuStreamWriteValue32_v2(s, device_of(&c->words[16]), i + 1, 0));
+    }
+    OK(cuMemcpyDtoHAsync_v2(text, at, CHUNKS * CHUNK, s));
+    OK(cuStreamSynchronize(s));
+    for (uint32_t i = 0; i < CHUNKS; i++) {
+        CHECK_EQ_INT(text[i * CHUNK], i + 1);
+        CHECK_EQ_INT(text[(i + 1) * CHUNK - 1], i + 1);
+    }
+}
+
+TEST(chunks_through_pinned_memory) {
+    common *c = new_common();
+    pid_t pid = test_fork_run(pulls_chunks, c);
+    CUdeviceptr at;
+    CUstream s;
+    begin();
+    s = new_stream();
+    at = new_memory(CHUNK);
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    for (uint32_t i = 0; i < CHUNKS; i++) {
+        OK(cuMemsetD8Async(at, (unsigned char)(i + 1), CHUNK, s));
+        if (i >= 4) OK(cuStreamWaitValue32_v2(s, device_of(&c->words[16]), i - 3, CU_STREAM_WAIT_VALUE_GEQ));
+        OK(cuMemcpyDtoHAsync_v2(c->buffer + i % 4 * CHUNK, at, CHUNK, s));
+        OK(cuStreamWriteValue32_v2(s, device_of(&c->words[0]), i + 1, 0));
+    }
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 0);
+    OK(cuStreamSynchronize(s));
+}
+
 /* What a killed process was about to do is not held against the others, though its parent has not noticed yet. */
 static void survivor(void *arg) {
     common *c = arg;
@@ -1569,7 +1655,23 @@ static void through_two_mappings(void *arg) {
     OK(cuMemsetD8Async(map_block(handle), 1, 64, f.b));
 }
 
+static void through_two_registrations(void *arg) {
+    int fd = memfd_create("ring", MFD_CLOEXEC);
+    uint8_t *a, *b;
+    field f = new_field();
+    (void)arg;
+    REQUIRE(ftruncate(fd, SIZE) == 0);
+    a = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    b = mmap(NULL, SIZE / 2, PROT_READ | PROT_WRITE, MAP_SHARED, fd, SIZE / 2);
+    OK(cuMemHostRegister_v2(a, SIZE, 1));
+    OK(cuMemHostRegister_v2(b, SIZE / 2, 1));
+    OK(cuMemcpyDtoHAsync_v2(a + SIZE / 2, f.at, 64, f.a));
+    OK(cuMemcpyDtoHAsync_v2(b + 63, f.at, 64, f.b));
+}
+
 TEST(two_mappings_of_the_same_memory) {
     of_the_standin_alone();
+    if (geteuid() == 0)
+        ends_by(through_two_registrations, NULL, SIGABRT, "writes bytes 32831 to 32895 of pinned memory");
     ends_by(through_two_mappings, NULL, SIGABRT, "a memset writes bytes 0 to 64 of device memory");
 }

@@ -1,5 +1,5 @@
-/* Loads the stand-in driver that was built beside this program: whoever opens "libcuda.so.1" afterwards gets it, and not
-   the machine's. With CUDA_LIBRARY=libcuda.so.1 in the environment it is the machine's real driver all the same. */
+/* Loads the stand-in driver that was built beside this program: whoever opens "libcuda.so.1" afterwards gets it, and
+   not the machine's. CUDA_LIBRARY=libcuda.so.1 in the environment takes the machine's real driver all the same. */
 #ifndef TPRPC_TESTS_LOAD_H
 #define TPRPC_TESTS_LOAD_H
 

@@ -18,6 +18,7 @@
 
 #include <execinfo.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -72,7 +73,7 @@ typedef struct backing {
     int fd, refs, device;           /* the machine's number */
     bool counted;                   /* as memory that this process took from the device */
     size_t size, mapped;
-    uint64_t inode;
+    uint64_t id;                    /* of the file */
     uint8_t *bytes;
     shared *shared;
 } backing;
@@ -82,10 +83,11 @@ enum { RANGE_ALLOC, RANGE_POOL, RANGE_IPC, RANGE_VMM, RANGE_HOST, RANGE_REGISTER
 typedef struct range {
     struct range *next;             /* by address */
     uint64_t base, id;
-    size_t size, offset;            /* offset: in the backing */
+    size_t size, offset;            /* offset: in the backing or file */
     int kind, opened;               /* how often, of RANGE_IPC */
     bool freed;                     /* in stream order: nothing new may use it */
     backing *backing;               /* NULL: host memory */
+    backing *file;                  /* of host memory that processes share: it has no bytes, but traces */
     CUcontext ctx;
     CUmemoryPool pool;
     uint32_t access;                /* of RANGE_VMM: bits of the machine's devices */
@@ -444,13 +446,17 @@ static CUresult enter(entry *e, unsigned flags) {
 
 /* ---- the bytes ------------------------------------------------------------------------------------------- */
 
-/* Maps a memfd of device memory; -1 for size: as its end says. NULL: it is none. */
+static uint64_t file_id(const struct stat *info) { return (uint64_t)info->st_dev << 48 ^ (uint64_t)info->st_ino; }
+
+static size_t pages(size_t size) { return (size + page_size - 1) / page_size * page_size; }
+
+/* Maps a memfd that bytes_new made; NULL: it is none. */
 static backing *backing_map(int fd) {
     struct stat info;
     backing *b;
     uint8_t *at;
     shared *tail;
-    size_t tail_size = (sizeof(shared) + page_size - 1) / page_size * page_size, mapped;
+    size_t tail_size = pages(sizeof(shared)), mapped;
     if (fstat(fd, &info) != 0 || info.st_size < (off_t)tail_size) return NULL;
     mapped = (size_t)info.st_size;
     at = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -463,33 +469,35 @@ static backing *backing_map(int fd) {
     b->device = (int)tail->device;
     b->size = (size_t)tail->size;
     b->mapped = mapped;
-    b->inode = (uint64_t)info.st_ino;
+    b->id = file_id(&info);
     b->bytes = at;
     b->shared = tail;
     return b;
 }
 
+static backing *bytes_new(const char *name, int device, size_t size) {
+    shared tail = {magic, size, (uint32_t)device, 0, {{0, 0, 0, 0, 0, 0}}};
+    int fd = memfd_create(name, MFD_CLOEXEC);
+    backing *b = NULL;
+    if (fd < 0) return NULL;
+    if (ftruncate(fd, (off_t)(pages(size) + pages(sizeof tail))) == 0 &&
+        pwrite(fd, &tail, sizeof tail, (off_t)pages(size)) == (ssize_t)sizeof tail) b = backing_map(fd);
+    if (!b) close(fd);
+    return b;
+}
+
 static CUresult backing_new(int device, size_t size, backing **out) {
-    size_t rounded = (size + page_size - 1) / page_size * page_size;
-    size_t tail_size = (sizeof(shared) + page_size - 1) / page_size * page_size;
-    shared head = {magic, size, (uint32_t)device, 0, {{0, 0, 0, 0, 0, 0}}};
-    int fd;
-    if (size > g.memory || rounded > g.memory - g.used[device]) return CUDA_ERROR_OUT_OF_MEMORY;
-    fd = memfd_create("standin", MFD_CLOEXEC);
-    if (fd < 0) return CUDA_ERROR_OPERATING_SYSTEM;
-    if (ftruncate(fd, (off_t)(rounded + tail_size)) != 0 ||
-        pwrite(fd, &head, sizeof head, (off_t)rounded) != (ssize_t)sizeof head || !(*out = backing_map(fd))) {
-        close(fd);
-        return CUDA_ERROR_OPERATING_SYSTEM;
-    }
+    if (size > g.memory || pages(size) > g.memory - g.used[device]) return CUDA_ERROR_OUT_OF_MEMORY;
+    *out = bytes_new("standin", device, size);
+    if (!*out) return CUDA_ERROR_OPERATING_SYSTEM;
     (*out)->counted = true;
-    g.used[device] += rounded;
+    g.used[device] += pages(size);
     return CUDA_SUCCESS;
 }
 
 static void backing_release(backing *b) {
     if (--b->refs > 0) return;
-    if (b->counted) g.used[b->device] -= (b->size + page_size - 1) / page_size * page_size;
+    if (b->counted) g.used[b->device] -= pages(b->size);
     munmap(b->bytes, b->mapped);
     close(b->fd);
     free(b);
@@ -583,6 +591,7 @@ static void range_drop(range *r) {
     if (r->kind == RANGE_HOST) munmap((void *)(uintptr_t)r->base, r->size);
     if (r->kind <= RANGE_POOL) __atomic_store_n(&r->backing->shared->freed, 1, __ATOMIC_RELEASE);
     if (r->backing) backing_release(r->backing);
+    if (r->file) backing_release(r->file);
     free(r);
 }
 
@@ -680,6 +689,10 @@ static const touch *find_collision(const op *a, const touch *b) {
     return NULL;
 }
 
+static const char *memory_of(const touch *a) {
+    return a->backing && a->backing->size ? "device memory" : "pinned memory";
+}
+
 /* Ends the process where one of these accesses, made by an operation or (NULL) by the host, is not ordered. */
 static void check_accesses(const op *by, const touch *accesses, size_t count, const order *after) {
     for (const op *o = g.ops; o; o = o->all_next) {
@@ -692,7 +705,7 @@ static void check_accesses(const op *by, const touch *accesses, size_t count, co
             die("unordered access: %s %s bytes %llu to %llu of %s, which %s on another stream %s (bytes %llu to %llu), "
                 "and nothing orders it after that", by ? by->name : "the host", accesses[i].write ? "writes" : "reads",
                 (unsigned long long)accesses[i].begin, (unsigned long long)accesses[i].end,
-                accesses[i].key ? "device memory" : "pinned memory", o->name, hit->write ? "writes" : "reads",
+                memory_of(&accesses[i]), o->name, hit->write ? "writes" : "reads",
                 (unsigned long long)hit->begin, (unsigned long long)hit->end);
         }
     }
@@ -728,18 +741,22 @@ static trace *trace_take(trace *traces, uint32_t pid) {
     return NULL;
 }
 
-/* Notes an access where other processes see it, and looks at what they noted. */
-static void trace_begin(const op *o, touch *a) {
+/* Notes an access where other processes see it. */
+static void trace_begin(touch *a) {
+    trace *t = trace_take(a->backing->shared->traces, (uint32_t)g.pid);
+    if (!t) return;
+    __atomic_store_n(&t->kind, 0, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&t->version, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&t->begin, a->begin, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&t->end, a->end, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&t->kind, TRACE_THERE | (a->write ? TRACE_WRITES : 0u), __ATOMIC_SEQ_CST);
+    a->trace = t;
+}
+
+/* Ends the process where an access collides with one that another process has noted. */
+static void check_traces(const char *name, const touch *a) {
     uint32_t pid = (uint32_t)g.pid;
-    trace *t = a->backing->shared->traces, *own = trace_take(t, pid);
-    if (own) {
-        __atomic_store_n(&own->kind, 0, __ATOMIC_SEQ_CST);
-        __atomic_add_fetch(&own->version, 1, __ATOMIC_SEQ_CST);
-        __atomic_store_n(&own->begin, a->begin, __ATOMIC_SEQ_CST);
-        __atomic_store_n(&own->end, a->end, __ATOMIC_SEQ_CST);
-        __atomic_store_n(&own->kind, TRACE_THERE | (a->write ? TRACE_WRITES : 0u), __ATOMIC_SEQ_CST);
-        a->trace = own;
-    }
+    const trace *t = a->backing->shared->traces;
     for (int i = 0; i < TRACES; i++) {
         uint32_t other = __atomic_load_n(&t[i].pid, __ATOMIC_SEQ_CST), version, kind;
         uint64_t begin, end;
@@ -751,10 +768,10 @@ static void trace_begin(const op *o, touch *a) {
         if (!kind || a->begin >= end || begin >= a->end || (!a->write && !(kind & TRACE_WRITES))) continue;
         if (is_dead(other) || __atomic_load_n(&t[i].version, __ATOMIC_SEQ_CST) != version ||
             __atomic_load_n(&t[i].kind, __ATOMIC_SEQ_CST) != kind) continue;
-        die("unordered access: %s %s bytes %llu to %llu of device memory, which process %u %s (bytes %llu to %llu), "
-            "and nothing orders it after that", o->name, a->write ? "writes" : "reads", (unsigned long long)a->begin,
-            (unsigned long long)a->end, other, kind & TRACE_WRITES ? "writes" : "reads", (unsigned long long)begin,
-            (unsigned long long)end);
+        die("unordered access: %s %s bytes %llu to %llu of %s, which process %u %s (bytes %llu to %llu), and nothing "
+            "orders it after that", name, a->write ? "writes" : "reads", (unsigned long long)a->begin,
+            (unsigned long long)a->end, memory_of(a), other, kind & TRACE_WRITES ? "writes" : "reads",
+            (unsigned long long)begin, (unsigned long long)end);
     }
 }
 
@@ -767,8 +784,11 @@ static void trace_end(touch *a) {
 
 static void op_check(op *o) {
     check_accesses(o, o->accesses, o->access_count, &o->after);
-    for (size_t i = 0; i < o->access_count; i++)
-        if (o->accesses[i].backing) trace_begin(o, &o->accesses[i]);
+    for (size_t i = 0; i < o->access_count; i++) {
+        if (!o->accesses[i].backing) continue;
+        trace_begin(&o->accesses[i]);           /* first, so that of two processes one at least sees the other */
+        check_traces(o->name, &o->accesses[i]);
+    }
     o->checked = true;
 }
 
@@ -788,11 +808,11 @@ static void op_touch_range(op *o, range *r, uint64_t ptr, size_t size, bool writ
     a = &o->accesses[o->access_count++];
     memset(a, 0, sizeof *a);
     a->write = write;
-    a->backing = r->backing;
-    a->key = r->backing ? r->backing->inode : 0;
-    a->begin = r->backing ? ptr - r->base + r->offset : ptr;
+    a->backing = r->backing ? r->backing : r->file;
+    a->key = a->backing ? a->backing->id : 0;
+    a->begin = a->backing ? ptr - r->base + r->offset : ptr;
     a->end = a->begin + size;
-    if (r->backing) r->backing->refs++;
+    if (a->backing) a->backing->refs++;
 }
 
 /* Where the bytes are that an operation will touch; NULL where it must not. Pageable host memory is not noted. */
@@ -1989,12 +2009,75 @@ API(cuMemFreeHost, CTX | UNSAFE, (void *ptr), (ptr)) {
     return CUDA_SUCCESS;
 }
 
-API(cuMemHostRegister_v2, CTX | UNSAFE, (void *ptr, size_t size, unsigned int flags), (ptr, size, flags)) {
-    uint64_t base = (uint64_t)(uintptr_t)ptr;
-    if (!ptr || !size || flags & ~15u || in_arena(base)) return CUDA_ERROR_INVALID_VALUE;
+/* Opens the file of a shared mapping that holds all of this once more; -1: there is none, or only root may do it. */
+static int mapped_file(uint64_t begin, size_t size, uint64_t *offset) {
+    char line[400], path[80], kind[8];
+    unsigned long long from, to, at;
+    FILE *maps = fopen("/proc/self/maps", "re");
+    int fd = -1;
+    while (maps && fd < 0 && fgets(line, sizeof line, maps)) {
+        if (sscanf(line, "%llx-%llx %7s %llx", &from, &to, kind, &at) != 4 || kind[3] != 's') continue;
+        if (begin < from || begin + size > to) continue;
+        snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", from, to);
+        fd = open(path, O_RDWR | O_CLOEXEC);
+        *offset = at + (begin - from);
+    }
+    if (maps) fclose(maps);
+    return fd;
+}
+
+/* A descriptor of any process that has this name; -1: none. */
+static int named_file(const char *name) {
+    char link[80];
+    glob_t found;
+    ssize_t size;
+    int fd = -1;
+    if (glob("/proc/[0-9]*/fd/*", GLOB_NOSORT, NULL, &found) != 0) return -1;
+    for (size_t i = 0; i < found.gl_pathc && fd < 0; i++) {
+        size = readlink(found.gl_pathv[i], link, sizeof link - 1);
+        link[size > 0 ? size : 0] = 0;
+        if (strcmp(link, name) == 0) fd = open(found.gl_pathv[i], O_RDWR | O_CLOEXEC);
+    }
+    globfree(&found);
+    return fd;
+}
+
+/* Where the processes that have registered a file note their accesses to it: a memfd that is found by its name, so that
+   nothing is left when the last of them is gone, however that went. */
+static backing *traces_of(int file) {
+    struct flock whole = {F_WRLCK, SEEK_SET, 0, 0, 0};
+    struct stat info;
+    char name[40], link[80];
+    backing *b = NULL;
+    int fd;
+    if (fstat(file, &info) != 0) return NULL;
     for (range *r = g.ranges; r; r = r->next)
+        if (r->file && r->file->id == file_id(&info)) { r->file->refs++; return r->file; }
+    snprintf(name, sizeof name, "standin of %llx", (unsigned long long)file_id(&info));
+    snprintf(link, sizeof link, "/memfd:%s (deleted)", name);
+    if (fcntl(file, F_OFD_SETLKW, &whole) != 0) return NULL;    /* until it is closed: two must not make one each */
+    fd = named_file(link);
+    if (fd >= 0) b = backing_map(fd);
+    if (fd >= 0 && !b) close(fd);
+    if (!b) b = bytes_new(name, 0, 0);
+    if (b) b->id = file_id(&info);
+    return b;
+}
+
+API(cuMemHostRegister_v2, CTX | UNSAFE, (void *ptr, size_t size, unsigned int flags), (ptr, size, flags)) {
+    uint64_t base = (uint64_t)(uintptr_t)ptr, offset = 0;
+    range *r;
+    int file;
+    if (!ptr || !size || flags & ~15u || in_arena(base)) return CUDA_ERROR_INVALID_VALUE;
+    for (r = g.ranges; r; r = r->next)
         if (base < r->base + r->size && r->base < base + size) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
-    range_add(RANGE_REGISTERED, base, size, NULL, current_context());
+    file = mapped_file(base, size, &offset);
+    r = range_add(RANGE_REGISTERED, base, size, NULL, current_context());
+    if (file >= 0) {
+        r->file = traces_of(file);
+        r->offset = offset;
+        close(file);
+    }
     g.counts[N_REGISTERED]++;
     return CUDA_SUCCESS;
 }
@@ -2204,15 +2287,15 @@ API(cuMemsetD32Async, 0, (CUdeviceptr dst, unsigned int value, size_t count, CUs
 
 /* ---- between processes ----------------------------------------------------------------------------------- */
 
-/* A handle leads to a descriptor of the process that made it; the inode says whether that is still the same. */
-typedef struct ipc_handle { uint64_t magic, inode, size; uint32_t pid; int32_t fd; uint64_t rest[4]; } ipc_handle;
+/* A handle leads to a descriptor of the process that made it; the file's id says whether that is still the same. */
+typedef struct ipc_handle { uint64_t magic, id, size; uint32_t pid; int32_t fd; uint64_t rest[4]; } ipc_handle;
 typedef char ipc_handle_fits[sizeof(ipc_handle) == sizeof(CUipcMemHandle) ? 1 : -1];
 
 static CUresult ipc_export(void *out, int fd, size_t size) {
     ipc_handle h = {magic, 0, size, (uint32_t)getpid(), fd, {0, 0, 0, 0}};
     struct stat info;
     if (fstat(fd, &info) != 0) return CUDA_ERROR_OPERATING_SYSTEM;
-    h.inode = (uint64_t)info.st_ino;
+    h.id = file_id(&info);
     memcpy(out, &h, sizeof h);
     return CUDA_SUCCESS;
 }
@@ -2224,7 +2307,7 @@ static int ipc_import(const ipc_handle *h) {
     int fd;
     snprintf(path, sizeof path, "/proc/%u/fd/%d", h->pid, h->fd);
     fd = open(path, O_RDWR | O_CLOEXEC);
-    if (fd >= 0 && (fstat(fd, &info) != 0 || (uint64_t)info.st_ino != h->inode)) { close(fd); fd = -1; }
+    if (fd >= 0 && (fstat(fd, &info) != 0 || file_id(&info) != h->id)) { close(fd); fd = -1; }
     return fd;
 }
 
@@ -2245,7 +2328,7 @@ API(cuIpcOpenMemHandle_v2, CTX | UNSAFE, (CUdeviceptr *out, CUipcMemHandle name,
     if (!out || flags != CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS || h.magic != magic) return CUDA_ERROR_INVALID_VALUE;
     if (h.pid == (uint32_t)g.pid) return CUDA_ERROR_INVALID_CONTEXT;
     for (range *r = g.ranges; r; r = r->next)
-        if (r->kind == RANGE_IPC && r->backing->inode == h.inode && r->ctx == ctx) {
+        if (r->kind == RANGE_IPC && r->backing->id == h.id && r->ctx == ctx) {
             r->opened++;
             *out = r->base;
             return CUDA_SUCCESS;
@@ -2761,13 +2844,13 @@ EXPORT long standin_calls(const char *name) {
 
 EXPORT void standin_host_access(const void *ptr, size_t size, int write);
 EXPORT void standin_host_access(const void *ptr, size_t size, int write) {
-    touch a;
-    memset(&a, 0, sizeof a);
-    a.begin = (uint64_t)(uintptr_t)ptr;
-    a.end = a.begin + size;
-    a.write = write != 0;
+    op *o = op_new("the host", do_nothing);
     pthread_mutex_lock(&g.lock);
-    check_accesses(NULL, &a, 1, &g.host);
+    op_touch(o, (uint64_t)(uintptr_t)ptr, size, write != 0);
+    check_accesses(NULL, o->accesses, o->access_count, &g.host);
+    for (size_t i = 0; i < o->access_count; i++)
+        if (o->accesses[i].backing) check_traces(o->name, &o->accesses[i]);
+    op_free(o);
     pthread_mutex_unlock(&g.lock);
 }
 
