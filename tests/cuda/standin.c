@@ -16,9 +16,9 @@
 #endif
 #include "standin.h"
 
+#include <dirent.h>
 #include <execinfo.h>
 #include <fcntl.h>
-#include <glob.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -2026,19 +2026,31 @@ static int mapped_file(uint64_t begin, size_t size, uint64_t *offset) {
     return fd;
 }
 
-/* A descriptor of any process that has this name; -1: none. */
-static int named_file(const char *name) {
-    char link[80];
-    glob_t found;
+/* A process's descriptor that has this name; -1: none. */
+static int named_file_of(const char *process, const char *name) {
+    char path[300], link[80];
+    const struct dirent *file;
+    DIR *folder;
     ssize_t size;
     int fd = -1;
-    if (glob("/proc/[0-9]*/fd/*", GLOB_NOSORT, NULL, &found) != 0) return -1;
-    for (size_t i = 0; i < found.gl_pathc && fd < 0; i++) {
-        size = readlink(found.gl_pathv[i], link, sizeof link - 1);
+    snprintf(path, sizeof path, "/proc/%s/fd", process);
+    folder = opendir(path);
+    while (folder && fd < 0 && (file = readdir(folder)) != NULL) {
+        size = readlinkat(dirfd(folder), file->d_name, link, sizeof link - 1);
         link[size > 0 ? size : 0] = 0;
-        if (strcmp(link, name) == 0) fd = open(found.gl_pathv[i], O_RDWR | O_CLOEXEC);
+        if (strcmp(link, name) == 0) fd = openat(dirfd(folder), file->d_name, O_RDWR | O_CLOEXEC);
     }
-    globfree(&found);
+    if (folder) closedir(folder);
+    return fd;
+}
+
+static int named_file(const char *name) {
+    const struct dirent *process;
+    DIR *folder = opendir("/proc");
+    int fd = -1;
+    while (folder && fd < 0 && (process = readdir(folder)) != NULL)
+        if (process->d_name[0] >= '1' && process->d_name[0] <= '9') fd = named_file_of(process->d_name, name);
+    if (folder) closedir(folder);
     return fd;
 }
 
