@@ -1,5 +1,5 @@
-/* The stand-in driver: that it is as late, as strict and as careful as tests rely on. What is not the stand-in's own can
-   be run against a real driver too, to see whether the stand-in does as that does:
+/* The stand-in driver: that it is as late, as strict and as careful as tests rely on. What is not the stand-in's own
+   can be run against a real driver too, to see whether the stand-in does as that does:
    CUDA_LIBRARY=libcuda.so.1 build/tests/cuda_standin */
 #include "cuda/load.h"
 #include <poll.h>
@@ -391,6 +391,7 @@ TEST(words_compare_as_told) {
     OK(cuStreamWaitValue32_v2(s, device_of(word), 0x1, CU_STREAM_WAIT_VALUE_NOR));
     OK(cuStreamSynchronize(s));
     OK(cuStreamWaitValue32_v2(s, device_of(word), 4, CU_STREAM_WAIT_VALUE_GEQ));     /* after it wrapped */
+    test_sleep_us(20000);
     CHECK_EQ_INT(cuStreamQuery(s), CUDA_ERROR_NOT_READY);
     set_word(word, 5);
     OK(cuStreamSynchronize(s));
@@ -589,6 +590,7 @@ typedef struct common {
     CUipcMemHandle memory;
     CUipcEventHandle event;
     int ends[2];
+    uint8_t buffer[SIZE];
 } common;
 
 static common *new_common(void) {
@@ -659,8 +661,76 @@ TEST(memory_is_shared_between_processes) {
     }
     hear(c, 0);
     OK(cuMemFree_v2(at));
+    new_memory(SIZE);           /* which might be taken for it */
     tell(c, 0);
     CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 0);
+}
+
+static void opens_in_vain(void *arg) {
+    common *c = arg;
+    CUdeviceptr at = 0;
+    begin();
+    hear(c, 1);
+    CHECK(cuIpcOpenMemHandle_v2(&at, c->memory, LAZY) != CUDA_SUCCESS);
+}
+
+/* The bytes of freed memory may be there for a while, if another device still knew them. */
+TEST(freed_memory_is_not_opened) {
+    common *c = new_common();
+    CUcontext first, second = NULL;
+    CUdeviceptr at;
+    pid_t pid;
+    of_the_standin_alone();
+    pid = test_fork_run(opens_in_vain, c);
+    first = begin();
+    at = new_memory(SIZE);
+    OK(cuIpcGetMemHandle(&c->memory, at));
+    OK(cuDevicePrimaryCtxRetain(&second, 1));
+    OK(cuCtxSetCurrent(second));
+    OK(cuMemcpyDtoDAsync_v2(new_memory(SIZE), at, SIZE, new_stream()));
+    while (count_of("operations")) test_sleep_us(1000);
+    OK(cuCtxSetCurrent(first));
+    OK(cuMemFree_v2(at));
+    tell(c, 0);
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 0);
+}
+
+/* A device has its number of each process, and one that is hidden can still be reached. */
+static void sees_other_devices(void *arg) {
+    common *c = arg;
+    CUcontext second = NULL;
+    CUdeviceptr at = 0;
+    int ordinal = -1;
+    uint8_t got = 0;
+    setenv("CUDA_VISIBLE_DEVICES", "3,0", 1);
+    hear(c, 1);
+    begin();
+    CHECK_EQ_INT(cuIpcOpenMemHandle_v2(&at, c->memory, LAZY), CUDA_ERROR_PEER_ACCESS_UNSUPPORTED);
+    REQUIRE_EQ_INT(cuDevicePrimaryCtxRetain(&second, 1), CUDA_SUCCESS);
+    OK(cuCtxSetCurrent(second));
+    REQUIRE_EQ_INT(cuIpcOpenMemHandle_v2(&at, c->memory, LAZY), CUDA_SUCCESS);
+    OK(cuPointerGetAttribute(&ordinal, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, at));
+    CHECK_EQ_INT(ordinal, 1);
+    OK(cuMemcpyDtoH_v2(&got, at, 1));
+    CHECK_EQ_INT(got, 6);
+    OK(cuIpcCloseMemHandle(at));
+}
+
+TEST(processes_that_see_other_devices) {
+    common *c = new_common();
+    CUdeviceptr at;
+    pid_t pid;
+    of_the_standin_alone();
+    pid = test_fork_run(sees_other_devices, c);
+    setenv("CUDA_VISIBLE_DEVICES", "1", 1);
+    begin();
+    at = new_memory(SIZE);
+    OK(cuMemsetD8Async(at, 6, SIZE, NULL));
+    OK(cuStreamSynchronize(NULL));
+    OK(cuIpcGetMemHandle(&c->memory, at));
+    tell(c, 0);
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 0);
+    OK(cuMemFree_v2(at));
 }
 
 static void exporter(void *arg) {
@@ -742,5 +812,866 @@ TEST(a_killed_exporter) {
     CHECK(cuIpcOpenEventHandle(&late, c->event) != CUDA_SUCCESS);
     memset(&c->memory, 0x5a, sizeof c->memory);
     CHECK(cuIpcOpenMemHandle_v2(&again, c->memory, LAZY) != CUDA_SUCCESS);
-    _exit(harness_failures ? 1 : (__sync_lock_test_and_set(&harness_common->finished, 1), 0));
+}
+
+/* ---- order ----------------------------------------------------------------------------------------------- */
+
+static CUfunction kernel_named(const char *name) {
+    CUmodule module = NULL;
+    CUfunction f = NULL;
+    REQUIRE_EQ_INT(cuModuleLoadData(&module, "standin"), CUDA_SUCCESS);
+    REQUIRE_EQ_INT(cuModuleGetFunction(&f, module, name), CUDA_SUCCESS);
+    return f;
+}
+
+static CUresult launch(CUfunction f, CUstream s, void *a, void *b, void *c) {
+    void *params[3];
+    params[0] = a;
+    params[1] = b;
+    params[2] = c;
+    return cuLaunchKernel(f, 1, 1, 1, 32, 1, 1, 0, s, params, NULL);
+}
+
+/* Two streams, memory, a pinned buffer and a word: what these tests play with. */
+typedef struct field {
+    CUstream a, b;
+    CUdeviceptr at;
+    uint8_t *pinned;
+    uint32_t *word;
+    CUfunction spin, fill, gather;
+    uint32_t long_us;
+} field;
+
+static field new_field(void) {
+    field f;
+    begin();
+    f.a = new_stream();
+    f.b = new_stream();
+    f.at = new_memory(SIZE);
+    f.pinned = new_host(SIZE);
+    f.word = new_word();
+    f.spin = kernel_named("standin_spin");
+    f.fill = kernel_named("standin_fill");
+    f.gather = kernel_named("tprpc_gather");
+    f.long_us = 200000;
+    return f;
+}
+static void spin(field *f, CUstream s) { OK(launch(f->spin, s, &f->long_us, NULL, NULL)); }
+
+static void two_writers(void *arg) {
+    field f = new_field();
+    (void)arg;
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    OK(cuMemsetD8Async(f.at + SIZE - 1, 2, 1, f.b));
+}
+static void reads_what_is_written(void *arg) {
+    field f = new_field();
+    (void)arg;
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
+}
+static void an_event_too_early(void *arg) {
+    field f = new_field();
+    CUevent e = new_event();
+    (void)arg;
+    OK(cuEventRecord(e, f.a));
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    OK(cuStreamWaitEvent(f.b, e, 0));
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
+}
+static void a_word_too_early(void *arg) {
+    field f = new_field();
+    (void)arg;
+    OK(cuStreamWaitValue32_v2(f.b, device_of(f.word), 1, CU_STREAM_WAIT_VALUE_GEQ));
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
+    OK(cuStreamWriteValue32_v2(f.a, device_of(f.word), 1, 0));
+    spin(&f, f.a);
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    OK(cuCtxSynchronize());
+}
+static void a_copy_of_the_default_stream(void *arg) {
+    field f = new_field();
+    (void)arg;
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    OK(cuMemcpyDtoH_v2(f.pinned, f.at, SIZE));
+}
+static void the_host_reads_too_early(void *arg) {
+    field f = new_field();
+    (void)arg;
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.a));
+    host_access(f.pinned + 5, 1, 0);
+}
+static void the_host_writes_too_early(void *arg) {
+    field f = new_field();
+    (void)arg;
+    OK(cuMemcpyHtoDAsync_v2(f.at, f.pinned, SIZE, f.a));
+    host_access(f.pinned + 5, 1, 0);                    /* both read */
+    host_access(f.pinned + 5, 1, 1);
+}
+static void freed_in_the_order_of_another_stream(void *arg) {
+    field f = new_field();
+    CUdeviceptr at = 0;
+    (void)arg;
+    OK(cuMemAllocAsync(&at, SIZE, f.a));
+    OK(cuMemsetD8Async(at, 1, SIZE, f.a));
+    OK(cuStreamSynchronize(f.a));
+    OK(cuMemsetD8Async(at, 1, SIZE, f.a));
+    OK(cuMemFreeAsync(at, f.b));
+}
+static void used_before_it_is_there(void *arg) {
+    field f = new_field();
+    CUdeviceptr at = 0;
+    (void)arg;
+    OK(cuMemAllocAsync(&at, SIZE, f.a));
+    OK(cuMemsetD8Async(at, 1, SIZE, f.b));
+}
+static void a_kernel_s_items(void *arg) {
+    field f = new_field();
+    uint64_t *items = new_host(64);
+    CUdeviceptr items_at = device_of(items);
+    uint32_t count = 2;
+    (void)arg;
+    items[0] = f.at; items[1] = f.at + 1000; items[2] = 100;
+    items[3] = f.at + 2000; items[4] = device_of(f.pinned); items[5] = 100;
+    OK(launch(f.gather, f.a, &items_at, &count, NULL));
+    OK(cuMemsetD8Async(f.at + 1099, 0, 1, f.b));
+    OK(cuCtxSynchronize());
+}
+/* It ended, but nobody has seen that. */
+static void only_luck(void *arg) {
+    field f = new_field();
+    (void)arg;
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    while (count_of("operations")) test_sleep_us(1000);
+    OK(cuMemsetD8Async(f.at, 2, SIZE, f.b));
+}
+
+TEST(unordered_accesses_are_found) {
+    static const struct { void (*run)(void *arg); const char *says; } cases[] = {
+        {two_writers, "a memset writes bytes 65535 to 65536 of device memory, which a memset on another stream writes"},
+        {reads_what_is_written, "cuMemcpyDtoHAsync reads bytes 0 to 65536 of device memory, which a memset on another"},
+        {an_event_too_early, "cuMemcpyDtoHAsync reads"},
+        {a_word_too_early, "which a memset on another stream writes"},
+        {a_copy_of_the_default_stream, "cuMemcpyDtoH reads"},
+        {the_host_reads_too_early, "the host reads"},
+        {the_host_writes_too_early, "the host writes"},
+        {freed_in_the_order_of_another_stream, "a free in stream order writes"},
+        {used_before_it_is_there, "which an allocation in stream order on another stream writes"},
+        {a_kernel_s_items, "tprpc_gather"},
+        {only_luck, "a memset writes"},
+    };
+    of_the_standin_alone();
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) ends_by(cases[i].run, NULL, SIGABRT, cases[i].says);
+}
+
+static void say_so(void *word) { __atomic_store_n((uint32_t *)word, 1u, __ATOMIC_RELEASE); }
+
+TEST(ordered_accesses_are_not) {
+    field f = new_field();
+    CUevent e = new_event();
+    CUstream blocking = NULL;
+    CUdeviceptr word;
+    OK(cuStreamCreate(&blocking, CU_STREAM_DEFAULT));
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    OK(cuMemsetD8Async(f.at, 2, SIZE, f.a));
+    OK(cuEventRecord(e, f.a));
+    OK(cuStreamWaitEvent(f.b, e, 0));
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
+    OK(cuMemsetD8Async(f.at, 3, SIZE, f.b));
+    OK(cuStreamSynchronize(f.b));                       /* and so of all before it */
+    host_access(f.pinned, SIZE, 1);
+    CHECK_EQ_INT(f.pinned[0], 2);
+    OK(cuMemsetD8Async(f.at, 4, SIZE, f.a));
+    OK(cuLaunchHostFunc(f.a, say_so, f.word));
+    while (!__atomic_load_n(f.word, __ATOMIC_ACQUIRE)) test_sleep_us(100);
+    OK(cuMemsetD8Async(f.at, 5, SIZE, f.b));
+    OK(cuEventRecord(e, f.b));
+    while (cuEventQuery(e) == CUDA_ERROR_NOT_READY) test_sleep_us(100);
+    OK(cuMemsetD8Async(f.at, 6, SIZE, f.a));
+    while (cuStreamQuery(f.a) == CUDA_ERROR_NOT_READY) test_sleep_us(100);
+    OK(cuMemsetD8Async(f.at, 7, SIZE, blocking));
+    OK(cuMemsetD8Async(f.at, 8, SIZE, NULL));
+    OK(cuMemsetD8Async(f.at, 9, SIZE, blocking));
+    OK(cuMemcpyDtoH_v2(f.pinned, f.at, SIZE));
+    CHECK_EQ_INT(f.pinned[0], 9);
+    /* The one that waits is told of first. */
+    OK(cuStreamWaitValue32_v2(f.b, device_of(f.word), 2, CU_STREAM_WAIT_VALUE_GEQ));
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
+    OK(cuMemsetD8Async(f.at, 10, SIZE, f.a));
+    OK(cuStreamWriteValue32_v2(f.a, device_of(f.word), 2, 0));
+    OK(cuStreamWaitValue32_v2(f.a, device_of(f.word + 1), 1, CU_STREAM_WAIT_VALUE_GEQ));
+    OK(cuMemsetD8Async(f.at, 11, SIZE, f.a));
+    OK(cuStreamWriteValue32_v2(f.b, device_of(f.word + 1), 1, 0));
+    OK(cuCtxSynchronize());
+    CHECK_EQ_INT(f.pinned[0], 10);
+    CHECK_EQ_INT(f.pinned[SIZE - 1], 10);
+    /* A word need not be written as one. */
+    word = new_memory(4);
+    OK(cuMemsetD32Async(word, 0, 1, f.a));
+    OK(cuStreamSynchronize(f.a));
+    OK(cuMemsetD8Async(f.at, 12, SIZE, f.a));
+    OK(cuMemsetD32Async(word, 1, 1, f.a));
+    OK(cuStreamWaitValue32_v2(f.b, word, 1, CU_STREAM_WAIT_VALUE_EQ));
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
+    OK(cuCtxSynchronize());
+    CHECK_EQ_INT(f.pinned[0], 12);
+}
+
+static uint32_t *shown, *taken;
+static void shows_and_waits(void *arg) {
+    (void)arg;
+    set_word(shown, 1);
+    while (!__atomic_load_n(taken, __ATOMIC_ACQUIRE)) test_sleep_us(100);
+}
+
+/* The host goes on while the function that told it so has not returned. */
+TEST(a_host_function_tells_of_what_was_before_it) {
+    field f = new_field();
+    shown = new_word();
+    taken = shown + 1;
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    OK(cuLaunchHostFunc(f.a, shows_and_waits, NULL));
+    while (!__atomic_load_n(shown, __ATOMIC_ACQUIRE)) test_sleep_us(100);
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
+    OK(cuStreamSynchronize(f.b));
+    CHECK_EQ_INT(f.pinned[0], 1);
+    set_word(taken, 1);
+    OK(cuStreamSynchronize(f.a));
+}
+
+/* Programs made up at random whose every access is ordered somehow, by events, words, host functions or waits: none may
+   be found fault with, and each buffer ends as the order says. */
+TEST(no_false_alarms) {
+    enum { BUFFERS = 3, STEPS = 300, CHAINS = 4 };
+    CUstream streams[CHAINS];
+    CUevent events[BUFFERS];
+    CUdeviceptr at[BUFFERS];
+    uint32_t *words, values[BUFFERS] = {0, 0, 0};
+    int last[BUFFERS] = {0, 0, 0}, filled[BUFFERS] = {0, 0, 0};
+    uint64_t random = 7;
+    uint8_t *pinned;
+    setenv("STANDIN_LAG_US", "30", 0);
+    begin();
+    words = new_host(64 * BUFFERS);
+    pinned = new_host(BUFFERS);
+    for (int i = 0; i < CHAINS; i++) streams[i] = new_stream();
+    for (int i = 0; i < BUFFERS; i++) { at[i] = new_memory(SIZE); events[i] = new_event(); }
+    for (int i = 0; i < STEPS; i++) {
+        uint64_t r = test_random(&random);
+        int buffer = (int)(r % BUFFERS), chain = (int)(r / 8 % CHAINS);
+        CUstream to = streams[chain], from = streams[last[buffer]];
+        CUdeviceptr word = device_of(words + 16 * buffer);
+        switch (r / 64 % 4) {
+        case 0:
+            OK(cuEventRecord(events[buffer], from));
+            OK(cuStreamWaitEvent(to, events[buffer], 0));
+            break;
+        case 1:                                         /* the wait first, as between processes */
+            values[buffer]++;
+            if (to != from) OK(cuStreamWaitValue32_v2(to, word, values[buffer], CU_STREAM_WAIT_VALUE_GEQ));
+            OK(cuStreamWriteValue32_v2(from, word, values[buffer], 0));
+            break;
+        case 2:
+            values[buffer]++;
+            OK(cuStreamWriteValue32_v2(from, word, values[buffer], 0));
+            OK(cuStreamWaitValue32_v2(to, word, values[buffer], CU_STREAM_WAIT_VALUE_GEQ));
+            break;
+        default:
+            OK(cuStreamSynchronize(from));
+        }
+        filled[buffer] = i;
+        last[buffer] = chain;
+        OK(cuMemsetD8Async(at[buffer], (unsigned char)i, SIZE, to));
+    }
+    for (int i = 0; i < BUFFERS; i++) OK(cuMemcpyDtoHAsync_v2(pinned + i, at[i], 1, streams[last[i]]));
+    OK(cuCtxSynchronize());
+    for (int i = 0; i < BUFFERS; i++) CHECK_EQ_INT(pinned[i], filled[i] & 255);
+}
+
+static void exporter_at_work(void *arg) {
+    common *c = arg;
+    field f = new_field();
+    OK(cuIpcGetMemHandle(&c->memory, f.at));
+    spin(&f, f.a);
+    OK(cuMemsetD8Async(f.at, 1, SIZE, f.a));
+    tell(c, 1);
+    pause();
+}
+static void pulls_too_early(void *arg) {
+    common *c = arg;
+    field f = new_field();
+    CUdeviceptr at = 0;
+    OK(cuIpcOpenMemHandle_v2(&at, c->memory, LAZY));
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, at + 50, 10, f.a));
+    OK(cuStreamSynchronize(f.a));
+}
+
+TEST(unordered_accesses_of_two_processes_are_found) {
+    common *c = new_common();
+    pid_t pid;
+    of_the_standin_alone();
+    pid = test_fork_run(exporter_at_work, c);
+    hear(c, 0);
+    ends_by(pulls_too_early, c, SIGABRT, "cuMemcpyDtoHAsync reads bytes 50 to 60 of device memory, which process");
+    kill(pid, SIGKILL);
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 128 + SIGKILL);
+}
+
+/* Pinned memory that both have registered. A mapping's file can be opened again by root alone, and so its accesses told
+   to other processes. */
+static void writes_pinned_memory(void *arg) {
+    common *c = arg;
+    field f = new_field();
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    spin(&f, f.a);
+    OK(cuMemcpyDtoHAsync_v2(c->buffer, f.at, SIZE, f.a));
+    tell(c, 1);
+    pause();
+}
+static void reads_pinned_memory(void *arg) {
+    common *c = arg;
+    field f = new_field();
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    OK(cuMemcpyHtoDAsync_v2(f.at, c->buffer + 50, 10, f.a));
+    OK(cuStreamSynchronize(f.a));
+}
+static void looks_at_pinned_memory(void *arg) {
+    common *c = arg;
+    begin();
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    host_access(c->buffer, 1, 0);
+}
+
+TEST(unordered_accesses_to_pinned_memory_of_two_processes) {
+    common *c = new_common();
+    siginfo_t ended;
+    pid_t pid;
+    of_the_standin_alone();
+    if (geteuid() != 0) SKIP("not run as root");
+    pid = test_fork_run(writes_pinned_memory, c);
+    hear(c, 0);
+    ends_by(reads_pinned_memory, c, SIGABRT, "of pinned memory, which process");
+    ends_by(looks_at_pinned_memory, c, SIGABRT, "the host reads");
+    kill(pid, SIGKILL);
+    CHECK_EQ_INT(waitid(P_PID, (id_t)pid, &ended, WEXITED | WNOWAIT), 0);
+    CHECK_EQ_INT(test_wait_child(test_fork_run(reads_pinned_memory, c), WAIT_S), 0);
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 128 + SIGKILL);
+}
+
+/* A ring of chunks, one copy down and one up, the host not in between; as two processes without peer access do it. */
+enum { CHUNKS = 40, CHUNK = SIZE / 4 };
+static void pulls_chunks(void *arg) {
+    common *c = arg;
+    uint8_t *text;
+    CUdeviceptr at;
+    CUstream s;
+    begin();
+    s = new_stream();
+    at = new_memory(CHUNKS * CHUNK);
+    text = new_host(CHUNKS * CHUNK);
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    for (uint32_t i = 0; i < CHUNKS; i++) {
+        OK(cuStreamWaitValue32_v2(s, device_of(&c->words[0]), i + 1, CU_STREAM_WAIT_VALUE_GEQ));
+        OK(cuMemcpyHtoDAsync_v2(at + i * CHUNK, c->buffer + i % 4 * CHUNK, CHUNK, s));
+        OK(cuStreamWriteValue32_v2(s, device_of(&c->words[16]), i + 1, 0));
+    }
+    OK(cuMemcpyDtoHAsync_v2(text, at, CHUNKS * CHUNK, s));
+    OK(cuStreamSynchronize(s));
+    for (uint32_t i = 0; i < CHUNKS; i++) {
+        CHECK_EQ_INT(text[i * CHUNK], i + 1);
+        CHECK_EQ_INT(text[(i + 1) * CHUNK - 1], i + 1);
+    }
+}
+
+TEST(chunks_through_pinned_memory) {
+    common *c = new_common();
+    pid_t pid = test_fork_run(pulls_chunks, c);
+    CUdeviceptr at;
+    CUstream s;
+    begin();
+    s = new_stream();
+    at = new_memory(CHUNK);
+    OK(cuMemHostRegister_v2(c, sizeof *c, 1));
+    for (uint32_t i = 0; i < CHUNKS; i++) {
+        OK(cuMemsetD8Async(at, (unsigned char)(i + 1), CHUNK, s));
+        if (i >= 4) OK(cuStreamWaitValue32_v2(s, device_of(&c->words[16]), i - 3, CU_STREAM_WAIT_VALUE_GEQ));
+        OK(cuMemcpyDtoHAsync_v2(c->buffer + i % 4 * CHUNK, at, CHUNK, s));
+        OK(cuStreamWriteValue32_v2(s, device_of(&c->words[0]), i + 1, 0));
+    }
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 0);
+    OK(cuStreamSynchronize(s));
+}
+
+/* What a killed process was about to do is not held against the others, though its parent has not noticed yet. */
+static void survivor(void *arg) {
+    common *c = arg;
+    field f = new_field();
+    CUdeviceptr at = 0;
+    OK(cuIpcOpenMemHandle_v2(&at, c->memory, LAZY));
+    tell(c, 0);
+    hear(c, 0);
+    OK(cuMemcpyDtoHAsync_v2(f.pinned, at + 50, 10, f.a));
+    OK(cuStreamSynchronize(f.a));
+    OK(cuIpcCloseMemHandle(at));
+}
+
+TEST(accesses_of_the_dead_are_over) {
+    common *c = new_common();
+    pid_t exporting, other;
+    siginfo_t ended;
+    of_the_standin_alone();
+    exporting = test_fork_run(exporter_at_work, c);
+    hear(c, 0);
+    other = test_fork_run(survivor, c);
+    hear(c, 1);
+    kill(exporting, SIGKILL);
+    CHECK_EQ_INT(waitid(P_PID, (id_t)exporting, &ended, WEXITED | WNOWAIT), 0);
+    tell(c, 1);
+    CHECK_EQ_INT(test_wait_child(other, WAIT_S), 0);
+    CHECK_EQ_INT(test_wait_child(exporting, WAIT_S), 128 + SIGKILL);
+}
+
+/* ---- errors ---------------------------------------------------------------------------------------------- */
+
+static void never_called(void *arg) { *(int *)arg = 1; }
+
+TEST(a_fault_is_sticky) {
+    CUcontext first, second = NULL;
+    CUfunction fault;
+    CUdeviceptr at;
+    CUstream s;
+    int called = 0, can = 0;
+    uint32_t *word;
+    of_the_standin_alone();
+    first = begin();
+    fault = kernel_named("standin_fault");
+    s = new_stream();
+    word = new_word();
+    at = new_memory(64);
+    OK(cuDevicePrimaryCtxRetain(&second, 1));
+    hold(s, word);
+    OK(launch(fault, s, NULL, NULL, NULL));
+    OK(cuLaunchHostFunc(s, never_called, &called));
+    OK(cuStreamWriteValue32_v2(s, device_of(word + 1), 1, 0));
+    set_word(word, 1);
+    CHECK_EQ_INT(cuStreamSynchronize(s), CUDA_ERROR_LAUNCH_FAILED);
+    CHECK_EQ_INT(cuStreamQuery(s), CUDA_ERROR_LAUNCH_FAILED);
+    CHECK_EQ_INT(cuMemAlloc_v2(&at, 64), CUDA_ERROR_LAUNCH_FAILED);
+    CHECK_EQ_INT(cuMemsetD8Async(at, 1, 64, s), CUDA_ERROR_LAUNCH_FAILED);
+    CHECK_EQ_INT(cuCtxSynchronize(), CUDA_ERROR_LAUNCH_FAILED);
+    OK(cuDeviceCanAccessPeer(&can, 0, 1));
+    CHECK_EQ_INT(called, 0);
+    CHECK_EQ_INT(word[1], 0);
+    OK(cuCtxSetCurrent(second));
+    OK(cuMemAlloc_v2(&at, 64));
+    OK(cuMemsetD8Async(at, 1, 64, NULL));
+    OK(cuCtxSynchronize());
+    CHECK_EQ_INT(cuStreamQuery(s), CUDA_ERROR_LAUNCH_FAILED);
+    OK(cuStreamDestroy_v2(s));
+    OK(cuDevicePrimaryCtxRelease_v2(0));
+    CHECK_EQ_INT(cuCtxSetCurrent(first), CUDA_ERROR_CONTEXT_IS_DESTROYED);
+}
+
+TEST(kernels_reach_what_is_mapped_for_them) {
+    CUcontext first, peer = NULL, stranger = NULL;
+    CUdeviceptr near_by, far_off;
+    uint64_t size = 64;
+    uint8_t value = 3, got = 0;
+    CUfunction fill;
+    CUstream s;
+    of_the_standin_alone();
+    first = begin();
+    fill = kernel_named("standin_fill");
+    s = new_stream();
+    OK(cuDevicePrimaryCtxRetain(&peer, 1));
+    OK(cuDevicePrimaryCtxRetain(&stranger, 2));
+    OK(cuCtxSetCurrent(stranger));
+    far_off = new_memory(64);
+    OK(cuCtxSetCurrent(peer));
+    near_by = new_memory(64);
+    OK(cuCtxSetCurrent(first));
+    CHECK_EQ_INT(cuCtxEnablePeerAccess(stranger, 0), CUDA_ERROR_PEER_ACCESS_UNSUPPORTED);
+    OK(cuCtxEnablePeerAccess(peer, 0));
+    CHECK_EQ_INT(cuCtxEnablePeerAccess(peer, 0), CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
+    OK(launch(fill, s, &near_by, &size, &value));
+    OK(cuStreamSynchronize(s));
+    OK(cuMemcpyDtoH_v2(&got, near_by + 63, 1));
+    CHECK_EQ_INT(got, 3);
+    OK(launch(fill, s, &far_off, &size, &value));
+    CHECK_EQ_INT(cuStreamSynchronize(s), CUDA_ERROR_ILLEGAL_ADDRESS);
+}
+
+TEST(the_gather_kernel_copies) {
+    field f;
+    uint64_t *items;
+    CUdeviceptr items_at;
+    uint32_t count = 3;
+    uint8_t back[400];
+    of_the_standin_alone();
+    f = new_field();
+    items = new_host(3 * 24);
+    items_at = device_of(items);
+    for (int i = 0; i < 3; i++) {
+        items[3 * i] = f.at + (uint64_t)i * 1000;
+        items[3 * i + 1] = f.at + 10000 + (uint64_t)i * 100;
+        items[3 * i + 2] = i == 1 ? 0 : 100;
+        OK(cuMemsetD8Async(f.at + (uint64_t)i * 1000, (unsigned char)(i + 1), 100, f.a));
+    }
+    OK(cuMemsetD8Async(f.at + 10000, 9, 400, f.a));
+    OK(launch(f.gather, f.a, &items_at, &count, NULL));
+    OK(cuMemcpyDtoHAsync_v2(back, f.at + 10000, 400, f.a));
+    CHECK_EQ_INT(back[99], 1);
+    CHECK_EQ_INT(back[100], 9);
+    CHECK_EQ_INT(back[200], 3);
+    CHECK_EQ_INT(back[300], 9);
+}
+
+TEST(modules_and_functions) {
+    CUmodule module = NULL;
+    CUfunction f = NULL;
+    of_the_standin_alone();
+    begin();
+    CHECK_EQ_INT(cuModuleLoadData(&module, "nonsense"), CUDA_ERROR_INVALID_IMAGE);
+    OK(cuModuleLoadData(&module, ".version 7.0\n.target sm_50\n.visible .entry tprpc_gather(\n)"));
+    OK(cuModuleGetFunction(&f, module, "tprpc_gather"));
+    CHECK_EQ_INT(cuModuleGetFunction(&f, module, "standin_spin"), CUDA_ERROR_NOT_FOUND);
+    CHECK_EQ_INT(cuLaunchKernel(f, 1, 1, 1, 2000, 1, 1, 0, NULL, NULL, NULL), CUDA_ERROR_INVALID_VALUE);
+    OK(cuModuleUnload(module));
+    CHECK_EQ_INT(count_of("modules"), 0);
+}
+
+TEST(errors_are_injected) {
+    CUdeviceptr at;
+    CUevent e = NULL;
+    const char *name = NULL;
+    of_the_standin_alone();
+    setenv("STANDIN_FAIL", "cuMemAlloc:2:2,cuEventCreate:1+:304,cuStreamQuery_v2:1:1", 1);
+    begin();
+    OK(cuMemAlloc_v2(&at, 64));
+    CHECK_EQ_INT(cuMemAlloc_v2(&at, 64), CUDA_ERROR_OUT_OF_MEMORY);
+    OK(cuMemAlloc_v2(&at, 64));
+    for (int i = 0; i < 3; i++) CHECK_EQ_INT(cuEventCreate(&e, 0), CUDA_ERROR_OPERATING_SYSTEM);
+    OK(cuStreamQuery(NULL));
+    CHECK_EQ_INT(calls_of("cuMemAlloc_v2"), 3);
+    CHECK_EQ_INT(calls_of("cuMemFree_v2"), 0);
+    OK(cuGetErrorName(CUDA_ERROR_OUT_OF_MEMORY, &name));
+    CHECK_STR(name, "CUDA_ERROR_OUT_OF_MEMORY");
+    CHECK_EQ_INT(cuGetErrorName((CUresult)12345, &name), CUDA_ERROR_INVALID_VALUE);
+}
+
+static void leaves_things(void *arg) {
+    (void)arg;
+    setenv("STANDIN_LEAKS", "1", 1);
+    begin();
+    new_memory(64);
+    new_stream();
+    new_stream();
+    exit(0);
+}
+
+TEST(what_is_left_is_counted) {
+    CUdeviceptr at;
+    CUstream s;
+    CUevent e;
+    void *host;
+    of_the_standin_alone();
+    ends_by(leaves_things, NULL, 0,
+            "1 contexts left\nstand-in driver: 2 streams left\nstand-in driver: 1 allocations left");
+    begin();
+    CHECK_EQ_INT(count_of("contexts"), 1);
+    s = new_stream();
+    e = new_event();
+    at = new_memory(64);
+    host = new_host(64);
+    CHECK(count_of("streams") == 1 && count_of("events") == 1 && count_of("allocations") == 1 && count_of("host") == 1);
+    CHECK_EQ_INT(count_of("nonsense"), -1);
+    OK(cuStreamDestroy_v2(s));
+    CHECK_EQ_INT(cuStreamQuery(s), CUDA_ERROR_INVALID_HANDLE);
+    OK(cuEventDestroy_v2(e));
+    OK(cuMemFree_v2(at));
+    OK(cuMemFreeHost(host));
+    CHECK(!count_of("streams") && !count_of("events") && !count_of("allocations") && !count_of("host"));
+    OK(cuDevicePrimaryCtxRelease_v2(0));
+    CHECK_EQ_INT(count_of("contexts"), 0);
+}
+
+static void after_a_fork(void *arg) {
+    int count;
+    (void)arg;
+    CHECK_EQ_INT(cuDeviceGetCount(&count), CUDA_ERROR_NOT_INITIALIZED);
+    CHECK_EQ_INT(cuInit(0), CUDA_ERROR_NOT_INITIALIZED);
+}
+
+TEST(does_not_survive_a_fork) {
+    begin();
+    CHECK_EQ_INT(test_wait_child(test_fork_run(after_a_fork, NULL), WAIT_S), 0);
+}
+
+TEST(contexts_are_stacked) {
+    CUcontext primary, own = NULL, got = NULL;
+    CUdevice device = -1;
+    int active = -1;
+    primary = begin();
+    OK(cuCtxCreate_v2(&own, 0, 0));
+    OK(cuCtxGetCurrent(&got));
+    CHECK(got == own);
+    OK(cuCtxPopCurrent_v2(&got));
+    CHECK(got == own);
+    OK(cuCtxGetCurrent(&got));
+    CHECK(got == primary);
+    OK(cuCtxPushCurrent_v2(own));
+    OK(cuCtxGetDevice(&device));
+    CHECK_EQ_INT(device, 0);
+    OK(cuCtxDestroy_v2(own));
+    OK(cuCtxGetCurrent(&got));
+    CHECK(got == primary);
+    OK(cuDevicePrimaryCtxGetState(0, NULL, &active));
+    CHECK_EQ_INT(active, 1);
+    OK(cuDevicePrimaryCtxRelease_v2(0));
+    OK(cuDevicePrimaryCtxGetState(0, NULL, &active));
+    CHECK_EQ_INT(active, 0);
+    OK(cuCtxSetCurrent(NULL));
+    CHECK_EQ_INT(cuCtxSynchronize(), CUDA_ERROR_INVALID_CONTEXT);
+    CHECK_EQ_INT(cuCtxPopCurrent_v2(&got), CUDA_ERROR_INVALID_CONTEXT);
+}
+
+/* ---- capture --------------------------------------------------------------------------------------------- */
+
+static int capture_state(CUstream s) {
+    CUstreamCaptureStatus state = -1;
+    OK(cuStreamIsCapturing(s, &state));
+    return (int)state;
+}
+
+static void begin_capture(CUstream s, CUstreamCaptureMode mode) { OK(cuStreamBeginCapture_v2(s, mode)); }
+
+static void end_capture(CUstream s, CUresult expected) {
+    CUgraph graph = NULL;
+    CHECK_EQ_INT(cuStreamEndCapture(s, &graph), expected);
+    CHECK((graph != NULL) == (expected == CUDA_SUCCESS));
+    if (graph) OK(cuGraphDestroy(graph));
+    CHECK_EQ_INT(capture_state(s), CU_STREAM_CAPTURE_STATUS_NONE);
+}
+
+TEST(captured_work_does_not_run) {
+    CUstream a, b;
+    CUevent fork_event, join_event;
+    CUdeviceptr at;
+    uint8_t *pinned;
+    begin();
+    a = new_stream();
+    b = new_stream();
+    fork_event = new_event();
+    join_event = new_event();
+    at = new_memory(64);
+    pinned = new_host(64);
+    OK(cuMemsetD8Async(at, 5, 64, a));
+    OK(cuStreamSynchronize(a));
+    CHECK_EQ_INT(capture_state(a), CU_STREAM_CAPTURE_STATUS_NONE);
+    begin_capture(a, CU_STREAM_CAPTURE_MODE_GLOBAL);
+    CHECK_EQ_INT(capture_state(a), CU_STREAM_CAPTURE_STATUS_ACTIVE);
+    OK(cuMemsetD8Async(at, 7, 64, a));
+    OK(cuEventRecord(fork_event, a));
+    OK(cuStreamWaitEvent(b, fork_event, 0));
+    CHECK_EQ_INT(capture_state(b), CU_STREAM_CAPTURE_STATUS_ACTIVE);
+    OK(cuMemsetD8Async(at, 8, 64, b));
+    OK(cuEventRecord(join_event, b));
+    OK(cuStreamWaitEvent(a, join_event, 0));
+    end_capture(a, CUDA_SUCCESS);
+    CHECK_EQ_INT(capture_state(b), CU_STREAM_CAPTURE_STATUS_NONE);
+    OK(cuMemcpyDtoHAsync_v2(pinned, at, 64, a));
+    OK(cuStreamSynchronize(a));
+    CHECK_EQ_INT(pinned[0], 5);
+}
+
+TEST(what_a_capture_forbids) {
+    CUstream a, b, blocking = NULL;
+    CUevent e, outside;
+    CUdeviceptr at;
+    CUstreamCaptureMode relaxed = CU_STREAM_CAPTURE_MODE_RELAXED;
+    begin();
+    a = new_stream();
+    b = new_stream();
+    OK(cuStreamCreate(&blocking, CU_STREAM_DEFAULT));
+    e = new_event();
+    outside = new_event();
+    begin_capture(a, CU_STREAM_CAPTURE_MODE_GLOBAL);
+    CHECK_EQ_INT(cuStreamSynchronize(a), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    CHECK_EQ_INT(capture_state(a), CU_STREAM_CAPTURE_STATUS_INVALIDATED);
+    end_capture(a, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    begin_capture(a, CU_STREAM_CAPTURE_MODE_GLOBAL);
+    CHECK_EQ_INT(cuStreamQuery(a), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    end_capture(a, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    begin_capture(a, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+    CHECK_EQ_INT(cuMemAlloc_v2(&at, 64), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    end_capture(a, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    begin_capture(a, CU_STREAM_CAPTURE_MODE_RELAXED);
+    OK(cuMemAlloc_v2(&at, 64));
+    end_capture(a, CUDA_SUCCESS);
+    begin_capture(a, CU_STREAM_CAPTURE_MODE_GLOBAL);
+    OK(cuThreadExchangeStreamCaptureMode(&relaxed));
+    CHECK_EQ_INT(relaxed, CU_STREAM_CAPTURE_MODE_GLOBAL);
+    OK(cuMemAlloc_v2(&at, 64));
+    OK(cuThreadExchangeStreamCaptureMode(&relaxed));
+    OK(cuEventRecord(e, a));
+    CHECK_EQ_INT(cuEventQuery(e), CUDA_ERROR_CAPTURED_EVENT);
+    end_capture(a, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    OK(cuEventRecord(outside, b));
+    begin_capture(a, CU_STREAM_CAPTURE_MODE_GLOBAL);
+    CHECK_EQ_INT(cuStreamWaitEvent(a, outside, 0), CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
+    end_capture(a, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    begin_capture(a, CU_STREAM_CAPTURE_MODE_GLOBAL);
+    OK(cuEventRecord(e, a));
+    OK(cuStreamWaitEvent(b, e, 0));
+    end_capture(a, CUDA_ERROR_STREAM_CAPTURE_UNJOINED);
+    begin_capture(blocking, CU_STREAM_CAPTURE_MODE_RELAXED);
+    CHECK_EQ_INT(cuMemsetD8Async(at, 1, 64, NULL), CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+    end_capture(blocking, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    CHECK_EQ_INT(cuStreamBeginCapture_v2(NULL, CU_STREAM_CAPTURE_MODE_GLOBAL), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    begin_capture(a, CU_STREAM_CAPTURE_MODE_GLOBAL);
+    CHECK_EQ_INT(cuCtxSynchronize(), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    end_capture(a, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    OK(cuCtxSynchronize());
+}
+
+/* ---- virtual memory -------------------------------------------------------------------------------------- */
+
+static void send_fd(int to, int fd) {
+    char byte = 0, control[CMSG_SPACE(sizeof(int))];
+    struct iovec part = {&byte, 1};
+    struct msghdr message;
+    memset(control, 0, sizeof control);
+    memset(&message, 0, sizeof message);
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof control;
+    CMSG_FIRSTHDR(&message)->cmsg_level = SOL_SOCKET;
+    CMSG_FIRSTHDR(&message)->cmsg_type = SCM_RIGHTS;
+    CMSG_FIRSTHDR(&message)->cmsg_len = CMSG_LEN(sizeof fd);
+    memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), &fd, sizeof fd);
+    CHECK_EQ_INT(sendmsg(to, &message, 0), 1);
+}
+static int receive_fd(int from) {
+    char byte = 0, control[CMSG_SPACE(sizeof(int))];
+    struct iovec part = {&byte, 1};
+    struct msghdr message;
+    int fd;
+    memset(&message, 0, sizeof message);
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof control;
+    REQUIRE_EQ_INT(recvmsg(from, &message, 0), 1);
+    memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fd);
+    return fd;
+}
+
+enum { BLOCK = 2 << 20 };
+
+static CUmemAllocationProp on_device_0(void) {
+    CUmemAllocationProp prop;
+    memset(&prop, 0, sizeof prop);
+    prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    prop.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+    prop.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+    return prop;
+}
+
+static CUdeviceptr map_block(CUmemGenericAllocationHandle handle) {
+    CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, 0}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    CUdeviceptr at = 0;
+    REQUIRE_EQ_INT(cuMemAddressReserve(&at, BLOCK, 0, 0, 0), CUDA_SUCCESS);
+    OK(cuMemMap(at, BLOCK, 0, handle, 0));
+    OK(cuMemSetAccess(at, BLOCK, &access, 1));
+    return at;
+}
+
+static void unmap_block(CUdeviceptr at, CUmemGenericAllocationHandle handle) {
+    OK(cuCtxSynchronize());
+    OK(cuMemUnmap(at, BLOCK));
+    OK(cuMemRelease(handle));
+    OK(cuMemAddressFree(at, BLOCK));
+}
+
+static void importer_of_a_handle(void *arg) {
+    common *c = arg;
+    CUmemGenericAllocationHandle handle = 0;
+    CUdeviceptr at;
+    uint8_t got = 0;
+    int fd;
+    begin();
+    fd = receive_fd(c->ends[1]);
+    OK(cuMemImportFromShareableHandle(&handle, (void *)(intptr_t)fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
+    close(fd);
+    at = map_block(handle);
+    OK(cuMemcpyDtoH_v2(&got, at + BLOCK - 1, 1));
+    CHECK_EQ_INT(got, 77);
+    unmap_block(at, handle);
+}
+
+TEST(virtual_memory) {
+    common *c = new_common();
+    pid_t pid = test_fork_run(importer_of_a_handle, c);
+    CUmemAllocationProp prop = on_device_0();
+    CUmemGenericAllocationHandle handle = 0;
+    CUdeviceptr at = 0;
+    unsigned int legacy = 7;
+    uint64_t types = 0;
+    int fd = -1;
+    begin();
+    CHECK_EQ_INT(cuMemCreate(&handle, 1000, &prop, 0), CUDA_ERROR_INVALID_VALUE);
+    REQUIRE_EQ_INT(cuMemCreate(&handle, BLOCK, &prop, 0), CUDA_SUCCESS);
+    OK(cuMemAddressReserve(&at, BLOCK, 0, 0, 0));
+    OK(cuMemMap(at, BLOCK, 0, handle, 0));
+    CHECK(cuMemsetD8Async(at, 77, BLOCK, NULL) != CUDA_SUCCESS);        /* no access yet */
+    CHECK(cuMemAddressFree(at, BLOCK) != CUDA_SUCCESS);
+    OK(cuMemUnmap(at, BLOCK));
+    OK(cuMemAddressFree(at, BLOCK));
+    at = map_block(handle);
+    OK(cuMemsetD8Async(at, 77, BLOCK, NULL));
+    OK(cuStreamSynchronize(NULL));
+    OK(cuPointerGetAttribute(&legacy, CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, at));
+    CHECK_EQ_INT(legacy & 0xff, 0);
+    OK(cuPointerGetAttribute(&types, CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES, at));
+    CHECK_EQ_INT(types, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    CHECK(cuIpcGetMemHandle(&c->memory, at) != CUDA_SUCCESS);
+    OK(cuMemExportToShareableHandle(&fd, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
+    send_fd(c->ends[0], fd);
+    close(fd);
+    CHECK_EQ_INT(test_wait_child(pid, WAIT_S), 0);
+    unmap_block(at, handle);
+    if (!standin_is_real()) CHECK(!count_of("mappings") && !count_of("handles") && !count_of("reservations"));
+}
+
+/* Two addresses of the same memory are the same memory. */
+static void through_two_mappings(void *arg) {
+    CUmemAllocationProp prop = on_device_0();
+    CUmemGenericAllocationHandle handle = 0;
+    field f = new_field();
+    (void)arg;
+    OK(cuMemCreate(&handle, BLOCK, &prop, 0));
+    OK(cuMemsetD8Async(map_block(handle), 1, 64, f.a));
+    OK(cuMemsetD8Async(map_block(handle), 1, 64, f.b));
+}
+
+static void through_two_registrations(void *arg) {
+    int fd = memfd_create("ring", MFD_CLOEXEC);
+    uint8_t *a, *b;
+    field f = new_field();
+    (void)arg;
+    REQUIRE(ftruncate(fd, SIZE) == 0);
+    a = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    b = mmap(NULL, SIZE / 2, PROT_READ | PROT_WRITE, MAP_SHARED, fd, SIZE / 2);
+    OK(cuMemHostRegister_v2(a, SIZE, 1));
+    OK(cuMemHostRegister_v2(b, SIZE / 2, 1));
+    OK(cuMemcpyDtoHAsync_v2(a + SIZE / 2, f.at, 64, f.a));
+    OK(cuMemcpyDtoHAsync_v2(b + 63, f.at, 64, f.b));
+}
+
+TEST(two_mappings_of_the_same_memory) {
+    of_the_standin_alone();
+    if (geteuid() == 0)
+        ends_by(through_two_registrations, NULL, SIGABRT, "writes bytes 32831 to 32895 of pinned memory");
+    ends_by(through_two_mappings, NULL, SIGABRT, "a memset writes bytes 0 to 64 of device memory");
 }

@@ -1,5 +1,5 @@
-/* Loads the stand-in driver that was built beside this program, so that whoever opens "libcuda.so.1" afterwards gets it,
-   whatever the machine has. CUDA_LIBRARY=libcuda.so.1 in the environment takes the machine's real driver instead. */
+/* Loads the stand-in driver that was built beside this program: whoever opens "libcuda.so.1" afterwards gets it, and
+   not the machine's. CUDA_LIBRARY=libcuda.so.1 in the environment takes the machine's real driver all the same. */
 #ifndef TPRPC_TESTS_LOAD_H
 #define TPRPC_TESTS_LOAD_H
 

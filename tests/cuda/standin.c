@@ -16,9 +16,9 @@
 #endif
 #include "standin.h"
 
-#include <errno.h>
+#include <dirent.h>
+#include <execinfo.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -40,7 +40,8 @@ enum {
     CONTEXT_DEPTH = 32,             /* pushed by one thread */
     TRACES = 96,                    /* accesses in flight to one allocation, of all processes; more go unseen */
     REMEMBERED = 2000,              /* operations that ended without the host knowing; older ones are forgotten */
-    NAME_SIZE = 64
+    NAME_SIZE = 64,
+    LONG_PAUSE_US = 128             /* between looks at a word */
 };
 static const size_t page_size = 4096;
 static const size_t granularity = (size_t)2 << 20;      /* of virtual memory's handles */
@@ -72,7 +73,7 @@ typedef struct backing {
     int fd, refs, device;           /* the machine's number */
     bool counted;                   /* as memory that this process took from the device */
     size_t size, mapped;
-    uint64_t inode;
+    uint64_t id;                    /* of the file */
     uint8_t *bytes;
     shared *shared;
 } backing;
@@ -82,10 +83,11 @@ enum { RANGE_ALLOC, RANGE_POOL, RANGE_IPC, RANGE_VMM, RANGE_HOST, RANGE_REGISTER
 typedef struct range {
     struct range *next;             /* by address */
     uint64_t base, id;
-    size_t size, offset;            /* offset: in the backing */
+    size_t size, offset;            /* offset: in the backing or file */
     int kind, opened;               /* how often, of RANGE_IPC */
     bool freed;                     /* in stream order: nothing new may use it */
     backing *backing;               /* NULL: host memory */
+    backing *file;                  /* of host memory that processes share: it has no bytes, but traces */
     CUcontext ctx;
     CUmemoryPool pool;
     uint32_t access;                /* of RANGE_VMM: bits of the machine's devices */
@@ -144,7 +146,8 @@ typedef struct capture {
 struct CUgraph_st { uint64_t magic; size_t nodes; };
 
 typedef struct stream {
-    bool used, closing, blocking, is_default, has_thread;
+    bool used, closing, blocking, is_default, has_thread, is_joined;
+    pthread_t thread;
     uint32_t generation, issued, done;
     int priority;
     CUcontext ctx;
@@ -187,7 +190,7 @@ struct CUctx_st {
     int default_stream;
 };
 
-struct CUmod_st { uint64_t magic; CUcontext ctx; char *image; struct CUfunc_st *functions; };
+struct CUmod_st { uint64_t magic; struct CUmod_st *next; CUcontext ctx; char *image; struct CUfunc_st *functions; };
 struct CUfunc_st { uint64_t magic; struct CUfunc_st *next; CUmodule module; const struct kernel *kernel; };
 
 /* A kernel is prepared with the mutex held, where it names what it will touch, and runs without. */
@@ -230,6 +233,7 @@ static struct {
     CUcontext primaries[DEVICES];
     CUmemoryPool default_pools[DEVICES];
     CUevent events;
+    CUmodule modules;
     capture *captures;
     stream streams[STREAMS];
     int high;                       /* one more than the largest stream that was ever used */
@@ -243,7 +247,11 @@ static __thread int current_count;
 static __thread int thread_mode;            /* CUstreamCaptureMode */
 static __thread bool in_host_function;
 
-/* The C library's own names for it want a function that never returns. */
+static void print_stack(void) {
+    void *stack[30];
+    backtrace_symbols_fd(stack, backtrace(stack, 30), 2);
+}
+
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
     char text[1000];
@@ -252,6 +260,7 @@ static void die(const char *format, ...) {
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     fprintf(stderr, "stand-in driver: %s\n", text);
+    print_stack();
     abort();
 }
 
@@ -437,13 +446,17 @@ static CUresult enter(entry *e, unsigned flags) {
 
 /* ---- the bytes ------------------------------------------------------------------------------------------- */
 
-/* Maps a memfd of device memory; -1 for size: as its end says. NULL: it is none. */
+static uint64_t file_id(const struct stat *info) { return (uint64_t)info->st_dev << 48 ^ (uint64_t)info->st_ino; }
+
+static size_t pages(size_t size) { return (size + page_size - 1) / page_size * page_size; }
+
+/* Maps a memfd that bytes_new made; NULL: it is none. */
 static backing *backing_map(int fd) {
     struct stat info;
     backing *b;
     uint8_t *at;
     shared *tail;
-    size_t tail_size = (sizeof(shared) + page_size - 1) / page_size * page_size, mapped;
+    size_t tail_size = pages(sizeof(shared)), mapped;
     if (fstat(fd, &info) != 0 || info.st_size < (off_t)tail_size) return NULL;
     mapped = (size_t)info.st_size;
     at = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -456,33 +469,35 @@ static backing *backing_map(int fd) {
     b->device = (int)tail->device;
     b->size = (size_t)tail->size;
     b->mapped = mapped;
-    b->inode = (uint64_t)info.st_ino;
+    b->id = file_id(&info);
     b->bytes = at;
     b->shared = tail;
     return b;
 }
 
+static backing *bytes_new(const char *name, int device, size_t size) {
+    shared tail = {magic, size, (uint32_t)device, 0, {{0, 0, 0, 0, 0, 0}}};
+    int fd = memfd_create(name, MFD_CLOEXEC);
+    backing *b = NULL;
+    if (fd < 0) return NULL;
+    if (ftruncate(fd, (off_t)(pages(size) + pages(sizeof tail))) == 0 &&
+        pwrite(fd, &tail, sizeof tail, (off_t)pages(size)) == (ssize_t)sizeof tail) b = backing_map(fd);
+    if (!b) close(fd);
+    return b;
+}
+
 static CUresult backing_new(int device, size_t size, backing **out) {
-    size_t rounded = (size + page_size - 1) / page_size * page_size;
-    size_t tail_size = (sizeof(shared) + page_size - 1) / page_size * page_size;
-    shared head = {magic, size, (uint32_t)device, 0, {{0, 0, 0, 0, 0, 0}}};
-    int fd;
-    if (size > g.memory || rounded > g.memory - g.used[device]) return CUDA_ERROR_OUT_OF_MEMORY;
-    fd = memfd_create("standin", MFD_CLOEXEC);
-    if (fd < 0) return CUDA_ERROR_OPERATING_SYSTEM;
-    if (ftruncate(fd, (off_t)(rounded + tail_size)) != 0 ||
-        pwrite(fd, &head, sizeof head, (off_t)rounded) != (ssize_t)sizeof head || !(*out = backing_map(fd))) {
-        close(fd);
-        return CUDA_ERROR_OPERATING_SYSTEM;
-    }
+    if (size > g.memory || pages(size) > g.memory - g.used[device]) return CUDA_ERROR_OUT_OF_MEMORY;
+    *out = bytes_new("standin", device, size);
+    if (!*out) return CUDA_ERROR_OPERATING_SYSTEM;
     (*out)->counted = true;
-    g.used[device] += rounded;
+    g.used[device] += pages(size);
     return CUDA_SUCCESS;
 }
 
 static void backing_release(backing *b) {
     if (--b->refs > 0) return;
-    if (b->counted) g.used[b->device] -= (b->size + page_size - 1) / page_size * page_size;
+    if (b->counted) g.used[b->device] -= pages(b->size);
     munmap(b->bytes, b->mapped);
     close(b->fd);
     free(b);
@@ -490,22 +505,25 @@ static void backing_release(backing *b) {
 
 /* ---- addresses ------------------------------------------------------------------------------------------- */
 
+/* Says whose fault it is and where; the instruction then runs again, and faults as it would have. */
 static void on_segv(int number, siginfo_t *info, void *context) {
+    static const char text[] = "stand-in driver: the host touched device memory\n";
     const uint8_t *at = info->si_addr;
-    (void)number;
     (void)context;
-    if (at >= g.arena && at < g.arena + arena_size) {
-        static const char text[] = "stand-in driver: the host touched device memory\n";
-        if (write(2, text, sizeof text - 1) < 0) return;
+    if (at < g.arena || at >= g.arena + arena_size) {
+        sigaction(number, &g.old_segv, NULL);
+        return;
     }
-    sigaction(SIGSEGV, &g.old_segv, NULL);      /* the instruction runs again, and faults as it would have */
+    if (write(2, text, sizeof text - 1) > 0) print_stack();
+    signal(number, SIG_DFL);
 }
 
 static void arena_open(void) {
     struct sigaction action;
-    void *at = mmap(NULL, arena_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *stack[1], *at = mmap(NULL, arena_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) die("no addresses");
     g.arena = at;
+    backtrace(stack, 1);                        /* the first one allocates, which a signal handler must not */
     memset(&action, 0, sizeof action);
     action.sa_sigaction = on_segv;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -573,6 +591,7 @@ static void range_drop(range *r) {
     if (r->kind == RANGE_HOST) munmap((void *)(uintptr_t)r->base, r->size);
     if (r->kind <= RANGE_POOL) __atomic_store_n(&r->backing->shared->freed, 1, __ATOMIC_RELEASE);
     if (r->backing) backing_release(r->backing);
+    if (r->file) backing_release(r->file);
     free(r);
 }
 
@@ -670,6 +689,10 @@ static const touch *find_collision(const op *a, const touch *b) {
     return NULL;
 }
 
+static const char *memory_of(const touch *a) {
+    return a->backing && a->backing->size ? "device memory" : "pinned memory";
+}
+
 /* Ends the process where one of these accesses, made by an operation or (NULL) by the host, is not ordered. */
 static void check_accesses(const op *by, const touch *accesses, size_t count, const order *after) {
     for (const op *o = g.ops; o; o = o->all_next) {
@@ -682,7 +705,7 @@ static void check_accesses(const op *by, const touch *accesses, size_t count, co
             die("unordered access: %s %s bytes %llu to %llu of %s, which %s on another stream %s (bytes %llu to %llu), "
                 "and nothing orders it after that", by ? by->name : "the host", accesses[i].write ? "writes" : "reads",
                 (unsigned long long)accesses[i].begin, (unsigned long long)accesses[i].end,
-                accesses[i].key ? "device memory" : "pinned memory", o->name, hit->write ? "writes" : "reads",
+                memory_of(&accesses[i]), o->name, hit->write ? "writes" : "reads",
                 (unsigned long long)hit->begin, (unsigned long long)hit->end);
         }
     }
@@ -718,18 +741,22 @@ static trace *trace_take(trace *traces, uint32_t pid) {
     return NULL;
 }
 
-/* Notes an access where other processes see it, and looks at what they noted. */
-static void trace_begin(const op *o, touch *a) {
+/* Notes an access where other processes see it. */
+static void trace_begin(touch *a) {
+    trace *t = trace_take(a->backing->shared->traces, (uint32_t)g.pid);
+    if (!t) return;
+    __atomic_store_n(&t->kind, 0, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&t->version, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&t->begin, a->begin, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&t->end, a->end, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&t->kind, TRACE_THERE | (a->write ? TRACE_WRITES : 0u), __ATOMIC_SEQ_CST);
+    a->trace = t;
+}
+
+/* Ends the process where an access collides with one that another process has noted. */
+static void check_traces(const char *name, const touch *a) {
     uint32_t pid = (uint32_t)g.pid;
-    trace *t = a->backing->shared->traces, *own = trace_take(t, pid);
-    if (own) {
-        __atomic_store_n(&own->kind, 0, __ATOMIC_SEQ_CST);
-        __atomic_add_fetch(&own->version, 1, __ATOMIC_SEQ_CST);
-        __atomic_store_n(&own->begin, a->begin, __ATOMIC_SEQ_CST);
-        __atomic_store_n(&own->end, a->end, __ATOMIC_SEQ_CST);
-        __atomic_store_n(&own->kind, TRACE_THERE | (a->write ? TRACE_WRITES : 0u), __ATOMIC_SEQ_CST);
-        a->trace = own;
-    }
+    const trace *t = a->backing->shared->traces;
     for (int i = 0; i < TRACES; i++) {
         uint32_t other = __atomic_load_n(&t[i].pid, __ATOMIC_SEQ_CST), version, kind;
         uint64_t begin, end;
@@ -741,10 +768,10 @@ static void trace_begin(const op *o, touch *a) {
         if (!kind || a->begin >= end || begin >= a->end || (!a->write && !(kind & TRACE_WRITES))) continue;
         if (is_dead(other) || __atomic_load_n(&t[i].version, __ATOMIC_SEQ_CST) != version ||
             __atomic_load_n(&t[i].kind, __ATOMIC_SEQ_CST) != kind) continue;
-        die("unordered access: %s %s bytes %llu to %llu of device memory, which process %u %s (bytes %llu to %llu), "
-            "and nothing orders it after that", o->name, a->write ? "writes" : "reads", (unsigned long long)a->begin,
-            (unsigned long long)a->end, other, kind & TRACE_WRITES ? "writes" : "reads", (unsigned long long)begin,
-            (unsigned long long)end);
+        die("unordered access: %s %s bytes %llu to %llu of %s, which process %u %s (bytes %llu to %llu), and nothing "
+            "orders it after that", name, a->write ? "writes" : "reads", (unsigned long long)a->begin,
+            (unsigned long long)a->end, memory_of(a), other, kind & TRACE_WRITES ? "writes" : "reads",
+            (unsigned long long)begin, (unsigned long long)end);
     }
 }
 
@@ -757,8 +784,11 @@ static void trace_end(touch *a) {
 
 static void op_check(op *o) {
     check_accesses(o, o->accesses, o->access_count, &o->after);
-    for (size_t i = 0; i < o->access_count; i++)
-        if (o->accesses[i].backing) trace_begin(o, &o->accesses[i]);
+    for (size_t i = 0; i < o->access_count; i++) {
+        if (!o->accesses[i].backing) continue;
+        trace_begin(&o->accesses[i]);           /* first, so that of two processes one at least sees the other */
+        check_traces(o->name, &o->accesses[i]);
+    }
     o->checked = true;
 }
 
@@ -778,11 +808,11 @@ static void op_touch_range(op *o, range *r, uint64_t ptr, size_t size, bool writ
     a = &o->accesses[o->access_count++];
     memset(a, 0, sizeof *a);
     a->write = write;
-    a->backing = r->backing;
-    a->key = r->backing ? r->backing->inode : 0;
-    a->begin = r->backing ? ptr - r->base + r->offset : ptr;
+    a->backing = r->backing ? r->backing : r->file;
+    a->key = a->backing ? a->backing->id : 0;
+    a->begin = a->backing ? ptr - r->base + r->offset : ptr;
     a->end = a->begin + size;
-    if (r->backing) r->backing->refs++;
+    if (a->backing) a->backing->refs++;
 }
 
 /* Where the bytes are that an operation will touch; NULL where it must not. Pageable host memory is not noted. */
@@ -843,7 +873,11 @@ static void op_run(stream *s, op *o) {
     if (!lost && o->kernel && !o->kernel->early) result = o->kernel->prepare(o);
     if (!lost && result == CUDA_SUCCESS && !o->checked) op_check(o);
     o->started = true;
-    if (o->host_fn) host_knows(&o->after);
+    if (o->host_fn) {                           /* it may tell the host of all that it comes after */
+        order before = o->after;
+        before.at[o->stream]--;
+        host_knows(&before);
+    }
     pthread_mutex_unlock(&g.lock);
     if (lag && !lost) sleep_us(lag);
     if (!lost && result == CUDA_SUCCESS) result = o->run(o);
@@ -865,6 +899,7 @@ static void *stream_main(void *arg) {
             else pthread_cond_wait(&g.changed, &g.lock);
         }
     }
+    if (!s->is_joined) pthread_detach(pthread_self());
     s->used = s->has_thread = false;
     pthread_cond_broadcast(&g.changed);
     pthread_mutex_unlock(&g.lock);
@@ -873,12 +908,10 @@ static void *stream_main(void *arg) {
 
 static void stream_start(stream *s) {
     sigset_t all, before;
-    pthread_t thread;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (pthread_create(&thread, NULL, stream_main, s) != 0) die("no thread");
+    if (pthread_create(&s->thread, NULL, stream_main, s) != 0) die("no thread");
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_detach(thread);
     s->has_thread = true;
 }
 
@@ -1159,6 +1192,21 @@ static CUresult context_open(CUcontext *slot, CUdevice device, unsigned int flag
     return CUDA_SUCCESS;
 }
 
+static void module_drop(CUmodule m) {
+    CUmodule *link = &g.modules;
+    while (*link != m) link = &(*link)->next;
+    *link = m->next;
+    while (m->functions) {
+        CUfunction f = m->functions;
+        m->functions = f->next;
+        free(f);
+    }
+    m->magic = 0;
+    free(m->image);
+    free(m);
+    g.counts[N_MODULES]--;
+}
+
 /* All that it had goes with it. */
 static void context_close(CUcontext ctx) {
     wait_for_context(ctx);
@@ -1168,6 +1216,10 @@ static void context_close(CUcontext ctx) {
     for (range *r = g.ranges, *next; r; r = next) {
         next = r->next;
         if (r->ctx == ctx && r->kind != RANGE_VMM && r->kind != RANGE_POOL) range_drop(r);
+    }
+    for (CUmodule m = g.modules, next; m; m = next) {
+        next = m->next;
+        if (m->ctx == ctx) module_drop(m);
     }
     ctx->alive = false;
 }
@@ -1419,9 +1471,9 @@ static bool is_lost(const op *o) {
 }
 
 static CUresult run_wait(op *o) {
-    for (uint64_t pause = 1; !word_holds(o); pause += pause < 50) {
+    for (uint64_t pause = 1; !word_holds(o); pause *= pause < LONG_PAUSE_US ? 2 : 1) {
         sleep_us(pause);
-        if (pause == 50 && is_lost(o)) break;
+        if (pause == LONG_PAUSE_US && is_lost(o)) break;
     }
     return CUDA_SUCCESS;
 }
@@ -1583,9 +1635,9 @@ static bool ticket_is_done(const ticket *t, uint64_t target) {
 }
 
 static CUresult run_wait_ticket(op *o) {
-    for (uint64_t pause = 1; !ticket_is_done(o->event->ticket, o->target); pause += pause < 50) {
+    for (uint64_t pause = 1; !ticket_is_done(o->event->ticket, o->target); pause *= pause < LONG_PAUSE_US ? 2 : 1) {
         sleep_us(pause);
-        if (pause == 50 && is_lost(o)) break;
+        if (pause == LONG_PAUSE_US && is_lost(o)) break;
     }
     return CUDA_SUCCESS;
 }
@@ -1628,6 +1680,7 @@ static CUresult event_await(CUevent e, bool block) {
     CUcontext ctx;
     if (!event_is(e)) return CUDA_ERROR_INVALID_HANDLE;
     if (e->capture) { spoil(e->capture); return CUDA_ERROR_CAPTURED_EVENT; }
+    if (is_forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     ctx = e->ctx;
     if (ctx->error != CUDA_SUCCESS) return ctx->error;
     if (event_is_foreign(e)) {
@@ -1635,7 +1688,7 @@ static CUresult event_await(CUevent e, bool block) {
         while (!ticket_is_done(e->ticket, target)) {
             if (!block) return CUDA_ERROR_NOT_READY;
             pthread_mutex_unlock(&g.lock);
-            sleep_us(50);
+            sleep_us(LONG_PAUSE_US);
             pthread_mutex_lock(&g.lock);
         }
         return CUDA_SUCCESS;
@@ -1646,13 +1699,13 @@ static CUresult event_await(CUevent e, bool block) {
     return ctx->error;
 }
 
-API(cuEventQuery, UNSAFE, (CUevent e), (e)) { return event_await(e, false); }
-API(cuEventSynchronize, UNSAFE, (CUevent e), (e)) { return event_await(e, true); }
+API(cuEventQuery, 0, (CUevent e), (e)) { return event_await(e, false); }
+API(cuEventSynchronize, 0, (CUevent e), (e)) { return event_await(e, true); }
 
 static CUresult elapsed(float *out, CUevent a, CUevent b) {
+    bool timed = event_is(a) && event_is(b) && !((a->flags | b->flags) & CU_EVENT_DISABLE_TIMING);
     if (!out) return CUDA_ERROR_INVALID_VALUE;
-    if (!event_is(a) || !event_is(b) || a->stream < 0 || b->stream < 0 || (a->flags | b->flags) & CU_EVENT_DISABLE_TIMING)
-        return CUDA_ERROR_INVALID_HANDLE;
+    if (!timed || a->stream < 0 || b->stream < 0) return CUDA_ERROR_INVALID_HANDLE;
     if (!order_reached(&a->after) || !order_reached(&b->after)) return CUDA_ERROR_NOT_READY;
     *out = (float)((double)(int64_t)(b->time_ns - a->time_ns) / 1e6);
     host_knows(&a->after);
@@ -1956,12 +2009,87 @@ API(cuMemFreeHost, CTX | UNSAFE, (void *ptr), (ptr)) {
     return CUDA_SUCCESS;
 }
 
-API(cuMemHostRegister_v2, CTX | UNSAFE, (void *ptr, size_t size, unsigned int flags), (ptr, size, flags)) {
-    uint64_t base = (uint64_t)(uintptr_t)ptr;
-    if (!ptr || !size || flags & ~15u || in_arena(base)) return CUDA_ERROR_INVALID_VALUE;
+/* Opens the file of a shared mapping that holds all of this once more; -1: there is none, or only root may do it. */
+static int mapped_file(uint64_t begin, size_t size, uint64_t *offset) {
+    char line[400], path[80], kind[8];
+    unsigned long long from, to, at;
+    FILE *maps = fopen("/proc/self/maps", "re");
+    int fd = -1;
+    while (maps && fd < 0 && fgets(line, sizeof line, maps)) {
+        if (sscanf(line, "%llx-%llx %7s %llx", &from, &to, kind, &at) != 4 || kind[3] != 's') continue;
+        if (begin < from || begin + size > to) continue;
+        snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", from, to);
+        fd = open(path, O_RDWR | O_CLOEXEC);
+        *offset = at + (begin - from);
+    }
+    if (maps) fclose(maps);
+    return fd;
+}
+
+/* A process's descriptor that has this name; -1: none. */
+static int named_file_of(const char *process, const char *name) {
+    char path[300], link[80];
+    const struct dirent *file;
+    DIR *folder;
+    ssize_t size;
+    int fd = -1;
+    snprintf(path, sizeof path, "/proc/%s/fd", process);
+    folder = opendir(path);
+    while (folder && fd < 0 && (file = readdir(folder)) != NULL) {
+        size = readlinkat(dirfd(folder), file->d_name, link, sizeof link - 1);
+        link[size > 0 ? size : 0] = 0;
+        if (strcmp(link, name) == 0) fd = openat(dirfd(folder), file->d_name, O_RDWR | O_CLOEXEC);
+    }
+    if (folder) closedir(folder);
+    return fd;
+}
+
+static int named_file(const char *name) {
+    const struct dirent *process;
+    DIR *folder = opendir("/proc");
+    int fd = -1;
+    while (folder && fd < 0 && (process = readdir(folder)) != NULL)
+        if (process->d_name[0] >= '1' && process->d_name[0] <= '9') fd = named_file_of(process->d_name, name);
+    if (folder) closedir(folder);
+    return fd;
+}
+
+/* Where the processes that have registered a file note their accesses to it: a memfd that is found by its name, so that
+   nothing is left when the last of them is gone, however that went. */
+static backing *traces_of(int file) {
+    struct flock whole = {F_WRLCK, SEEK_SET, 0, 0, 0};
+    struct stat info;
+    char name[40], link[80];
+    backing *b = NULL;
+    int fd;
+    if (fstat(file, &info) != 0) return NULL;
     for (range *r = g.ranges; r; r = r->next)
+        if (r->file && r->file->id == file_id(&info)) { r->file->refs++; return r->file; }
+    snprintf(name, sizeof name, "standin of %llx", (unsigned long long)file_id(&info));
+    snprintf(link, sizeof link, "/memfd:%s (deleted)", name);
+    if (fcntl(file, F_OFD_SETLKW, &whole) != 0) return NULL;    /* until it is closed: two must not make one each */
+    fd = named_file(link);
+    if (fd >= 0) b = backing_map(fd);
+    if (fd >= 0 && !b) close(fd);
+    if (!b) b = bytes_new(name, 0, 0);
+    if (b) b->id = file_id(&info);
+    return b;
+}
+
+API(cuMemHostRegister_v2, CTX | UNSAFE, (void *ptr, size_t size, unsigned int flags), (ptr, size, flags)) {
+    uint64_t base = (uint64_t)(uintptr_t)ptr, offset = 0;
+    range *r;
+    int file;
+    if (!ptr || !size || flags & ~15u || in_arena(base)) return CUDA_ERROR_INVALID_VALUE;
+    for (r = g.ranges; r; r = r->next)
         if (base < r->base + r->size && r->base < base + size) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
-    range_add(RANGE_REGISTERED, base, size, NULL, current_context());
+    file = mapped_file(base, size, &offset);
+    r = range_add(RANGE_REGISTERED, base, size, NULL, current_context());
+    if (file >= 0) {
+        r->file = traces_of(file);
+        r->offset = offset;
+        close(file);
+    }
     g.counts[N_REGISTERED]++;
     return CUDA_SUCCESS;
 }
@@ -2058,8 +2186,18 @@ API(cuPointerSetAttribute, 0, (const void *value, CUpointer_attribute attribute,
 
 /* ---- copies ---------------------------------------------------------------------------------------------- */
 
+/* A copied word may be one that somebody looks at meanwhile. */
 static CUresult run_copy(op *o) {
-    memcpy(o->to, o->from, o->size);
+    bool whole = ((uintptr_t)o->to | (uintptr_t)o->from) % 8 == 0;
+    if (whole && o->size == 4) {
+        uint32_t value = __atomic_load_n((const uint32_t *)o->from, __ATOMIC_ACQUIRE);
+        __atomic_store_n((uint32_t *)o->to, value, __ATOMIC_RELEASE);
+    } else if (whole && o->size == 8) {
+        uint64_t value = __atomic_load_n((const uint64_t *)o->from, __ATOMIC_ACQUIRE);
+        __atomic_store_n((uint64_t *)o->to, value, __ATOMIC_RELEASE);
+    } else {
+        memcpy(o->to, o->from, o->size);
+    }
     return CUDA_SUCCESS;
 }
 
@@ -2134,7 +2272,7 @@ static CUresult run_set8(op *o) {
 }
 static CUresult run_set32(op *o) {
     uint32_t value = (uint32_t)o->value;
-    for (size_t i = 0; i < o->size; i += 4) memcpy((uint8_t *)o->to + i, &value, 4);
+    for (size_t i = 0; i < o->size / 4; i++) __atomic_store_n((uint32_t *)o->to + i, value, __ATOMIC_RELEASE);
     return CUDA_SUCCESS;
 }
 
@@ -2161,15 +2299,15 @@ API(cuMemsetD32Async, 0, (CUdeviceptr dst, unsigned int value, size_t count, CUs
 
 /* ---- between processes ----------------------------------------------------------------------------------- */
 
-/* A handle leads to a descriptor of the process that made it; the inode says whether that is still the same. */
-typedef struct ipc_handle { uint64_t magic, inode, size; uint32_t pid; int32_t fd; uint64_t rest[4]; } ipc_handle;
+/* A handle leads to a descriptor of the process that made it; the file's id says whether that is still the same. */
+typedef struct ipc_handle { uint64_t magic, id, size; uint32_t pid; int32_t fd; uint64_t rest[4]; } ipc_handle;
 typedef char ipc_handle_fits[sizeof(ipc_handle) == sizeof(CUipcMemHandle) ? 1 : -1];
 
 static CUresult ipc_export(void *out, int fd, size_t size) {
     ipc_handle h = {magic, 0, size, (uint32_t)getpid(), fd, {0, 0, 0, 0}};
     struct stat info;
     if (fstat(fd, &info) != 0) return CUDA_ERROR_OPERATING_SYSTEM;
-    h.inode = (uint64_t)info.st_ino;
+    h.id = file_id(&info);
     memcpy(out, &h, sizeof h);
     return CUDA_SUCCESS;
 }
@@ -2181,7 +2319,7 @@ static int ipc_import(const ipc_handle *h) {
     int fd;
     snprintf(path, sizeof path, "/proc/%u/fd/%d", h->pid, h->fd);
     fd = open(path, O_RDWR | O_CLOEXEC);
-    if (fd >= 0 && (fstat(fd, &info) != 0 || (uint64_t)info.st_ino != h->inode)) { close(fd); fd = -1; }
+    if (fd >= 0 && (fstat(fd, &info) != 0 || file_id(&info) != h->id)) { close(fd); fd = -1; }
     return fd;
 }
 
@@ -2202,7 +2340,7 @@ API(cuIpcOpenMemHandle_v2, CTX | UNSAFE, (CUdeviceptr *out, CUipcMemHandle name,
     if (!out || flags != CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS || h.magic != magic) return CUDA_ERROR_INVALID_VALUE;
     if (h.pid == (uint32_t)g.pid) return CUDA_ERROR_INVALID_CONTEXT;
     for (range *r = g.ranges; r; r = r->next)
-        if (r->kind == RANGE_IPC && r->backing->inode == h.inode && r->ctx == ctx) {
+        if (r->kind == RANGE_IPC && r->backing->id == h.id && r->ctx == ctx) {
             r->opened++;
             *out = r->base;
             return CUDA_SUCCESS;
@@ -2520,6 +2658,8 @@ static CUresult module_load(CUmodule *out, const void *image) {
     m->magic = magic;
     m->ctx = current_context();
     m->image = strdup(image);
+    m->next = g.modules;
+    g.modules = m;
     g.counts[N_MODULES]++;
     *out = m;
     return CUDA_SUCCESS;
@@ -2535,15 +2675,7 @@ API(cuModuleLoadDataEx, CTX | UNSAFE,
 
 API(cuModuleUnload, CTX | UNSAFE, (CUmodule m), (m)) {
     if (!module_is(m)) return CUDA_ERROR_INVALID_HANDLE;
-    while (m->functions) {
-        CUfunction f = m->functions;
-        m->functions = f->next;
-        free(f);
-    }
-    m->magic = 0;
-    free(m->image);
-    free(m);
-    g.counts[N_MODULES]--;
+    module_drop(m);
     return CUDA_SUCCESS;
 }
 
@@ -2612,7 +2744,12 @@ API(cuGetProcAddress_v2, FREE,
 }
 
 /* The version of CUDA that a version of an entry point came with; NULL: one that is not here. */
+#ifdef STANDIN_WITH_CUDA_H
+#include <cudaTypedefs.h>
+#define AT(name, since, symbol) {#name, since, (void (*)(void))(0 ? (PFN_##name##_v##since)0 : symbol)}
+#else
 #define AT(name, since, symbol) {#name, since, (void (*)(void))symbol}
+#endif
 static const struct { const char *name; int since; void (*symbol)(void); } symbols[] = {
     AT(cuInit, 2000, cuInit), AT(cuDriverGetVersion, 2020, cuDriverGetVersion),
     AT(cuGetErrorName, 6000, cuGetErrorName), AT(cuGetErrorString, 6000, cuGetErrorString),
@@ -2719,19 +2856,37 @@ EXPORT long standin_calls(const char *name) {
 
 EXPORT void standin_host_access(const void *ptr, size_t size, int write);
 EXPORT void standin_host_access(const void *ptr, size_t size, int write) {
-    touch a;
-    memset(&a, 0, sizeof a);
-    a.begin = (uint64_t)(uintptr_t)ptr;
-    a.end = a.begin + size;
-    a.write = write != 0;
+    op *o = op_new("the host", do_nothing);
     pthread_mutex_lock(&g.lock);
-    check_accesses(NULL, &a, 1, &g.host);
+    op_touch(o, (uint64_t)(uintptr_t)ptr, size, write != 0);
+    check_accesses(NULL, o->accesses, o->access_count, &g.host);
+    for (size_t i = 0; i < o->access_count; i++)
+        if (o->accesses[i].backing) check_traces(o->name, &o->accesses[i]);
+    op_free(o);
     pthread_mutex_unlock(&g.lock);
+}
+
+/* Threads that have nothing to do end, for a sanitizer sleeps for a second where there are any. */
+static void stop_threads(void) {
+    pthread_t threads[STREAMS];
+    int count = 0;
+    pthread_mutex_lock(&g.lock);
+    for (int i = 0; i < g.high; i++) {
+        stream *s = &g.streams[i];
+        if (!s->has_thread || s->head || s->closing) continue;
+        s->closing = s->is_joined = true;
+        threads[count++] = s->thread;
+        pthread_cond_signal(&s->wake);
+    }
+    pthread_mutex_unlock(&g.lock);
+    while (count > 0) pthread_join(threads[--count], NULL);
 }
 
 __attribute__((destructor))
 static void at_exit(void) {
-    if (!setting("STANDIN_LEAKS", 0) || g.pid != getpid()) return;
+    if (g.pid != getpid()) return;
+    stop_threads();
+    if (!setting("STANDIN_LEAKS", 0)) return;
     for (int i = 0; i < N_OPERATIONS; i++)
         if (g.counts[i]) fprintf(stderr, "stand-in driver: %ld %s left\n", g.counts[i], kind_names[i]);
 }
