@@ -58,7 +58,7 @@ TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c tests/cuda_impl.c t
 TESTS_GPU = $(filter cuda_% in_cuda_%,$(filter-out cuda_standin,$(TESTS_C)))
 TESTS_CXX = $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
 SCRIPTS   = $(filter-out tests/run.sh tests/compile.sh tests/fuzz.sh,$(wildcard tests/*.sh))
-FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py "tools/coverage.py --self-test"
+FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py "tools/coverage.py --self-test" tools/ptx.py
 FUZZERS   = $(patsubst tests/fuzz/%.c,build/fuzz/%,$(wildcard tests/fuzz/*.c))
 # Not what counts the cost of a million calls, which takes minutes with counters in it and runs nothing else.
 COVERED   = $(patsubst %,build/coverage/tests/%,$(filter-out agent_cost,$(TESTS_C))) \

@@ -27,6 +27,7 @@
 //   >>driver      the CUDA driver: its types, constants and entry points as we declare them
 //   >>wire        every byte that a peer can send
 //   >>device      devices by number, their contexts, peers and memory
+//   >>kernels     what is launched, as PTX
 //   >>stream      the library's streams, events, and what waits for them
 //   >>arena       pinned host memory that two processes share
 //   >>word        order between streams of two processes
@@ -404,6 +405,8 @@ typedef struct tpr_cuda_driver_context_t *tpr_cuda_driver_context;
 typedef struct tpr_cuda_driver_stream_t  *tpr_cuda_driver_stream;
 typedef struct tpr_cuda_driver_event_t   *tpr_cuda_driver_event;
 typedef struct tpr_cuda_driver_pool_t    *tpr_cuda_driver_pool;
+typedef struct tpr_cuda_driver_module_t  *tpr_cuda_driver_module;
+typedef struct tpr_cuda_driver_function_t *tpr_cuda_driver_function;
 typedef int tpr_cuda_driver_device_attribute, tpr_cuda_driver_pointer_attribute, tpr_cuda_driver_pool_attribute;
 typedef int tpr_cuda_driver_capture_status, tpr_cuda_driver_capture_mode, tpr_cuda_driver_proc_status;
 typedef struct tpr_cuda_driver_uuid { char bytes[16]; } tpr_cuda_driver_uuid;
@@ -445,6 +448,8 @@ enum {                               // named as cuda.h names them, without CU_ 
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_RANGE_START_ADDR = 11,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_RANGE_SIZE = 12,
+    TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_ACCESS_FLAGS = 16,
+    TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE = 3,
     TPR_CUDA_DRIVER_MEMPOOL_ATTR_RELEASE_THRESHOLD = 4,
     TPR_CUDA_DRIVER_MEM_ALLOCATION_TYPE_PINNED = 1,
     TPR_CUDA_DRIVER_MEM_HANDLE_TYPE_NONE = 0,
@@ -508,6 +513,14 @@ enum {                               // named as cuda.h names them, without CU_ 
     F(cuMemAllocFromPoolAsync, 11020, \
       (tpr_cuda_driver_ptr *at, size_t size, tpr_cuda_driver_pool pool, tpr_cuda_driver_stream stream)) \
     F(cuMemFreeAsync, 11020, (tpr_cuda_driver_ptr at, tpr_cuda_driver_stream stream)) \
+    F(cuModuleLoadData, 2000, (tpr_cuda_driver_module *module, const void *image)) \
+    F(cuModuleUnload, 2000, (tpr_cuda_driver_module module)) \
+    F(cuModuleGetFunction, 2000, \
+      (tpr_cuda_driver_function *function, tpr_cuda_driver_module module, const char *name)) \
+    F(cuLaunchKernel, 4000, \
+      (tpr_cuda_driver_function function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z, \
+       unsigned int block_x, unsigned int block_y, unsigned int block_z, unsigned int shared, \
+       tpr_cuda_driver_stream stream, void **parameters, void **extra)) \
     F(cuMemAlloc, 3020, (tpr_cuda_driver_ptr *at, size_t size)) \
     F(cuMemFree, 3020, (tpr_cuda_driver_ptr at)) \
     F(cuMemHostGetDevicePointer, 3020, (tpr_cuda_driver_ptr *at, void *host, unsigned int flags)) \
@@ -732,6 +745,9 @@ typedef struct tpr_cuda_device {
     tpr_cuda_driver_pool    pool;      // likewise
     uint64_t peers, asked;             // bit i: it and device i reach each other's memory; that was found out
     struct tpr_cuda_device_block *late;   // to be given back; under the set's lock
+    tpr_cuda_driver_module   module;   // of >>kernels; under the set's lock
+    tpr_cuda_driver_function gather;   // likewise; NULL: not so far, or it cannot be loaded
+    bool                     loaded;   // it was tried
 } tpr_cuda_device;
 
 typedef struct tpr_cuda_device_block { // memory whose stream was being captured when it was given back
@@ -844,7 +860,7 @@ static tpr_cuda_device_set *tpr_cuda_device_find(const tprpc_context *ctx, tprpc
     return set;
 }
 
-// Makes the device's primary context current and lets this thread's captures be; not to be nested.
+// Makes the device's primary context current and lets this thread's captures be.
 static tprpc_status tpr_cuda_device_enter(const tpr_cuda_device_set *set, const tpr_cuda_device *device,
                                           tpr_cuda_device_guard *guard, tprpc_error *error) {
     tpr_cuda_driver_context context = __atomic_load_n(&device->context, __ATOMIC_ACQUIRE);
@@ -937,7 +953,7 @@ static tprpc_status tpr_cuda_device_copy(const tpr_cuda_device_set *set, const t
 
 typedef struct tpr_cuda_device_range { int kind, ordinal; uint64_t start, size; } tpr_cuda_device_range;
 
-// What the driver knows of an address; kind 0: nothing.
+// What the driver knows of an address; kind 0: nothing. A device is entered.
 static tprpc_status tpr_cuda_device_ask(const tpr_cuda_device_set *set, const void *at, tpr_cuda_device_range *out,
                                         tprpc_error *error) {
     tpr_cuda_driver_pointer_attribute attributes[4] = {
@@ -955,7 +971,18 @@ static tprpc_status tpr_cuda_device_ask(const tpr_cuda_device_set *set, const vo
                                 (4, attributes, data, (tpr_cuda_driver_ptr)(uintptr_t)at), error);
 }
 
-// Whether host memory is pinned, so that a copy to or from it needs no hand of the host's.
+// Whether kernels of the device that is entered may read and write memory; a copy reaches further. Where the driver
+// cannot tell they may not.
+static bool tpr_cuda_device_reaches(const tpr_cuda_device_set *set, uint64_t at) {
+    tpr_cuda_driver_pointer_attribute attribute =
+        (tpr_cuda_driver_pointer_attribute)TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_ACCESS_FLAGS;
+    int access = 0;
+    void *data = &access;
+    return set->cu->cuPointerGetAttributes(1, &attribute, &data, (tpr_cuda_driver_ptr)at) == 0 &&
+           access == TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE;
+}
+
+// Whether host memory is pinned, so that a copy to or from it needs no hand of the host's. A device is entered.
 static bool tpr_cuda_device_pinned(const tpr_cuda_device_set *set, const void *at, size_t size) {
     tpr_cuda_device_range first, last;
     if (tpr_cuda_device_ask(set, at, &first, NULL) != TPRPC_OK) return false;
@@ -1159,6 +1186,7 @@ static void tpr_cuda_device_close(tpr_cuda_device_set *set, tpr_cuda_device *dev
     if (!device->context) return;
     if (tpr_cuda_device_enter(set, device, &guard, NULL) == TPRPC_OK) {
         tpr_cuda_device_give_late(set, device);
+        if (device->module) set->cu->cuModuleUnload(device->module);
         if (device->pool) set->cu->cuMemPoolDestroy(device->pool);
         if (device->stream) set->cu->cuStreamDestroy(device->stream);
         tpr_cuda_device_leave(set, &guard);
@@ -1250,6 +1278,121 @@ TPRPC_API tprpc_status tprpc_cuda_set_allocator(tprpc_context *ctx, const tprpc_
     set->allocator = *allocator;
     tpr_cuda_os_lock_give(&set->lock);
     return TPRPC_OK;
+}
+
+// >>kernels -----------------------------------------------------------------------------------------------------------
+// Kernels that the host launches: PTX as bytes, loaded for a device when it first has use for one. Where that fails the
+// slower way is taken.
+//
+// Uses: os, driver, device.
+// Invariant: a kernel is given only memory that its device can reach.
+
+enum {
+    TPR_CUDA_KERNELS_SMALL = 64 << 10, // bytes of a copy that is better made with others by a kernel,
+    TPR_CUDA_KERNELS_MANY = 8,         // where there are so many
+    TPR_CUDA_KERNELS_GRID = 2048, TPR_CUDA_KERNELS_BLOCK = 256
+};
+
+typedef struct tpr_cuda_kernels_entry { uint64_t from, to, size; } tpr_cuda_kernels_entry;   // of gather's table
+
+// Made of tools/gather.cu by tools/ptx.py, which also compares it. SHA-256 of tools/gather.cu:
+// bed994f78b7fc379f7d7af58caac75a36aa78566469e3c2e3230cf07f894f7ec
+static const unsigned char tpr_cuda_kernels_ptx[] = {
+    46, 118, 101, 114, 115, 105, 111, 110, 32, 54, 46, 51, 10, 46, 116, 97, 114, 103, 101, 116, 32, 115, 109, 95, 55,
+    53, 10, 46, 97, 100, 100, 114, 101, 115, 115, 95, 115, 105, 122, 101, 32, 54, 52, 10, 46, 118, 105, 115, 105, 98,
+    108, 101, 32, 46, 101, 110, 116, 114, 121, 32, 116, 112, 114, 112, 99, 95, 103, 97, 116, 104, 101, 114, 40, 10, 46,
+    112, 97, 114, 97, 109, 32, 46, 117, 54, 52, 32, 116, 112, 114, 112, 99, 95, 103, 97, 116, 104, 101, 114, 95, 112,
+    97, 114, 97, 109, 95, 48, 44, 10, 46, 112, 97, 114, 97, 109, 32, 46, 117, 51, 50, 32, 116, 112, 114, 112, 99, 95,
+    103, 97, 116, 104, 101, 114, 95, 112, 97, 114, 97, 109, 95, 49, 10, 41, 10, 123, 10, 46, 114, 101, 103, 32, 46, 112,
+    114, 101, 100, 32, 9, 37, 112, 60, 56, 62, 59, 10, 46, 114, 101, 103, 32, 46, 98, 49, 54, 32, 9, 37, 114, 115, 60,
+    50, 62, 59, 10, 46, 114, 101, 103, 32, 46, 98, 51, 50, 32, 9, 37, 114, 60, 49, 55, 62, 59, 10, 46, 114, 101, 103,
+    32, 46, 98, 54, 52, 32, 9, 37, 114, 100, 60, 50, 57, 62, 59, 10, 108, 100, 46, 112, 97, 114, 97, 109, 46, 117, 54,
+    52, 32, 9, 37, 114, 100, 49, 53, 44, 32, 91, 116, 112, 114, 112, 99, 95, 103, 97, 116, 104, 101, 114, 95, 112, 97,
+    114, 97, 109, 95, 48, 93, 59, 10, 108, 100, 46, 112, 97, 114, 97, 109, 46, 117, 51, 50, 32, 9, 37, 114, 53, 44, 32,
+    91, 116, 112, 114, 112, 99, 95, 103, 97, 116, 104, 101, 114, 95, 112, 97, 114, 97, 109, 95, 49, 93, 59, 10, 109,
+    111, 118, 46, 117, 51, 50, 32, 9, 37, 114, 49, 54, 44, 32, 37, 99, 116, 97, 105, 100, 46, 120, 59, 10, 115, 101,
+    116, 112, 46, 103, 101, 46, 117, 51, 50, 32, 9, 37, 112, 49, 44, 32, 37, 114, 49, 54, 44, 32, 37, 114, 53, 59, 10,
+    64, 37, 112, 49, 32, 98, 114, 97, 32, 9, 36, 76, 95, 95, 66, 66, 48, 95, 49, 48, 59, 10, 109, 111, 118, 46, 117, 51,
+    50, 32, 9, 37, 114, 54, 44, 32, 37, 116, 105, 100, 46, 120, 59, 10, 99, 118, 116, 46, 117, 54, 52, 46, 117, 51, 50,
+    32, 9, 37, 114, 100, 49, 44, 32, 37, 114, 54, 59, 10, 109, 111, 118, 46, 117, 51, 50, 32, 9, 37, 114, 55, 44, 32,
+    37, 110, 116, 105, 100, 46, 120, 59, 10, 99, 118, 116, 46, 117, 54, 52, 46, 117, 51, 50, 32, 9, 37, 114, 100, 50,
+    44, 32, 37, 114, 55, 59, 10, 109, 111, 118, 46, 117, 51, 50, 32, 9, 37, 114, 50, 44, 32, 37, 110, 99, 116, 97, 105,
+    100, 46, 120, 59, 10, 99, 118, 116, 97, 46, 116, 111, 46, 103, 108, 111, 98, 97, 108, 46, 117, 54, 52, 32, 9, 37,
+    114, 100, 51, 44, 32, 37, 114, 100, 49, 53, 59, 10, 36, 76, 95, 95, 66, 66, 48, 95, 50, 58, 10, 109, 117, 108, 46,
+    119, 105, 100, 101, 46, 117, 51, 50, 32, 9, 37, 114, 100, 49, 55, 44, 32, 37, 114, 49, 54, 44, 32, 50, 52, 59, 10,
+    97, 100, 100, 46, 115, 54, 52, 32, 9, 37, 114, 100, 49, 56, 44, 32, 37, 114, 100, 51, 44, 32, 37, 114, 100, 49, 55,
+    59, 10, 108, 100, 46, 103, 108, 111, 98, 97, 108, 46, 117, 54, 52, 32, 9, 37, 114, 100, 52, 44, 32, 91, 37, 114,
+    100, 49, 56, 43, 49, 54, 93, 59, 10, 109, 111, 118, 46, 117, 54, 52, 32, 9, 37, 114, 100, 50, 55, 44, 32, 48, 59,
+    10, 108, 100, 46, 103, 108, 111, 98, 97, 108, 46, 117, 54, 52, 32, 9, 37, 114, 100, 53, 44, 32, 91, 37, 114, 100,
+    49, 56, 93, 59, 10, 108, 100, 46, 103, 108, 111, 98, 97, 108, 46, 117, 54, 52, 32, 9, 37, 114, 100, 54, 44, 32, 91,
+    37, 114, 100, 49, 56, 43, 56, 93, 59, 10, 111, 114, 46, 98, 54, 52, 32, 32, 9, 37, 114, 100, 49, 57, 44, 32, 37,
+    114, 100, 53, 44, 32, 37, 114, 100, 54, 59, 10, 97, 110, 100, 46, 98, 54, 52, 32, 32, 9, 37, 114, 100, 50, 48, 44,
+    32, 37, 114, 100, 49, 57, 44, 32, 49, 53, 59, 10, 115, 101, 116, 112, 46, 110, 101, 46, 115, 54, 52, 32, 9, 37, 112,
+    50, 44, 32, 37, 114, 100, 50, 48, 44, 32, 48, 59, 10, 64, 37, 112, 50, 32, 98, 114, 97, 32, 9, 36, 76, 95, 95, 66,
+    66, 48, 95, 55, 59, 10, 115, 104, 114, 46, 117, 54, 52, 32, 9, 37, 114, 100, 55, 44, 32, 37, 114, 100, 52, 44, 32,
+    52, 59, 10, 115, 101, 116, 112, 46, 108, 101, 46, 117, 54, 52, 32, 9, 37, 112, 51, 44, 32, 37, 114, 100, 55, 44, 32,
+    37, 114, 100, 49, 59, 10, 64, 37, 112, 51, 32, 98, 114, 97, 32, 9, 36, 76, 95, 95, 66, 66, 48, 95, 54, 59, 10, 109,
+    111, 118, 46, 117, 54, 52, 32, 9, 37, 114, 100, 50, 54, 44, 32, 37, 114, 100, 49, 59, 10, 36, 76, 95, 95, 66, 66,
+    48, 95, 53, 58, 10, 46, 112, 114, 97, 103, 109, 97, 32, 34, 110, 111, 117, 110, 114, 111, 108, 108, 34, 59, 10, 115,
+    104, 108, 46, 98, 54, 52, 32, 9, 37, 114, 100, 50, 49, 44, 32, 37, 114, 100, 50, 54, 44, 32, 52, 59, 10, 97, 100,
+    100, 46, 115, 54, 52, 32, 9, 37, 114, 100, 50, 50, 44, 32, 37, 114, 100, 54, 44, 32, 37, 114, 100, 50, 49, 59, 10,
+    97, 100, 100, 46, 115, 54, 52, 32, 9, 37, 114, 100, 50, 51, 44, 32, 37, 114, 100, 53, 44, 32, 37, 114, 100, 50, 49,
+    59, 10, 108, 100, 46, 118, 52, 46, 117, 51, 50, 32, 9, 123, 37, 114, 56, 44, 32, 37, 114, 57, 44, 32, 37, 114, 49,
+    48, 44, 32, 37, 114, 49, 49, 125, 44, 32, 91, 37, 114, 100, 50, 51, 93, 59, 10, 115, 116, 46, 118, 52, 46, 117, 51,
+    50, 32, 9, 91, 37, 114, 100, 50, 50, 93, 44, 32, 123, 37, 114, 56, 44, 32, 37, 114, 57, 44, 32, 37, 114, 49, 48, 44,
+    32, 37, 114, 49, 49, 125, 59, 10, 97, 100, 100, 46, 115, 54, 52, 32, 9, 37, 114, 100, 50, 54, 44, 32, 37, 114, 100,
+    50, 54, 44, 32, 37, 114, 100, 50, 59, 10, 115, 101, 116, 112, 46, 108, 116, 46, 117, 54, 52, 32, 9, 37, 112, 52, 44,
+    32, 37, 114, 100, 50, 54, 44, 32, 37, 114, 100, 55, 59, 10, 64, 37, 112, 52, 32, 98, 114, 97, 32, 9, 36, 76, 95, 95,
+    66, 66, 48, 95, 53, 59, 10, 36, 76, 95, 95, 66, 66, 48, 95, 54, 58, 10, 97, 110, 100, 46, 98, 54, 52, 32, 32, 9, 37,
+    114, 100, 50, 55, 44, 32, 37, 114, 100, 52, 44, 32, 45, 49, 54, 59, 10, 36, 76, 95, 95, 66, 66, 48, 95, 55, 58, 10,
+    97, 100, 100, 46, 115, 54, 52, 32, 9, 37, 114, 100, 50, 56, 44, 32, 37, 114, 100, 50, 55, 44, 32, 37, 114, 100, 49,
+    59, 10, 115, 101, 116, 112, 46, 103, 101, 46, 117, 54, 52, 32, 9, 37, 112, 53, 44, 32, 37, 114, 100, 50, 56, 44, 32,
+    37, 114, 100, 52, 59, 10, 64, 37, 112, 53, 32, 98, 114, 97, 32, 9, 36, 76, 95, 95, 66, 66, 48, 95, 57, 59, 10, 36,
+    76, 95, 95, 66, 66, 48, 95, 56, 58, 10, 46, 112, 114, 97, 103, 109, 97, 32, 34, 110, 111, 117, 110, 114, 111, 108,
+    108, 34, 59, 10, 97, 100, 100, 46, 115, 54, 52, 32, 9, 37, 114, 100, 50, 52, 44, 32, 37, 114, 100, 53, 44, 32, 37,
+    114, 100, 50, 56, 59, 10, 108, 100, 46, 117, 56, 32, 9, 37, 114, 115, 49, 44, 32, 91, 37, 114, 100, 50, 52, 93, 59,
+    10, 97, 100, 100, 46, 115, 54, 52, 32, 9, 37, 114, 100, 50, 53, 44, 32, 37, 114, 100, 54, 44, 32, 37, 114, 100, 50,
+    56, 59, 10, 115, 116, 46, 117, 56, 32, 9, 91, 37, 114, 100, 50, 53, 93, 44, 32, 37, 114, 115, 49, 59, 10, 97, 100,
+    100, 46, 115, 54, 52, 32, 9, 37, 114, 100, 50, 56, 44, 32, 37, 114, 100, 50, 56, 44, 32, 37, 114, 100, 50, 59, 10,
+    115, 101, 116, 112, 46, 108, 116, 46, 117, 54, 52, 32, 9, 37, 112, 54, 44, 32, 37, 114, 100, 50, 56, 44, 32, 37,
+    114, 100, 52, 59, 10, 64, 37, 112, 54, 32, 98, 114, 97, 32, 9, 36, 76, 95, 95, 66, 66, 48, 95, 56, 59, 10, 36, 76,
+    95, 95, 66, 66, 48, 95, 57, 58, 10, 97, 100, 100, 46, 115, 51, 50, 32, 9, 37, 114, 49, 54, 44, 32, 37, 114, 49, 54,
+    44, 32, 37, 114, 50, 59, 10, 115, 101, 116, 112, 46, 108, 116, 46, 117, 51, 50, 32, 9, 37, 112, 55, 44, 32, 37, 114,
+    49, 54, 44, 32, 37, 114, 53, 59, 10, 64, 37, 112, 55, 32, 98, 114, 97, 32, 9, 36, 76, 95, 95, 66, 66, 48, 95, 50,
+    59, 10, 36, 76, 95, 95, 66, 66, 48, 95, 49, 48, 58, 10, 114, 101, 116, 59, 10, 125, 10, 0,
+};
+
+// The kernel of a device that copies many small pieces, or NULL. The device is entered.
+static tpr_cuda_driver_function tpr_cuda_kernels_gather(tpr_cuda_device_set *set, tpr_cuda_device *device) {
+    if (__atomic_load_n(&device->loaded, __ATOMIC_ACQUIRE)) return device->gather;
+    tpr_cuda_os_lock_take(&set->lock);
+    if (!device->loaded) {
+        tpr_cuda_driver_function gather = NULL;
+        tprpc_error why = TPR_CUDA_ZERO;
+        tprpc_status status =
+            TPR_CUDA_DRIVER_CALL(set->cu, cuModuleLoadData, (&device->module, tpr_cuda_kernels_ptx), &why);
+        if (status == TPRPC_OK)
+            status =
+                TPR_CUDA_DRIVER_CALL(set->cu, cuModuleGetFunction, (&gather, device->module, "tprpc_gather"), &why);
+        if (status == TPRPC_OK) device->gather = gather;
+        else tprpc_log_text(set->ctx, TPRPC_LOG_INFO, "cuda", why.text);
+        __atomic_store_n(&device->loaded, true, __ATOMIC_RELEASE);
+    }
+    tpr_cuda_os_lock_give(&set->lock);
+    return device->gather;
+}
+
+// Launches it for a table that the device can reach. The device is entered.
+static tprpc_status tpr_cuda_kernels_launch(const tpr_cuda_device_set *set, const tpr_cuda_device *device,
+                                            uint64_t table, uint32_t count, tpr_cuda_driver_stream stream,
+                                            tprpc_error *error) {
+    const uint32_t grid = count < TPR_CUDA_KERNELS_GRID ? count : (uint32_t)TPR_CUDA_KERNELS_GRID;
+    void *parameters[2];
+    parameters[0] = &table;
+    parameters[1] = &count;
+    return TPR_CUDA_DRIVER_CALL(set->cu, cuLaunchKernel,
+                                (device->gather, grid, 1, 1, TPR_CUDA_KERNELS_BLOCK, 1, 1, 0, stream, parameters, NULL),
+                                error);
 }
 
 // >>stream ------------------------------------------------------------------------------------------------------------
@@ -1608,6 +1751,7 @@ typedef struct tpr_cuda_arena_memory { // as one end sees it
     uint8_t         *base;             // NULL: there is none
     size_t           size;
     tpr_cuda_device *pinned;           // by whose context; NULL: not so far
+    tpr_cuda_driver_ptr at;            // for devices; 0: not so far
 } tpr_cuda_arena_memory;
 
 struct tpr_cuda_arena;
@@ -1630,15 +1774,18 @@ typedef struct tpr_cuda_arena {
     tpr_cuda_arena_chunk   chunks[TPR_CUDA_ARENA_CHUNKS];
 } tpr_cuda_arena;
 
-// Pins the memory, once, so that all devices' copies go straight. The device is entered.
+// Pins the memory, once, so that all devices reach it. The device is entered.
 static tprpc_status tpr_cuda_arena_pin(const tpr_cuda_device_set *set, tpr_cuda_arena_memory *memory,
                                        tpr_cuda_device *device, tprpc_error *error) {
-    if (memory->pinned) return TPRPC_OK;
-    const tprpc_status status = TPR_CUDA_DRIVER_CALL(
-        set->cu, cuMemHostRegister,
-        (memory->base, memory->size, (unsigned int)TPR_CUDA_DRIVER_MEMHOSTREGISTER_PORTABLE), error);
-    if (status == TPRPC_OK) memory->pinned = device;
-    return status;
+    const unsigned int flags =
+        TPR_CUDA_DRIVER_MEMHOSTREGISTER_PORTABLE | TPR_CUDA_DRIVER_MEMHOSTREGISTER_DEVICEMAP;
+    tprpc_status status = TPRPC_OK;
+    if (memory->at) return TPRPC_OK;
+    if (!memory->pinned)
+        status = TPR_CUDA_DRIVER_CALL(set->cu, cuMemHostRegister, (memory->base, memory->size, flags), error);
+    if (status != TPRPC_OK) return status;
+    memory->pinned = device;
+    return TPR_CUDA_DRIVER_CALL(set->cu, cuMemHostGetDevicePointer, (&memory->at, memory->base, 0), error);
 }
 
 static void tpr_cuda_arena_memory_free(const tpr_cuda_device_set *set, tpr_cuda_arena_memory *memory) {
@@ -1650,6 +1797,7 @@ static void tpr_cuda_arena_memory_free(const tpr_cuda_device_set *set, tpr_cuda_
     tpr_cuda_os_unmap(memory->base, memory->size);
     memory->base = NULL;
     memory->pinned = NULL;
+    memory->at = 0;
 }
 
 static void tpr_cuda_arena_unref(tpr_cuda_arena *arena) {
@@ -1748,7 +1896,6 @@ enum {
 
 typedef struct tpr_cuda_word_side {    // the words of one direction: its sender writes `ready`, its receiver `done`
     tpr_cuda_arena_memory memory;
-    tpr_cuda_driver_ptr   at;          // for devices, once it is pinned
     uint64_t              said[TPR_CUDA_WORD_SLOTS];    // sender: what a part was said to have
     uint64_t              waits[TPR_CUDA_WORD_SLOTS];   // what a stream of ours waits for, in the peer's word,
     uint64_t              writes[TPR_CUDA_WORD_SLOTS];  // and will write to ours
@@ -1786,24 +1933,10 @@ static bool tpr_cuda_word_reached(const uint64_t *word, uint64_t value) {
     return (int64_t)(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
 }
 
-// Makes the words usable by devices. The device is entered.
-static tprpc_status tpr_cuda_word_pin(const tpr_cuda_device_set *set, tpr_cuda_word_side *side,
-                                      tpr_cuda_device *device, tprpc_error *error) {
-    if (side->at) return TPRPC_OK;
-    const unsigned int flags =
-        TPR_CUDA_DRIVER_MEMHOSTREGISTER_PORTABLE | TPR_CUDA_DRIVER_MEMHOSTREGISTER_DEVICEMAP;
-    tprpc_status status = TPRPC_OK;
-    if (!side->memory.pinned)
-        status = TPR_CUDA_DRIVER_CALL(set->cu, cuMemHostRegister, (side->memory.base, side->memory.size, flags), error);
-    if (status != TPRPC_OK) return status;
-    side->memory.pinned = device;
-    return TPR_CUDA_DRIVER_CALL(set->cu, cuMemHostGetDevicePointer, (&side->at, side->memory.base, 0), error);
-}
-
 // Queues a wait for a word, or its write; `done` says which of the slot's. The device is entered, the side pinned.
 static tprpc_status tpr_cuda_word_wait(const tpr_cuda_device_set *set, tpr_cuda_word_side *side, uint32_t slot,
                                        bool done, uint64_t value, tpr_cuda_driver_stream stream, tprpc_error *error) {
-    const tpr_cuda_driver_ptr at = side->at + 16 * (uint64_t)slot + (done ? 8 : 0);
+    const tpr_cuda_driver_ptr at = side->memory.at + 16 * (uint64_t)slot + (done ? 8 : 0);
     const tprpc_status status = TPR_CUDA_DRIVER_CALL(
         set->cu, cuStreamWaitValue64, (stream, at, value, (unsigned int)TPR_CUDA_DRIVER_STREAM_WAIT_VALUE_GEQ), error);
     if (status == TPRPC_OK) side->waits[slot] = value;
@@ -1812,7 +1945,7 @@ static tprpc_status tpr_cuda_word_wait(const tpr_cuda_device_set *set, tpr_cuda_
 
 static tprpc_status tpr_cuda_word_write(const tpr_cuda_device_set *set, tpr_cuda_word_side *side, uint32_t slot,
                                         bool done, uint64_t value, tpr_cuda_driver_stream stream, tprpc_error *error) {
-    const tpr_cuda_driver_ptr at = side->at + 16 * (uint64_t)slot + (done ? 8 : 0);
+    const tpr_cuda_driver_ptr at = side->memory.at + 16 * (uint64_t)slot + (done ? 8 : 0);
     const tprpc_status status = TPR_CUDA_DRIVER_CALL(
         set->cu, cuStreamWriteValue64, (stream, at, value, (unsigned int)TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT),
         error);
@@ -2188,7 +2321,7 @@ static void tpr_cuda_outbox_close(tpr_cuda_stream_queue *queue) {
 // A piece goes through a chunk of the receiver's arena, into which the sender copies it; where the two share no memory,
 // through the pipe.
 //
-// Uses: os, base, driver, wire, device, stream, arena, outbox.
+// Uses: os, base, driver, wire, device, kernels, stream, arena, outbox.
 // Invariant: a batch is in `sends` or `receives` of its end from its beginning to its end; a message of the twin about
 // one that is not there is about one that has ended. A send ends when neither a stream of ours, nor the link, nor a
 // receiver of this process is at its memory, or when what is at it is ordered before what the user queues next.
@@ -2239,6 +2372,17 @@ typedef struct tpr_cuda_batch_net {    // an instance
     uint32_t               kept_count;
 } tpr_cuda_batch_net;
 
+typedef struct tpr_cuda_batch_gather { // copies that one kernel is to make
+    tpr_cuda_arena_chunk    *chunk;    // the table's; NULL: there are none
+    tpr_cuda_kernels_entry  *entries;  // in it
+    uint32_t                 count;
+    tpr_cuda_device         *device;
+    tpr_cuda_driver_stream   stream;
+    tpr_cuda_device_range    known;    // what the driver said of the last source, of which
+    const tpr_cuda_device   *asked;    // this device
+    bool                     reached;  // can read it by kernels
+} tpr_cuda_batch_gather;
+
 typedef struct tpr_cuda_batch_end {
     tpr_cuda_batch_net   *net;
     tprpc_link           *link;
@@ -2248,6 +2392,7 @@ typedef struct tpr_cuda_batch_end {
     tpr_cuda_base_list    starved;
     tpr_cuda_arena       *arena;       // NULL: not needed so far
     tpr_cuda_arena_memory theirs;      // the peer's arena
+    tpr_cuda_batch_gather gather;
 } tpr_cuda_batch_end;
 
 typedef struct tpr_cuda_batch_order {  // a stream that buffers of a batch are on
@@ -2257,6 +2402,7 @@ typedef struct tpr_cuda_batch_order {  // a stream that buffers of a batch are o
     bool                   busy;       // something is
     uint32_t               slot;       // its word, while `seq` is not 0
     uint64_t               seq;
+    uint64_t               waited;     // of a receive of xth: bit i: it waits for order i of the send
     tpr_cuda_batch        *batch;
     tpr_cuda_stream_wait   wait;
 } tpr_cuda_batch_order;
@@ -2555,6 +2701,80 @@ static tpr_cuda_arena *tpr_cuda_batch_arena(tpr_cuda_batch_end *end, tprpc_error
     end->arena->owner = end;
     end->arena->more = tpr_cuda_batch_more;
     return end->arena;
+}
+
+// ---- many small copies by one kernel
+
+// Makes the copies that were collected; to be called before anything is queued that has to come behind them.
+static tprpc_status tpr_cuda_batch_flush(tpr_cuda_batch_end *end, tprpc_error *error) {
+    const tpr_cuda_device_set *set = end->net->queue->set;
+    tpr_cuda_batch_gather gather = end->gather;
+    tpr_cuda_arena_chunk *chunk = gather.chunk;
+    tpr_cuda_device_guard guard;
+    if (!chunk) return TPRPC_OK;
+    memset(&end->gather, 0, sizeof end->gather);
+    const uint64_t table = chunk->arena->memory.at + (uint64_t)(chunk->data - chunk->arena->memory.base);
+    tprpc_status status = tpr_cuda_device_enter(set, gather.device, &guard, error);
+    if (status != TPRPC_OK) {
+        tpr_cuda_arena_give(chunk);
+        return status;
+    }
+    status = tpr_cuda_kernels_launch(set, gather.device, table, gather.count, gather.stream, NULL);
+    if (status == TPRPC_OK) {
+        status = tpr_cuda_arena_give_after(chunk, gather.device, gather.stream, error);
+    } else {                           // one by one, then
+        status = TPRPC_OK;
+        for (uint32_t i = 0; i < gather.count && status == TPRPC_OK; i++)
+            status = TPR_CUDA_DRIVER_CALL(set->cu, cuMemcpyAsync,
+                                          ((tpr_cuda_driver_ptr)gather.entries[i].to,
+                                           (tpr_cuda_driver_ptr)gather.entries[i].from,
+                                           (size_t)gather.entries[i].size, gather.stream), error);
+        tpr_cuda_arena_give(chunk);
+    }
+    tpr_cuda_device_leave(set, &guard);
+    return status;
+}
+
+// Whether a kernel of the device may make this copy; a table is begun. The device is entered.
+static bool tpr_cuda_batch_can_gather(tpr_cuda_batch_end *end, size_t count, tpr_cuda_device *device,
+                                      tpr_cuda_driver_stream stream, uint64_t from, size_t size) {
+    tpr_cuda_batch_gather *gather = &end->gather;
+    tpr_cuda_device_set *set = end->net->queue->set;
+    if (count < TPR_CUDA_KERNELS_MANY || size > TPR_CUDA_KERNELS_SMALL || !tpr_cuda_kernels_gather(set, device))
+        return false;
+    if (gather->chunk && (gather->device != device || gather->stream != stream ||
+                          gather->count == TPR_CUDA_ARENA_CHUNK / sizeof(tpr_cuda_kernels_entry))) return false;
+    tpr_cuda_device_range *known = &gather->known;
+    if (from < known->start || from - known->start >= known->size || gather->asked != device) {
+        gather->asked = device;
+        if (tpr_cuda_device_ask(set, (const void *)(uintptr_t)from, known, NULL) != TPRPC_OK) known->kind = 0;
+        gather->reached = known->kind == TPR_CUDA_DRIVER_MEMORYTYPE_DEVICE && tpr_cuda_device_reaches(set, from);
+    }
+    if (!gather->reached || from < known->start || size > known->size - (from - known->start)) return false;
+    if (gather->chunk) return true;
+    tpr_cuda_arena *arena = tpr_cuda_batch_arena(end, NULL);
+    if (!arena || tpr_cuda_arena_pin(set, &arena->memory, device, NULL) != TPRPC_OK) return false;
+    gather->chunk = tpr_cuda_arena_take(arena);
+    if (!gather->chunk) return false;
+    gather->entries = (tpr_cuda_kernels_entry *)(void *)gather->chunk->data;
+    gather->device = device;
+    gather->stream = stream;
+    return true;
+}
+
+// Queues one of `count` copies to memory of a device, which is entered, or collects it until the flush. from_device:
+// NULL for memory of another process.
+static tprpc_status tpr_cuda_batch_copy(tpr_cuda_batch_end *end, size_t count, tpr_cuda_device *device, uint64_t to,
+                                        const tpr_cuda_device *from_device, uint64_t from, size_t size,
+                                        tpr_cuda_driver_stream stream, tprpc_error *error) {
+    tpr_cuda_batch_gather *gather = &end->gather;
+    if (!tpr_cuda_batch_can_gather(end, count, device, stream, from, size))
+        return tpr_cuda_device_copy(end->net->queue->set, device, (void *)(uintptr_t)to, from_device,
+                                    (const void *)(uintptr_t)from, size, stream, error);
+    gather->entries[gather->count].from = from;
+    gather->entries[gather->count].to = to;
+    gather->entries[gather->count++].size = size;
+    return TPRPC_OK;
 }
 
 // Which chunk a piece is to go through. NULL with OK: none is free; the batch is hungry.
@@ -3182,16 +3402,26 @@ static bool tpr_cuda_xth_same_sizes(const tpr_cuda_batch *send, const tpr_cuda_b
     return same;
 }
 
-// Whether all copies can be queued: host memory would have to be pinned.
+// Whether the copy between a buffer on a device and one that may be of the host's can be queued: that has to be pinned.
+static bool tpr_cuda_xth_pinned(tpr_cuda_device_set *set, const tprpc_buffer *on_device, const tprpc_buffer *other) {
+    tpr_cuda_device_guard guard;
+    tpr_cuda_device *device;
+    if (on_device->device.kind != TPRPC_CUDA) return false;
+    if (other->device.kind == TPRPC_CUDA) return true;
+    if (tpr_cuda_device_of(set, on_device->device, &device, NULL) != TPRPC_OK ||
+        tpr_cuda_device_enter(set, device, &guard, NULL) != TPRPC_OK) return false;
+    const bool pinned = tpr_cuda_device_pinned(set, other->data, other->size);
+    tpr_cuda_device_leave(set, &guard);
+    return pinned;
+}
+
+// Whether all copies can be queued.
 static bool tpr_cuda_xth_direct(const tpr_cuda_batch *send, const tpr_cuda_batch *receive) {
-    const tpr_cuda_device_set *set = receive->end->net->queue->set;
+    tpr_cuda_device_set *set = receive->end->net->queue->set;
     bool direct = true;
     for (size_t i = 0; direct && i < receive->count; i++) {
         const tprpc_buffer *from = &send->buffers[i], *to = &receive->buffers[i];
-        if (!to->size) continue;
-        if (from->device.kind != TPRPC_CUDA) direct = tpr_cuda_device_pinned(set, from->data, from->size);
-        if (to->device.kind != TPRPC_CUDA) direct &= tpr_cuda_device_pinned(set, to->data, to->size);
-        direct &= from->device.kind == TPRPC_CUDA || to->device.kind == TPRPC_CUDA;
+        if (to->size) direct = tpr_cuda_xth_pinned(set, from, to) || tpr_cuda_xth_pinned(set, to, from);
     }
     return direct;
 }
@@ -3201,7 +3431,8 @@ static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_ba
                                       tprpc_error *error) {
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
     const tprpc_buffer *from = &send->buffers[i], *to = &receive->buffers[i];
-    const tpr_cuda_batch_order *before = from->device.kind == TPRPC_CUDA ? &send->orders[send->order_of[i]] : NULL;
+    const uint8_t mark = send->order_of[i];
+    const tpr_cuda_batch_order *before = from->device.kind == TPRPC_CUDA ? &send->orders[mark] : NULL;
     tpr_cuda_device *source = NULL, *target = NULL, *device;
     tpr_cuda_driver_stream stream = NULL;
     tpr_cuda_device_guard guard;
@@ -3220,9 +3451,15 @@ static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_ba
         if (status == TPRPC_OK)
             status = tpr_cuda_batch_order_for(receive, device, stream, &receive->order_of[i], error);
     }
-    if (status == TPRPC_OK && before && before->event)
+    tpr_cuda_batch_order *order = &receive->orders[receive->order_of[i]];
+    if (status == TPRPC_OK && before && before->event && !(order->waited & UINT64_C(1) << mark)) {
         status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (stream, before->event, 0), error);
-    if (status == TPRPC_OK)
+        order->waited |= UINT64_C(1) << mark;
+    }
+    if (status == TPRPC_OK && target && source)
+        status = tpr_cuda_batch_copy(receive->end, receive->count, target, (uintptr_t)to->data, source,
+                                     (uintptr_t)from->data, to->size, stream, error);
+    else if (status == TPRPC_OK)
         status = tpr_cuda_device_copy(queue->set, target, to->data, source, from->data, to->size, stream, error);
     tpr_cuda_device_leave(queue->set, &guard);
     return status;
@@ -3280,6 +3517,8 @@ static tpr_cuda_batch_outcome tpr_cuda_xth_fetch(tpr_cuda_batch *receive, const 
             host |= send->buffers[i].device.kind == TPRPC_CPU || receive->buffers[i].device.kind == TPRPC_CPU;
             status = tpr_cuda_xth_copy(receive, send, i, error);
         }
+        if (status == TPRPC_OK) status = tpr_cuda_batch_flush(receive->end, error);
+        else tpr_cuda_batch_flush(receive->end, NULL);
         tpr_cuda_xth_order(receive, send, host);
         if (status != TPRPC_OK) outcome = TPR_CUDA_BATCH_FAILED;
     }
@@ -3583,7 +3822,7 @@ static tprpc_status tpr_cuda_ipc_direct_orders(tpr_cuda_batch *send, tprpc_error
         tpr_cuda_device_guard guard;
         status = tpr_cuda_device_enter(set, order->device, &guard, error);
         if (status != TPRPC_OK) break;
-        status = tpr_cuda_word_pin(set, &link->mine, order->device, error);
+        status = tpr_cuda_arena_pin(set, &link->mine.memory, order->device, error);
         if (status == TPRPC_OK && !tpr_cuda_word_take(link, &order->slot, &order->seq))
             status = tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "cuda_ipc: too many transfers are under way");
         if (status == TPRPC_OK && order->busy) {
@@ -3599,7 +3838,7 @@ static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbo
                                       tprpc_error *error) {
     tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(send)->words;
     const tpr_cuda_device_set *set = link->queue->set;
-    const tpr_cuda_device *device = send->orders[0].device;
+    tpr_cuda_device *device = send->orders[0].device;
     tprpc_status status = TPRPC_OK;
     chunk->offset = send->moved;
     chunk->length = 0;
@@ -3608,9 +3847,8 @@ static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbo
         uint64_t size = buffer->size - send->at;
         if (size > chunk->size - chunk->length) size = chunk->size - chunk->length;
         if (size)
-            status = tpr_cuda_device_copy(set, device, (void *)(uintptr_t)(box->base + chunk->at + chunk->length),
-                                          device, (const uint8_t *)buffer->data + send->at, (size_t)size, send->stream,
-                                          error);
+            status = tpr_cuda_batch_copy(send->end, send->count, device, box->base + chunk->at + chunk->length, device,
+                                         (uintptr_t)buffer->data + send->at, (size_t)size, send->stream, error);
         chunk->length += size;
         send->at += (size_t)size;
         if (send->at < buffer->size) continue;
@@ -3618,6 +3856,8 @@ static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbo
         send->at = 0;
     }
     send->moved += chunk->length;
+    if (status == TPRPC_OK) status = tpr_cuda_batch_flush(send->end, error);
+    else tpr_cuda_batch_flush(send->end, NULL);
     if (status == TPRPC_OK)
         status = tpr_cuda_word_write(set, &link->mine, chunk->slot, false, chunk->seq, send->stream, error);
     return status;
@@ -3678,7 +3918,8 @@ static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, tpr_cuda_ipc_pa
         send->boxes[i] = tpr_cuda_outbox_take(box, end->words, send->total - send->moved);
         if (!send->boxes[i]) break;
         if (!send->stream_set)
-            status = tpr_cuda_ipc_pack_stream(send, send->order_count == 1 && send->total <= send->boxes[i]->size, error);
+            status = tpr_cuda_ipc_pack_stream(send, send->order_count == 1 && send->total <= send->boxes[i]->size,
+                                              error);
         send->stream_set = true;
         if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, box, send->boxes[i], error);
         if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(box, send->boxes[i], parts);
@@ -3692,7 +3933,7 @@ static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, tpr_cuda_ipc_p
     tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
     tpr_cuda_stream_queue *queue = send->end->net->queue;
     tpr_cuda_outbox *box;
-    tprpc_status status = tpr_cuda_word_pin(queue->set, &end->words->mine, send->orders[0].device, error);
+    tprpc_status status = tpr_cuda_arena_pin(queue->set, &end->words->mine.memory, send->orders[0].device, error);
     if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, &box, error);
     if (status == TPRPC_OK) status = tpr_cuda_ipc_tell(end, box->export_, error);
     if (status == TPRPC_OK) status = tpr_cuda_ipc_pack_some(send, parts, error);
@@ -3936,7 +4177,7 @@ static tprpc_status tpr_cuda_ipc_copy(tpr_cuda_batch *receive, tpr_cuda_ipc_impo
     status = tpr_cuda_device_check_stream(queue->set, order->device, buffer->stream, error);
     const tpr_cuda_driver_ptr from = status == TPRPC_OK ? tpr_cuda_ipc_open_import(queue, import, order->device) : 0;
     if (status == TPRPC_OK && !from) *can = false;
-    if (status == TPRPC_OK && from) status = tpr_cuda_word_pin(queue->set, &link->theirs, order->device, error);
+    if (status == TPRPC_OK && from) status = tpr_cuda_arena_pin(queue->set, &link->theirs.memory, order->device, error);
     const bool waits = (part->flags & TPR_CUDA_WIRE_PART_WAITS) && order->seq != part->seq;
     if (status == TPRPC_OK && from && waits) {
         status = tpr_cuda_word_wait(queue->set, &link->theirs, part->slot, false, part->seq, order->stream, error);
@@ -3944,9 +4185,9 @@ static tprpc_status tpr_cuda_ipc_copy(tpr_cuda_batch *receive, tpr_cuda_ipc_impo
         tpr_cuda_word_tend(&tpr_cuda_ipc_net_of(receive)->tender);
     }
     if (status == TPRPC_OK && from)
-        status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuMemcpyAsync,
-                                      ((tpr_cuda_driver_ptr)(uintptr_t)buffer->data + receive->at,
-                                       from + part->from + skip, size, order->stream), error);
+        status = tpr_cuda_batch_copy(receive->end, receive->count, order->device,
+                                     (uintptr_t)buffer->data + receive->at, NULL, from + part->from + skip, size,
+                                     order->stream, error);
     tpr_cuda_device_leave(queue->set, &guard);
     return status;
 }
@@ -3971,9 +4212,15 @@ static tprpc_status tpr_cuda_ipc_take(tpr_cuda_batch *receive, const tpr_cuda_wi
         receive->buffer++;
         receive->at = 0;
     }
-    if (status != TPRPC_OK || !*can) return status;
+    if (status != TPRPC_OK || !*can) {
+        tpr_cuda_batch_flush(receive->end, NULL);
+        return status;
+    }
     receive->moved += part->size;
-    if (part->flags & TPR_CUDA_WIRE_PART_LAST) status = tpr_cuda_ipc_write_done(receive, part, error);
+    if (part->flags & TPR_CUDA_WIRE_PART_LAST || receive->moved == receive->total)
+        status = tpr_cuda_batch_flush(receive->end, error);
+    if (status == TPRPC_OK && (part->flags & TPR_CUDA_WIRE_PART_LAST))
+        status = tpr_cuda_ipc_write_done(receive, part, error);
     return status;
 }
 
@@ -4002,6 +4249,7 @@ static tpr_cuda_batch_outcome tpr_cuda_ipc_take_all(tpr_cuda_batch *receive, con
         tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, part.at, 0, 0, NULL);
         if (receive->over) return TPR_CUDA_BATCH_GOING_ON;
     }
+    if (tpr_cuda_batch_flush(receive->end, error) != TPRPC_OK) return TPR_CUDA_BATCH_FAILED;
     return receive->moved == receive->total ? TPR_CUDA_BATCH_FETCHED : TPR_CUDA_BATCH_GOING_ON;
 }
 

@@ -320,6 +320,54 @@ TEST(killed_at_any_moment) {
     }
 }
 
+/* ---- many small tensors ---- */
+
+enum { SMALLS = 300, EACH = 4000 };
+
+static tprpc_tensor *smalls(int device, uint8_t *memory, CUstream stream, int target) {
+    tprpc_tensor *tensors = (tprpc_tensor *)calloc(SMALLS, sizeof *tensors);
+    REQUIRE(tensors != NULL);
+    for (size_t i = 0; i < SMALLS; i++) tensors[i] = gpu_tensor(device, memory + i * EACH, EACH, stream, target);
+    return tensors;
+}
+
+static void smalls_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CUstream r = gpu_stream(other());
+    uint8_t *target = (uint8_t *)gpu_alloc(other(), SMALLS * EACH);
+    tprpc_tensor *in = smalls(other(), target, r, other());
+    for (uint64_t i = 0; i < 3; i++) {
+        two_got(t, &c, in, SMALLS);
+        CHECK(gpu_matches(other(), r, target, SMALLS * EACH, i));
+        two_raise(t, 10 + (int)i);
+    }
+    if (gpu.standin_calls) CHECK_LE_INT(3, gpu.standin_calls("cuLaunchKernel"));   /* by a kernel */
+    free(in);
+}
+
+static void many_smalls(bool registered) {
+    two t;
+    cargo c;
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", smalls_receive, NULL);
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * EACH);
+    tprpc_tensor *out = smalls(0, source, s, other());
+    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * EACH, NULL), TPRPC_OK);
+    for (uint64_t i = 0; i < 3; i++) {
+        gpu_put(0, s, source, SMALLS * EACH, i);
+        two_sent(&t, &c, out, SMALLS);
+        gpu_set(0, s, source, 0, SMALLS * EACH);
+        two_await(&t, 10 + (int)i);
+    }
+    free(out);
+    two_close(&t, false);
+}
+
+TEST(many_small_registered) { many_smalls(true); }
+TEST(many_small) { many_smalls(false); }
+
 /* ---- others ---- */
 
 /* A stream that is being captured when the receiver has it: the host waits, and the capture is left alone. */
@@ -362,6 +410,7 @@ TEST(captured_while_it_travels) {
     CHECK_EQ_INT(c.wrote.status, TPRPC_OK);
     CU(cuStreamEndCapture(s, &graph));
     CHECK(graph != NULL);
+    CU(cuGraphDestroy(graph));
     two_close(&t, false);
 }
 

@@ -47,6 +47,8 @@ ASSERT(SAME(POINTER_ATTRIBUTE_MEMORY_TYPE))
 ASSERT(SAME(POINTER_ATTRIBUTE_DEVICE_ORDINAL))
 ASSERT(SAME(POINTER_ATTRIBUTE_RANGE_START_ADDR))
 ASSERT(SAME(POINTER_ATTRIBUTE_RANGE_SIZE))
+ASSERT(SAME(POINTER_ATTRIBUTE_ACCESS_FLAGS))
+ASSERT(SAME(POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE))
 ASSERT(SAME(MEMPOOL_ATTR_RELEASE_THRESHOLD))
 ASSERT(SAME(MEM_ALLOCATION_TYPE_PINNED))
 ASSERT(SAME(MEM_HANDLE_TYPE_NONE))
@@ -92,6 +94,8 @@ ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, reserved))
 #define tpr_cuda_driver_stream CUstream
 #define tpr_cuda_driver_event CUevent
 #define tpr_cuda_driver_pool CUmemoryPool
+#define tpr_cuda_driver_module CUmodule
+#define tpr_cuda_driver_function CUfunction
 #define tpr_cuda_driver_device_attribute CUdevice_attribute
 #define tpr_cuda_driver_pointer_attribute CUpointer_attribute
 #define tpr_cuda_driver_pool_attribute CUmemPool_attribute

@@ -1,6 +1,6 @@
 // The kernel that moves many small tensors at a time. tools/ptx.py puts it into tprpc_cuda.h.
 
-struct entry { unsigned long long to, from, size; };   // tpr_cuda_kernel_entry
+struct entry { unsigned long long from, to, size; };   // tpr_cuda_kernels_entry
 
 // Each block takes every gridDim.x-th entry. The table is in pinned host memory.
 extern "C" __global__ void tprpc_gather(const entry *table, unsigned int count) {
