@@ -70,9 +70,31 @@
 // HOW THE BYTES TRAVEL
 //
 // cuda_xth (400) moves between two contexts of one process: from any GPU to any, and between GPUs and pinned host
-// memory, one copy, queued on the receiver's stream. cuda_basic (0) moves between all memory everywhere: the sender
-// copies into pinned host memory that both processes share, the receiver out of it, in chunks; where nothing can be
-// shared the chunks travel through the pipe. The first also goes the second's way where memory is not pinned.
+// memory, one copy, queued on the receiver's stream.
+//
+// cuda_ipc (300) moves from GPU to GPU between processes of one host, over a connection that passes descriptors (shm).
+// The receiver opens the sender's memory and copies on his own stream; words in memory that both share order the two
+// streams. Memory that you registered (tprpc_cuda_register) is read where it is. Everything else, whatever allocated
+// it, the sender first copies into an outbox: device memory of the library's that the peers have open.
+//
+// cuda_basic (0) moves between all memory everywhere: the sender copies into pinned host memory that both processes
+// share, the receiver out of it, in chunks; where nothing can be shared the chunks travel through the pipe. The other
+// two go this way where they cannot: host memory that is not pinned, GPUs that do not reach each other.
+//
+// Many small tensors of one message on one stream are copied by one kernel, where the receiving GPU can reach the
+// memory; else one by one.
+//
+// Name the channels in tprpc_context_desc.channels ("cuda_ipc,cuda_basic,bulk,basic"), and the others are not used.
+//
+//
+// DEATHS
+//
+// When the other process dies, what streams of yours wait for is released by this process, so they go on, with what
+// was queued behind. A transfer that was under way is reported failed (PEER). One whose callback has run was ordered,
+// not done: its target then holds anything, and the pipe's error tells of it.
+//
+// A device that fails (a kernel's fault, say) takes its context with it, as CUDA has it: what is to be done on it fails
+// with DEVICE, the driver's name and number of the error in the text; everything that needs no GPU goes on.
 //
 //
 // LIMITS AND DEFAULTS
@@ -80,10 +102,16 @@
 //   what                                              where                                 value
 //   the driver                                        -                                     CUDA 12.0 or later
 //   devices of a process                              -                                     64
+//   streams that the tensors of a message are on      -                                     64
 //   a chunk of pinned host memory                     -                                     512 KiB
 //   chunks of an end of a pipe                        -                                     16
 //   chunks of a transfer that are under way           -                                     4
-//   a failure of a device is looked for               -                                     each 20 ms, when waiting
+//   an outbox, of a device and a loop of a context    -                                     28 MiB: 6 x 4 MiB, 64 x 64 KiB
+//   transfers of a pipe that words order at a time    -                                     512
+//   small tensors go by a kernel                      -                                     8 and more, up to 64 KiB each
+//   a peer's death is looked for                      -                                     each 50 ms, when waiting for it
+//   a failure of a device is looked for               -                                     each 20 ms, when waiting for it
+//   a context that is destroyed waits for its streams -                                     30 s
 
 #ifndef TPRPC_CUDA_H
 #define TPRPC_CUDA_H

@@ -6,6 +6,7 @@
 
 #include "cuda/load.h"
 #include "../tprpc_cuda.h"
+#include <pthread.h>
 
 #define GPU_FUNCTIONS(X)                                                                                      \
     X(cuInit, (unsigned int)) X(cuDeviceGetCount, (int *)) X(cuDevicePrimaryCtxRetain, (CUcontext *, CUdevice)) \
@@ -60,9 +61,12 @@ static UNUSED void gpu_load(void) {
 
 /* The next calls are for this device. */
 static UNUSED void gpu_on(int device) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     REQUIRE(device < gpu.count);
+    pthread_mutex_lock(&lock);
     if (!gpu.contexts[device]) CU(cuDevicePrimaryCtxRetain(&gpu.contexts[device], device));
     CU(cuCtxSetCurrent(gpu.contexts[device]));
+    pthread_mutex_unlock(&lock);
 }
 
 static UNUSED void gpu_off(void) { CU(cuCtxSetCurrent(NULL)); }
@@ -103,13 +107,16 @@ static UNUSED void *gpu_pinned(size_t size) {
 /* Pinned memory for a while: it is used again in turn. Real drivers may wait for a device when they allocate, which a
    stream that stands still would hold up. */
 static UNUSED void *gpu_stage(size_t size) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     static uint8_t *ring;
     static size_t used;
+    pthread_mutex_lock(&lock);
     if (!ring) ring = (uint8_t *)gpu_pinned(GPU_STAGE);
     REQUIRE(size <= GPU_STAGE);
     if (used + size > GPU_STAGE) used = 0;
     void *at = ring + used;
     used += (size + 63) & ~(size_t)63;
+    pthread_mutex_unlock(&lock);
     return at;
 }
 

@@ -40,7 +40,8 @@ static void carry_all(const char *address, const char *channels) {
     for (int from = -1; from < gpu.count && from < 4; from++)
         for (int to = -1; to < gpu.count && to < 4; to++)
             for (size_t i = 0; i < COUNT(sizes) && (from >= 0 || to >= 0); i++) {
-                if (i != 1 && from > 1 && to > 1) continue;   /* enough of them */
+                if (i != 1 && (from > 1 || to > 1)) continue;   /* enough of them */
+                if (i == 3 && TEST_TSAN && from != 0) continue;
                 carry(&p, from, to, sizes[i], i == 1 ? 0 : 4 * i + 1, true);
                 if (from < 0 || to < 0) carry(&p, from, to, sizes[i], i, false);
             }
