@@ -106,11 +106,12 @@
 //   a chunk of pinned host memory                     -                                     512 KiB
 //   chunks of an end of a pipe                        -                                     16
 //   chunks of a transfer that are under way           -                                     4
-//   an outbox, of a device and a loop of a context    -                                     28 MiB: 6 x 4 MiB, 64 x 64 KiB
+//   an outbox, of each device and loop of a context   -                                     28 MiB
+//   chunks of an outbox                               -                                     6 of 4 MiB, 64 of 64 KiB
 //   transfers of a pipe that words order at a time    -                                     512
-//   small tensors go by a kernel                      -                                     8 and more, up to 64 KiB each
-//   a peer's death is looked for                      -                                     each 50 ms, when waiting for it
-//   a failure of a device is looked for               -                                     each 20 ms, when waiting for it
+//   small tensors go by a kernel                      -                                     from 8 on, of up to 64 KiB
+//   a peer's death, when waiting for it               -                                     is looked for each 50 ms
+//   a device's failure, likewise                      -                                     is looked for each 20 ms
 //   a context that is destroyed waits for its streams -                                     30 s
 
 #ifndef TPRPC_CUDA_H
