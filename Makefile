@@ -55,7 +55,7 @@ HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tests
             tests/toys.c
 TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c tests/cuda_impl.c tests/sim.c,$(wildcard tests/*.c)))
 # Tests of CUDA run on a stand-in driver; those of the library also on real GPUs.
-TESTS_GPU = $(filter cuda_% in_cuda_%,$(filter-out cuda_standin,$(TESTS_C)))
+TESTS_GPU = $(filter cuda_% in_cuda_%,$(filter-out cuda_standin in_cuda_hostile,$(TESTS_C)))
 TESTS_CXX = $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
 SCRIPTS   = $(filter-out tests/run.sh tests/compile.sh tests/fuzz.sh,$(wildcard tests/*.sh))
 FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py "tools/coverage.py --self-test" tools/ptx.py
@@ -216,6 +216,9 @@ $(1)/tests/cuda_impl.o: tests/cuda_impl.c $$(HEADERS) | $$(SETUP)
 
 $(1)/tests/cuda_%: $(1)/tests/cuda_%.o $(1)/tests/cuda_impl.o $(1)/tests/impl.o | $(1)/standin/libcuda.so.1
 	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
+
+$(1)/tests/in_cuda_%: $(1)/tests/in_cuda_%.o | $(1)/standin/libcuda.so.1
+	$(2) $(5) $$^ $$(LIBRARIES) -o $$@
 
 # A test of internals brings an implementation of its own.
 $(1)/tests/in_%: $(1)/tests/in_%.o

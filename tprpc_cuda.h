@@ -2255,7 +2255,7 @@ typedef struct tpr_cuda_outbox_chunk {
     uint64_t at, size, seq;            // at: within the outbox
     uint64_t offset, length;           // of the transfer's bytes that are in it
     uint32_t slot;
-    bool     held;                     // a send goes on using it
+    bool     held, dropped;            // a send goes on using it; nobody will say that it was read
 } tpr_cuda_outbox_chunk;
 
 typedef struct tpr_cuda_outbox {       // of a device, on a loop
@@ -2293,16 +2293,23 @@ static tprpc_status tpr_cuda_outbox_of(tpr_cuda_stream_queue *queue, tpr_cuda_de
     return TPRPC_OK;
 }
 
+// Whether a chunk is being written, or may be read.
+static bool tpr_cuda_outbox_busy(const tpr_cuda_outbox_chunk *chunk) {
+    const tpr_cuda_word_side *side = chunk->link ? &chunk->link->mine : NULL;
+    return side && !tpr_cuda_word_reached(chunk->dropped ? tpr_cuda_word_ready(side, chunk->slot)
+                                                         : tpr_cuda_word_done(side, chunk->slot), chunk->seq);
+}
+
 // A free chunk for that many bytes, with a slot of the link; NULL: none.
 static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cuda_word_link *link, uint64_t size) {
     const int first = size <= TPR_CUDA_OUTBOX_SMALL ? 0 : TPR_CUDA_OUTBOX_SMALLS;
     for (int i = first; i < TPR_CUDA_OUTBOX_ALL; i++) {
         tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
-        if (chunk->held || (chunk->link && !tpr_cuda_word_reached(tpr_cuda_word_done(&chunk->link->mine, chunk->slot),
-                                                                  chunk->seq))) continue;
+        if (chunk->held || tpr_cuda_outbox_busy(chunk)) continue;
         if (!tpr_cuda_word_take(link, &chunk->slot, &chunk->seq)) return NULL;
         chunk->link = link;
         chunk->held = true;
+        chunk->dropped = false;
         return chunk;
     }
     return NULL;
@@ -2314,8 +2321,7 @@ static bool tpr_cuda_outbox_lent(const tpr_cuda_stream_queue *queue, const tpr_c
     for (int32_t i = 0; i < queue->set->count; i++) {
         const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[i].outbox;
         for (int k = 0; box && k < TPR_CUDA_OUTBOX_ALL && !lent; k++)
-            lent = box->chunks[k].link == link &&
-                   !tpr_cuda_word_reached(tpr_cuda_word_done(&link->mine, box->chunks[k].slot), box->chunks[k].seq);
+            lent = box->chunks[k].link == link && tpr_cuda_outbox_busy(&box->chunks[k]);
     }
     return lent;
 }
@@ -2421,6 +2427,7 @@ typedef struct tpr_cuda_batch_end {
     tpr_cuda_base_list    starved;
     tpr_cuda_arena       *arena;       // NULL: not needed so far
     tpr_cuda_arena_memory theirs;      // the peer's arena
+    uint32_t              places;      // bit i: its chunk i is being written
     tpr_cuda_batch_gather gather;
 } tpr_cuda_batch_end;
 
@@ -2937,13 +2944,23 @@ static void tpr_cuda_batch_arrived(tpr_cuda_batch_piece *piece) {
 
 // ---- giving: the sender's part
 
+// A piece of a send is over.
+static void tpr_cuda_batch_piece_free(tpr_cuda_batch_piece *piece) {
+    tpr_cuda_batch_end *end = piece->batch->end;
+    tpr_cuda_arena_chunk *chunk = piece->chunk;
+    if (piece->place != TPR_CUDA_WIRE_NOWHERE) end->places &= ~(1u << piece->place / TPR_CUDA_ARENA_CHUNK);
+    piece->batch = NULL;
+    piece->chunk = NULL;
+    if (chunk) tpr_cuda_arena_give(chunk);
+}
+
 // A piece has gone, by way of the arena or through the pipe.
 static void tpr_cuda_batch_gone(tpr_cuda_batch_piece *piece, bool say) {
     tpr_cuda_batch *send = piece->batch;
     const uint64_t offset = piece->offset, size = piece->size;
-    piece->batch = NULL;
     send->moved += size;
     send->lent++;
+    tpr_cuda_batch_piece_free(piece);
     if (say && !send->over) tpr_cuda_batch_say(send->end, TPR_CUDA_WIRE_HAVE, send->id, offset, size, 0, NULL);
     if (send->moved == send->total) tpr_cuda_batch_send_over(send);
     send->lent--;
@@ -2952,10 +2969,8 @@ static void tpr_cuda_batch_gone(tpr_cuda_batch_piece *piece, bool say) {
 
 static void tpr_cuda_batch_taken(tprpc_work *work) {
     tpr_cuda_batch_piece *piece = TPR_CUDA_OF(work, tpr_cuda_batch_piece, taken);
-    tpr_cuda_arena_chunk *chunk = piece->chunk;
     piece->batch->lent--;
     tpr_cuda_batch_gone(piece, false);
-    if (chunk) tpr_cuda_arena_give(chunk);
 }
 
 // Hands a piece to the link.
@@ -2969,8 +2984,9 @@ static void tpr_cuda_batch_lend(tpr_cuda_batch_piece *piece, const void *data) {
         send->lent++;
         return;
     }
-    piece->batch = NULL;
-    if (piece->chunk) tpr_cuda_arena_give(piece->chunk);
+    send->lent++;
+    tpr_cuda_batch_piece_free(piece);
+    send->lent--;
     tpr_cuda_batch_send_failed(send, status == TPRPC_ERROR_MEMORY ? status : TPRPC_ERROR_PEER, NULL);
 }
 
@@ -2978,14 +2994,14 @@ static void tpr_cuda_batch_lend(tpr_cuda_batch_piece *piece, const void *data) {
 static void tpr_cuda_batch_loaded(tpr_cuda_stream_wait *wait, tprpc_status status, const tprpc_error *error) {
     tpr_cuda_batch_piece *piece = TPR_CUDA_OF(wait, tpr_cuda_batch_piece, wait);
     tpr_cuda_batch *send = piece->batch;
-    send->lent--;
     if (status == TPRPC_OK && !send->over) {
+        send->lent--;
         if (piece->chunk) tpr_cuda_batch_lend(piece, piece->chunk->data);
         else tpr_cuda_batch_gone(piece, true);
         return;
     }
-    piece->batch = NULL;
-    if (piece->chunk) tpr_cuda_arena_give(piece->chunk);
+    tpr_cuda_batch_piece_free(piece);
+    send->lent--;
     if (status != TPRPC_OK) tpr_cuda_batch_send_failed(send, status, error);
     else tpr_cuda_batch_settle(send);
 }
@@ -3047,8 +3063,9 @@ static void tpr_cuda_batch_give_piece(tpr_cuda_batch_piece *piece) {
         send->lent++;
         return;
     }
-    piece->batch = NULL;
-    if (piece->chunk) tpr_cuda_arena_give(piece->chunk);
+    send->lent++;
+    tpr_cuda_batch_piece_free(piece);
+    send->lent--;
     tpr_cuda_batch_send_failed(send, status, &error);
 }
 
@@ -3070,9 +3087,13 @@ static tprpc_status tpr_cuda_batch_wanted(tpr_cuda_batch_end *end, const tpr_cud
     piece->size = (size_t)message->size;
     piece->offset = message->offset;
     piece->place = end->theirs.base ? message->place : TPR_CUDA_WIRE_NOWHERE;
-    if (piece->place != TPR_CUDA_WIRE_NOWHERE && piece->place > end->theirs.size - piece->size) {
-        piece->batch = NULL;
-        return TPRPC_ERROR_PROTOCOL;
+    if (piece->place != TPR_CUDA_WIRE_NOWHERE) {
+        const uint64_t chunk = piece->place / TPR_CUDA_ARENA_CHUNK;
+        if (piece->place % TPR_CUDA_ARENA_CHUNK || chunk >= TPR_CUDA_ARENA_CHUNKS || (end->places & 1u << chunk)) {
+            piece->batch = NULL;
+            return TPRPC_ERROR_PROTOCOL;
+        }
+        end->places |= 1u << chunk;
     }
     tpr_cuda_batch_give_piece(piece);
     return TPRPC_OK;
@@ -4012,7 +4033,7 @@ static void tpr_cuda_ipc_forget(tpr_cuda_batch *send) {
         if (send->boxes[i]) send->boxes[i]->held = false;
         if (send->boxes[i] && send->way == TPR_CUDA_IPC_OUTBOX && !send->fetched) {
             end->words->mine.said[send->boxes[i]->slot] = send->boxes[i]->seq + TPR_CUDA_IPC_NEVER;
-            send->boxes[i]->link = NULL;
+            send->boxes[i]->dropped = true;
         }
         send->boxes[i] = NULL;
     }
