@@ -89,8 +89,8 @@ in_order = $(filter-out %/agent_cost,$(1)) -- $(filter %/agent_cost,$(1))
 # The simulated network uses all processors by itself.
 SIMS = build/sim build/asan/sim
 
-# make test, demo and coverage compile on all cores without being asked to.
-ifneq ($(filter demo test coverage,$(MAKECMDGOALS)),)
+# make test, gpu-test, demo and coverage compile on all cores without being asked to.
+ifneq ($(filter demo test gpu-test coverage,$(MAKECMDGOALS)),)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 endif
 MAKEFLAGS += --no-builtin-rules

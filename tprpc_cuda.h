@@ -225,6 +225,7 @@ extern "C" {
 #include <linux/magic.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -362,17 +363,18 @@ static void *tpr_cuda_os_map(int fd, size_t size) {
 static void tpr_cuda_os_unmap(void *at, size_t size) { if (at) munmap(at, size); }
 static void tpr_cuda_os_close(int fd) { if (fd >= 0) close(fd); }
 
-// A descriptor by which a process can be watched, or -1.
+// A descriptor by which a process can be watched, or -1: its number has to do.
 static int tpr_cuda_os_process(int32_t pid) {
     if (TPR_CUDA_OS_HOOKED("pidfd_open")) return -1;
     return (int)syscall(SYS_pidfd_open, (pid_t)pid, 0u);
 }
 
-static bool tpr_cuda_os_process_lives(int process) {
+static bool tpr_cuda_os_process_lives(int process, int32_t pid) {
     struct pollfd look;
     look.fd = process;
     look.events = POLLIN;
     look.revents = 0;
+    if (process < 0) return kill((pid_t)pid, 0) == 0 || errno == EPERM;
     return TPR_CUDA_OS_HOOKED("poll") || poll(&look, 1, 0) == 0;
 }
 
@@ -1935,6 +1937,7 @@ typedef struct tpr_cuda_word_link {
     tpr_cuda_stream_queue *queue;
     tpr_cuda_word_side     mine, theirs;   // of what this end sends, and receives
     int                    fd, process;
+    int32_t                pid;
     bool                   told, dead, gone;   // gone: its end of the pipe is
     uint32_t               hint;
     uint64_t               seq;
@@ -2034,7 +2037,7 @@ static void tpr_cuda_word_release(tpr_cuda_word_link *link) {
 }
 
 static void tpr_cuda_word_look_at(tpr_cuda_word_link *link) {
-    if (link->dead || !tpr_cuda_os_process_lives(link->process)) tpr_cuda_word_release(link);
+    if (link->dead || !tpr_cuda_os_process_lives(link->process, link->pid)) tpr_cuda_word_release(link);
 }
 
 static void tpr_cuda_word_link_free(tpr_cuda_word_link *link) {
@@ -2094,12 +2097,13 @@ static tprpc_status tpr_cuda_word_link_new(tpr_cuda_word_tender *tender, int32_t
     link->fd = -1;
     tpr_cuda_base_list_add(&tender->links, &link->node);
     link->process = tpr_cuda_os_process(process);
-    if (link->process >= 0 && tpr_cuda_os_process_lives(link->process)) {
+    link->pid = process;
+    if (tpr_cuda_os_process_lives(link->process, link->pid)) {
         *out = link;
         return TPRPC_OK;
     }
     tpr_cuda_word_link_free(link);
-    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "cuda: process %d cannot be watched", (int)process);
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "cuda: process %d is not there", (int)process);
 }
 
 // Makes the memory of what this end sends.

@@ -73,7 +73,9 @@ ASSERT(SIZED(tpr_cuda_driver_pointer_attribute, CUpointer_attribute))
 ASSERT(SIZED(tpr_cuda_driver_pool_attribute, CUmemPool_attribute))
 ASSERT(SIZED(tpr_cuda_driver_capture_status, CUstreamCaptureStatus))
 ASSERT(SIZED(tpr_cuda_driver_capture_mode, CUstreamCaptureMode))
+#if CUDA_VERSION >= 12000
 ASSERT(SIZED(tpr_cuda_driver_proc_status, CUdriverProcAddressQueryResult))
+#endif
 ASSERT(SIZED(tpr_cuda_driver_uuid, CUuuid))
 ASSERT(SIZED(tpr_cuda_driver_ipc, CUipcMemHandle))
 ASSERT(SIZED(tpr_cuda_driver_location, CUmemLocation))
@@ -84,7 +86,6 @@ ASSERT(PLACED(tpr_cuda_driver_access, CUmemAccessDesc, flags))
 ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, handleTypes))
 ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, location))
 ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, maxSize))
-ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, reserved))
 
 /* From here on our parameters are of cuda.h's types, so that a signature is the same or is not. */
 #define tpr_cuda_driver_result CUresult
