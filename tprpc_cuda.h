@@ -927,6 +927,16 @@ static tprpc_status tpr_cuda_device_of(tpr_cuda_device_set *set, tprpc_device na
     return status;
 }
 
+// Whether the device's context is lost: then nothing that was queued on it runs any more.
+static bool tpr_cuda_device_lost(const tpr_cuda_device_set *set, const tpr_cuda_device *device) {
+    tpr_cuda_device_guard guard;
+    if (tpr_cuda_device_enter(set, device, &guard, NULL) != TPRPC_OK) return true;
+    const int code = (int)set->cu->cuStreamQuery(NULL);
+    tpr_cuda_device_leave(set, &guard);
+    return code != TPR_CUDA_DRIVER_SUCCESS && code != TPR_CUDA_DRIVER_ERROR_NOT_READY &&
+           code != TPR_CUDA_DRIVER_ERROR_STREAM_CAPTURE_IMPLICIT;
+}
+
 // ---- peers
 
 // Lets device `index` at what a pool allocates. A copy between the two works without, slower.
@@ -2040,6 +2050,12 @@ static void tpr_cuda_word_look_at(tpr_cuda_word_link *link) {
     if (link->dead || !tpr_cuda_os_process_lives(link->process, link->pid)) tpr_cuda_word_release(link);
 }
 
+// Whether the device that the words were first used on is lost: what is outstanding there never comes.
+static bool tpr_cuda_word_lost(const tpr_cuda_word_link *link) {
+    const tpr_cuda_device *device = link->mine.memory.pinned ? link->mine.memory.pinned : link->theirs.memory.pinned;
+    return device && tpr_cuda_device_lost(link->queue->set, device);
+}
+
 static void tpr_cuda_word_link_free(tpr_cuda_word_link *link) {
     tprpc_context *ctx = link->queue->ctx;
     if (link->freed) link->freed(link, link->user);
@@ -2062,8 +2078,8 @@ static bool tpr_cuda_word_tend_all(tpr_cuda_word_tender *tender, bool closing) {
                            tpr_cuda_word_outstanding(&link->theirs, false) ||
                            (link->gone && !closing && tender->lent && tender->lent(link));
         if (waits) tpr_cuda_word_look_at(link);
-        else if (link->gone) tpr_cuda_word_link_free(link);
-        open |= waits;
+        if (link->gone && (!waits || (closing && tpr_cuda_word_lost(link)))) tpr_cuda_word_link_free(link);
+        else open |= waits;
     }
     if (tender->look) tender->look(tender->user);
     return open;

@@ -199,3 +199,44 @@ TEST(a_device_that_is_anothers) {
     host_goes_on(&p);
     pair_close(&p);
 }
+
+/* ---- a kernel of the user's that faults takes its context with it ---- */
+
+static const char fault_ptx[] =
+    ".version 6.3\n.target sm_75\n.address_size 64\n.visible .entry standin_fault()\n{\ntrap;\n}\n";
+
+static void fault(CUstream stream) {
+    CUmodule module;
+    CUfunction function;
+    gpu_on(0);
+    CU(cuModuleLoadData(&module, fault_ptx));
+    CU(cuModuleGetFunction(&function, module, "standin_fault"));
+    CU(cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, stream, NULL, NULL));
+}
+
+static void lost(const char *channels) {
+    pair p;
+    cargo c;
+    gpu_load();
+    gpu_pair(&p, "shm://", channels, 0);
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, SIZE), *host = malloc(SIZE);
+    tprpc_tensor out = gpu_tensor(0, source, SIZE, s, -1), in = gpu_tensor(-1, host, SIZE, NULL, -1);
+    cargo_carry(&c, &p, &out, &in, 1);
+    uint64_t *gate = gate_close(0, s);
+    fault(s);
+    cargo_send(&c, p.a, p.b, &out, &in, 1);  /* behind it */
+    cargo_read(&c, &p.s, p.b);
+    gate_open(gate);
+    cargo_wait(&c, &p.s);
+    CHECK(c.wrote.status != TPRPC_OK);
+    CHECK(c.got.status != TPRPC_OK);
+    CHECK(c.wrote.status == TPRPC_ERROR_DEVICE || c.got.status == TPRPC_ERROR_DEVICE);
+    fails(&p, &out, &in, TPRPC_ERROR_DEVICE, "cuda: ");
+    host_goes_on(&p);
+    pair_close(&p);
+    free(host);
+}
+
+TEST(a_kernel_faults) { lost("cuda_xth,cuda_basic,basic"); }
+TEST(a_kernel_faults_on_the_way_through_the_host) { lost("cuda_basic,basic"); }

@@ -23,6 +23,9 @@
     X(cuMemsetD8Async, (CUdeviceptr, unsigned char, size_t, CUstream))                                        \
     X(cuMemAllocAsync, (CUdeviceptr *, size_t, CUstream)) X(cuMemFreeAsync, (CUdeviceptr, CUstream))          \
     X(cuCtxCreate_v2, (CUcontext *, unsigned int, CUdevice)) X(cuCtxDestroy_v2, (CUcontext))                  \
+    X(cuModuleLoadData, (CUmodule *, const void *)) X(cuModuleGetFunction, (CUfunction *, CUmodule, const char *)) \
+    X(cuLaunchKernel, (CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, \
+                       unsigned int, CUstream, void **, void **))                                             \
     X(cuMemHostGetDevicePointer_v2, (CUdeviceptr *, void *, unsigned int)) X(cuDeviceCanAccessPeer, (int *, CUdevice, CUdevice))
 
 #define GPU_DECLARE(name, params) static UNUSED CUresult (*name) params;
