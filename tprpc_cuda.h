@@ -51,8 +51,8 @@
 //
 // What the library allocates for a tensor that came is ordered on a stream of its own, which the tensor names and
 // tprpc_request_stream gives; order your work after it (by an event), or on it. It is given back in the order of that
-// stream when the request is answered or the future released: what other streams still do with it has to be ordered
-// before by you.
+// stream when the request is answered or the future released: what other streams still do with it you order before
+// that, or name by tprpc_cuda_use.
 //
 // Streams must be of the device's primary context, the one that the CUDA runtime uses. A stream that is being captured
 // into a graph is refused with INVALID, and the capture stays as it is; do not begin a capture on a stream while a
@@ -155,6 +155,12 @@ typedef struct tprpc_cuda_allocator {
 // CUDA channel that is used.
 TPRPC_API tprpc_status tprpc_cuda_set_allocator(tprpc_context *ctx, const tprpc_cuda_allocator *allocator,
                                                 tprpc_error *error);
+
+// Tells that memory which the library allocated for a tensor is also used on `stream`, of the same device: it is given
+// back only behind what is queued on that stream by then, without the host waiting for it. For a tensor of a request, a
+// reply or a read that you were shown, while you have it. Any thread. Errors: INVALID (no device memory, or a stream
+// that cannot take work), UNSUPPORTED, MEMORY, DEVICE.
+TPRPC_API tprpc_status tprpc_cuda_use(tprpc_context *ctx, const tprpc_tensor *tensor, void *stream, tprpc_error *error);
 
 // Lets processes of this host read memory of yours straight, instead of by way of a copy that we make: `size` bytes at
 // `base`, which lie in one allocation of cuMemAlloc (or cudaMalloc), stay allocated until unregister has returned OK.
@@ -776,10 +782,17 @@ typedef struct tpr_cuda_device {
     tpr_cuda_driver_pool    pool;      // likewise
     uint64_t peers, asked;             // bit i: it and device i reach each other's memory; that was found out
     struct tpr_cuda_device_block *late;   // to be given back; under the set's lock
+    struct tpr_cuda_device_use   *uses;   // likewise
     tpr_cuda_driver_module   module;   // of >>kernels; under the set's lock
     tpr_cuda_driver_function gather;   // likewise; NULL: not so far, or it cannot be loaded
     bool                     loaded;   // it was tried
 } tpr_cuda_device;
+
+typedef struct tpr_cuda_device_use {   // a stream that memory is used on, beside its own
+    struct tpr_cuda_device_use *next;
+    const void *data;
+    void       *stream;
+} tpr_cuda_device_use;
 
 typedef struct tpr_cuda_device_block { // memory whose stream was being captured when it was given back
     struct tpr_cuda_device_block *next;
@@ -1126,11 +1139,34 @@ static tprpc_status tpr_cuda_device_need_pool(tpr_cuda_device_set *set, tpr_cuda
     return status;
 }
 
+// Has the stream that memory is given back on come behind all others that it was used on. Under the set's lock, the
+// device entered.
+static void tpr_cuda_device_end_uses(tpr_cuda_device_set *set, tpr_cuda_device *device,
+                                     const tpr_cuda_device_block *block) {
+    for (tpr_cuda_device_use **at = &device->uses; *at;) {
+        tpr_cuda_device_use *use = *at;
+        tpr_cuda_driver_event event = NULL;
+        if (use->data != block->data) {
+            at = &use->next;
+            continue;
+        }
+        *at = use->next;
+        if (!tpr_cuda_device_captures(set, (tpr_cuda_driver_stream)use->stream) &&
+            set->cu->cuEventCreate(&event, (unsigned int)TPR_CUDA_DRIVER_EVENT_DISABLE_TIMING) == 0) {
+            if (set->cu->cuEventRecord(event, (tpr_cuda_driver_stream)use->stream) == 0)
+                set->cu->cuStreamWaitEvent((tpr_cuda_driver_stream)block->stream, event, 0);
+            set->cu->cuEventDestroy(event);
+        }
+        tpr_cuda_base_free(set->ctx, use, sizeof *use);
+    }
+}
+
 // Gives memory back, unless its stream is being captured. Under the set's lock, the device entered.
-static bool tpr_cuda_device_give(tpr_cuda_device_set *set, const tpr_cuda_device *device,
+static bool tpr_cuda_device_give(tpr_cuda_device_set *set, tpr_cuda_device *device,
                                  const tpr_cuda_device_block *block) {
     tpr_cuda_driver_stream stream = (tpr_cuda_driver_stream)block->stream;
     if (tpr_cuda_device_captures(set, stream)) return false;
+    if (device->uses) tpr_cuda_device_end_uses(set, device, block);
     if (set->allocator.free)
         set->allocator.free(device->index, block->data, block->size, block->stream, set->allocator.user);
     else set->cu->cuMemFreeAsync((tpr_cuda_driver_ptr)(uintptr_t)block->data, stream);   // a lost device takes it along
@@ -1224,6 +1260,11 @@ static tprpc_status tpr_cuda_device_stream(tpr_cuda_device_set *set, tpr_cuda_de
 
 static void tpr_cuda_device_close(tpr_cuda_device_set *set, tpr_cuda_device *device) {
     tpr_cuda_device_guard guard;
+    while (device->uses) {             // of memory that was not ours
+        tpr_cuda_device_use *use = device->uses;
+        device->uses = use->next;
+        tpr_cuda_base_free(set->ctx, use, sizeof *use);
+    }
     if (!device->context) return;
     if (tpr_cuda_device_enter(set, device, &guard, NULL) == TPRPC_OK) {
         tpr_cuda_device_give_late(set, device);
@@ -1306,6 +1347,31 @@ TPRPC_API size_t tprpc_cuda_get_devices(tprpc_cuda_device *out, size_t capacity,
     for (int i = 0; i < count && (size_t)i < capacity; i++)
         if (tpr_cuda_device_describe(cu, i, count, &out[i], error) != TPRPC_OK) return 0;
     return (size_t)count;
+}
+
+TPRPC_API tprpc_status tprpc_cuda_use(tprpc_context *ctx, const tprpc_tensor *tensor, void *stream,
+                                      tprpc_error *error) {
+    tprpc_buffer buffer = TPR_CUDA_ZERO;
+    TPRPC_ASSERT(ctx && tensor && tensor->device.kind == TPRPC_CUDA && tensor->data);
+    if (!ctx || !tensor || tensor->device.kind != TPRPC_CUDA || !tensor->data)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "tprpc_cuda_use: no tensor on a GPU");
+    tpr_cuda_device_set *set = tpr_cuda_device_find(ctx, error);
+    if (!set) return TPRPC_ERROR_UNSUPPORTED;
+    buffer.data = tensor->data;
+    buffer.size = tensor->size;
+    buffer.device = tensor->device;
+    buffer.stream = stream;
+    const tprpc_status status = tpr_cuda_device_check(set, &buffer, error);
+    if (status != TPRPC_OK || stream == tensor->stream) return status;
+    tpr_cuda_device_use *use = (tpr_cuda_device_use *)tpr_cuda_base_alloc(ctx, sizeof *use);
+    if (!use) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory to remember a stream");
+    use->data = tensor->data;
+    use->stream = stream;
+    tpr_cuda_os_lock_take(&set->lock);
+    use->next = set->devices[tensor->device.index].uses;
+    set->devices[tensor->device.index].uses = use;
+    tpr_cuda_os_lock_give(&set->lock);
+    return TPRPC_OK;
 }
 
 TPRPC_API tprpc_status tprpc_cuda_set_allocator(tprpc_context *ctx, const tprpc_cuda_allocator *allocator,

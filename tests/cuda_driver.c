@@ -123,7 +123,7 @@ static void fail_one(void *arg) {
         gpu_pair(&p, "shm://", way ? "cuda_basic,basic" : "cuda_xth,basic", 0);
         void *source = gpu_alloc(0, SIZE), *target = gpu_alloc(1, SIZE);
         tprpc_tensor out = gpu_tensor(0, source, SIZE, NULL, 1), in = gpu_tensor(1, target, SIZE, NULL, 1);
-        for (int k = 0; k < 6; k++) {
+        for (int k = 0; k < 8; k++) {
             cargo c;
             memset(&c, 0, sizeof c);
             c.out.tensors = &out;
@@ -137,7 +137,7 @@ static void fail_one(void *arg) {
             REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(p.b, on_described, &c.described), TPRPC_OK);
             cargo_read(&c, &p.s, p.b);
             cargo_wait(&c, &p.s);
-            if (k >= 4) CHECK_EQ_INT(c.got.status, TPRPC_OK);   /* it failed before */
+            if (k >= 5) CHECK_EQ_INT(c.got.status, TPRPC_OK);   /* it failed before */
         }
         host_goes_on(&p);
         pair_close(&p);
@@ -153,7 +153,7 @@ TEST(calls_that_fail) {
     for (size_t i = 0; i < COUNT(calls); i++) {
         failing f;
         f.call = calls[i];
-        for (f.nth = 1; f.nth <= 3; f.nth++)
+        for (f.nth = 1; f.nth <= 6; f.nth++)
             if (!CHECK_EQ_INT(test_wait_child(test_fork_run(fail_one, &f), 20), 0)) fprintf(stderr, "%s\n", f.call);
     }
 }

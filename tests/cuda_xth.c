@@ -238,6 +238,59 @@ TEST(copied_and_allocated) {
     }
 }
 
+/* What came is used on another stream, which is late, when its memory is given back and used again. */
+typedef struct other_use { outcome o; tprpc_context *ctx; CUstream other; uint8_t *copy; } other_use;
+
+static void on_used(tprpc_status status, const tprpc_message *m, const tprpc_error *error, void *arg) {
+    other_use *u = (other_use *)arg;
+    CUevent event;
+    if (m) {
+        const tprpc_tensor *t = &m->tensors[0];
+        gpu_on(0);
+        CU(cuEventCreate(&event, CU_EVENT_DISABLE_TIMING));
+        CU(cuEventRecord(event, (CUstream)t->stream));
+        CU(cuStreamWaitEvent(u->other, event, 0));
+        CU(cuEventDestroy_v2(event));
+        CU(cuMemcpyAsync((CUdeviceptr)(uintptr_t)u->copy, (CUdeviceptr)(uintptr_t)t->data, t->size, u->other));
+        CHECK_EQ_INT(tprpc_cuda_use(u->ctx, t, u->other, NULL), TPRPC_OK);
+    }
+    outcome_set(&u->o, status, error);
+}
+
+TEST(memory_used_on_another_stream) {
+    pair p;
+    other_use u[3];
+    gpu_load();
+    gpu_pair(&p, "shm://", direct, 0);
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, SIZE);
+    tprpc_tensor tensor = gpu_tensor(0, source, SIZE, s, 0);
+    tprpc_message m;
+    outcome wrote[3];
+    uint64_t *gates[3];
+    memset(&m, 0, sizeof m);
+    m.tensors = &tensor;
+    m.tensor_count = 1;
+    copied(&p, 0, 0, SIZE, 1);
+    for (int i = 0; i < 3; i++) {
+        memset(&u[i], 0, sizeof u[i]);
+        memset(&wrote[i], 0, sizeof wrote[i]);
+        u[i].ctx = p.s.also;
+        u[i].other = gpu_stream(0);
+        u[i].copy = (uint8_t *)gpu_alloc(0, SIZE);
+        gates[i] = gate_close(0, u[i].other);
+        gpu_put(0, s, source, SIZE, (uint64_t)i);
+        REQUIRE_EQ_INT(tprpc_pipe_write(p.a, &m, on_written, &wrote[i]), TPRPC_OK);
+        REQUIRE_EQ_INT(tprpc_pipe_read(p.b, NULL, on_used, &u[i]), TPRPC_OK);
+        WAIT(&p.s, u[i].o.runs, 1);
+        WAIT(&p.s, wrote[i].runs, 1);
+        CHECK_EQ_INT(u[i].o.status, TPRPC_OK);
+    }
+    for (int i = 0; i < 3; i++) gate_open(gates[i]);
+    for (int i = 0; i < 3; i++) CHECK(gpu_matches(0, u[i].other, u[i].copy, SIZE, (uint64_t)i));
+    pair_close(&p);
+}
+
 static struct { int allocs, frees; CUdeviceptr last; } engine;
 
 static void *engine_alloc(int32_t device, size_t size, void *stream, void *user) {
