@@ -263,6 +263,7 @@ TEST(streams_are_late) {
     CUdeviceptr at;
     int late = 0;
     of_the_standin_alone();
+    setenv("STANDIN_LAG_US", "200", 1);
     begin();
     s = new_stream();
     at = new_memory(64);
@@ -853,7 +854,7 @@ static field new_field(void) {
     f.spin = kernel_named("standin_spin");
     f.fill = kernel_named("standin_fill");
     f.gather = kernel_named("tprpc_gather");
-    f.long_us = 200000;
+    f.long_us = 60000000;           /* until the process is ended */
     return f;
 }
 static void spin(field *f, CUstream s) { OK(launch(f->spin, s, &f->long_us, NULL, NULL)); }
@@ -934,7 +935,7 @@ static void a_kernel_s_items(void *arg) {
     items[0] = f.at; items[1] = f.at + 1000; items[2] = 100;
     items[3] = f.at + 2000; items[4] = device_of(f.pinned); items[5] = 100;
     OK(launch(f.gather, f.a, &items_at, &count, NULL));
-    OK(cuMemsetD8Async(f.at + 1099, 0, 1, f.b));
+    OK(cuMemsetD8Async(f.at + 1099, 0, 100, f.b));
     OK(cuCtxSynchronize());
 }
 /* It ended, but nobody has seen that. */

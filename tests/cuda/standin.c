@@ -822,7 +822,7 @@ static uint8_t *op_touch(op *o, uint64_t ptr, size_t size, bool write) {
     if (r->freed || size > r->size - (ptr - r->base)) return NULL;
     if (r->kind == RANGE_VMM && !r->access) return NULL;
     op_touch_range(o, r, ptr, size, write);
-    if (write && !r->backing) o->publishes = true;
+    if (write && size <= 8) o->publishes = true;        /* a word, which somebody may wait for */
     return r->backing ? r->backing->bytes + r->offset + (ptr - r->base) : (uint8_t *)(uintptr_t)ptr;
 }
 
