@@ -136,6 +136,9 @@ typedef struct op {
     uint64_t params[8];
 } op;
 
+/* A call that waits for operations. */
+typedef struct waiter { order target; struct waiter *next; } waiter;
+
 typedef struct capture {
     struct capture *next;
     int origin, mode, status;
@@ -238,6 +241,7 @@ static struct {
     stream streams[STREAMS];
     int high;                       /* one more than the largest stream that was ever used */
     order host;                     /* what the host knows to have ended */
+    waiter *waiters;
     op *ops, **ops_end;             /* in flight, or ended unknown to the host; in order of issue */
     size_t ended;                   /* of these */
 } g;
@@ -677,6 +681,8 @@ static void wait_over(const op *w) {
         if (order_covers(&g.streams[i].after, w->stream, w->number)) order_join(&g.streams[i].after, &ended);
     for (CUevent e = g.events; e; e = e->next)
         if (e->stream >= 0 && order_covers(&e->after, w->stream, w->number)) order_join(&e->after, &ended);
+    for (waiter *v = g.waiters; v; v = v->next)
+        if (order_covers(&v->target, w->stream, w->number)) order_join(&v->target, &ended);
 }
 
 static bool do_collide(const touch *a, const touch *b) {
@@ -982,9 +988,12 @@ static CUresult issue(stream *s, op *o) {
 
 /* Blocks the caller until all of it has ended, which the host then knows. */
 static void wait_for(const order *o) {
-    order target = *o;
-    while (!order_reached(&target)) pthread_cond_wait(&g.changed, &g.lock);
-    host_knows(&target);
+    waiter self = {*o, g.waiters}, **link = &g.waiters;
+    g.waiters = &self;
+    while (!order_reached(&self.target)) pthread_cond_wait(&g.changed, &g.lock);
+    while (*link != &self) link = &(*link)->next;
+    *link = self.next;
+    host_knows(&self.target);
 }
 
 /* All that was issued to a context; what frees memory waits for it. */
@@ -992,7 +1001,7 @@ static void wait_for_context(CUcontext ctx) {
     order all;
     memset(&all, 0, sizeof all);
     for (int i = 0; i < g.high; i++)
-        if (g.streams[i].ctx == ctx) all.at[i] = g.streams[i].issued;
+        if (g.streams[i].ctx == ctx) order_join(&all, &g.streams[i].after);
     wait_for(&all);
 }
 
