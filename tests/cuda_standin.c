@@ -952,7 +952,7 @@ TEST(unordered_accesses_are_found) {
         {two_writers, "a memset writes bytes 65535 to 65536 of device memory, which a memset on another stream writes"},
         {reads_what_is_written, "cuMemcpyDtoHAsync reads bytes 0 to 65536 of device memory, which a memset on another"},
         {an_event_too_early, "cuMemcpyDtoHAsync reads"},
-        {a_word_too_early, "which a memset on another stream writes"},
+        {a_word_too_early, "unordered access"},
         {a_copy_of_the_default_stream, "cuMemcpyDtoH reads"},
         {the_host_reads_too_early, "the host reads"},
         {the_host_writes_too_early, "the host writes"},

@@ -118,7 +118,7 @@ typedef struct op {
     order after;                    /* itself included */
     bool checked, started, done;
     bool waits;                     /* for what another process or the host does */
-    bool publishes;                 /* its end may be seen by the host or other processes */
+    bool publishes;                 /* others see what it does: a word, an event, a host function */
     touch *accesses;
     size_t access_count;
     const struct kernel *kernel;
@@ -135,9 +135,6 @@ typedef struct op {
     void *user;
     uint64_t params[8];
 } op;
-
-/* A call that waits for operations. */
-typedef struct waiter { order target; struct waiter *next; } waiter;
 
 typedef struct capture {
     struct capture *next;
@@ -241,7 +238,6 @@ static struct {
     stream streams[STREAMS];
     int high;                       /* one more than the largest stream that was ever used */
     order host;                     /* what the host knows to have ended */
-    waiter *waiters;
     op *ops, **ops_end;             /* in flight, or ended unknown to the host; in order of issue */
     size_t ended;                   /* of these */
 } g;
@@ -653,7 +649,8 @@ static void op_unlink(op *o, op **link) {
     op_free(o);
 }
 
-/* The host has seen the end of something: what it issues from now on is ordered after all that. */
+/* The host has seen the end of this, or may from now on: whatever it issues is ordered after all that. What a word has
+   told, to whomever, counts as known to the host; so a wait for a word need not find out whose it was. */
 static void host_knows(const order *o) {
     op **link = &g.ops;
     order_join(&g.host, o);
@@ -669,20 +666,6 @@ static bool is_sure(const op *o) {
     for (const op *w = g.ops; w; w = w->all_next)
         if (w->waits && !w->done && w != o && order_covers(&o->after, w->stream, w->number)) return false;
     return true;
-}
-
-/* A wait has ended: whatever ended before may have led to it, so all that comes after the wait comes after that too. */
-static void wait_over(const op *w) {
-    order ended;
-    for (int i = 0; i < g.high; i++) ended.at[i] = g.streams[i].done;
-    for (op *o = g.ops; o; o = o->all_next)
-        if (o != w && !o->done && order_covers(&o->after, w->stream, w->number)) order_join(&o->after, &ended);
-    for (int i = 0; i < g.high; i++)
-        if (order_covers(&g.streams[i].after, w->stream, w->number)) order_join(&g.streams[i].after, &ended);
-    for (CUevent e = g.events; e; e = e->next)
-        if (e->stream >= 0 && order_covers(&e->after, w->stream, w->number)) order_join(&e->after, &ended);
-    for (waiter *v = g.waiters; v; v = v->next)
-        if (order_covers(&v->target, w->stream, w->number)) order_join(&v->target, &ended);
 }
 
 static bool do_collide(const touch *a, const touch *b) {
@@ -703,6 +686,7 @@ static const char *memory_of(const touch *a) {
 static void check_accesses(const op *by, const touch *accesses, size_t count, const order *after) {
     for (const op *o = g.ops; o; o = o->all_next) {
         if (o == by || !o->access_count || order_covers(after, o->stream, o->number)) continue;
+        if (order_covers(&g.host, o->stream, o->number)) continue;
         if (by && (by->stream == o->stream || order_covers(&o->after, by->stream, by->number))) continue;
         if (!o->started && !is_sure(o)) continue;       /* it may wait for this one; it looks itself when it starts */
         for (size_t i = 0; i < count; i++) {
@@ -853,23 +837,29 @@ static void op_done(op *o) {
     o->done = true;
     g.ended++;
     g.counts[N_OPERATIONS]--;
-    if (o->waits) wait_over(o);
     if (o->free_range) range_drop(o->free_range);
     o->free_range = NULL;
     free(o->payload);
     o->payload = NULL;
-    if (!o->access_count) {
+    if (!o->access_count || order_covers(&g.host, o->stream, o->number)) {
         while (*link != o) link = &(*link)->all_next;
-        if (o->publishes) { order after = o->after; op_unlink(o, link); host_knows(&after); }
-        else op_unlink(o, link);
-    } else if (o->publishes) {
-        order after = o->after;
-        host_knows(&after);
+        op_unlink(o, link);
     }
     for (link = &g.ops; *link && g.ended > REMEMBERED;)
         if ((*link)->done) op_unlink(*link, link);
         else link = &(*link)->all_next;
     pthread_cond_broadcast(&g.changed);
+}
+
+/* What others can see, they may have seen before this stream gets the mutex again. A host function may even wait for what
+   the host does then, so that must not come after the function's own end. */
+static void publish(const op *o) {
+    order seen;
+    pthread_mutex_lock(&g.lock);
+    seen = o->after;
+    if (!o->access_count) seen.at[o->stream]--;
+    host_knows(&seen);
+    pthread_mutex_unlock(&g.lock);
 }
 
 static void op_run(stream *s, op *o) {
@@ -879,13 +869,9 @@ static void op_run(stream *s, op *o) {
     if (!lost && o->kernel && !o->kernel->early) result = o->kernel->prepare(o);
     if (!lost && result == CUDA_SUCCESS && !o->checked) op_check(o);
     o->started = true;
-    if (o->host_fn) {                           /* it may tell the host of all that it comes after */
-        order before = o->after;
-        before.at[o->stream]--;
-        host_knows(&before);
-    }
     pthread_mutex_unlock(&g.lock);
     if (lag && !lost) sleep_us(lag);
+    if (o->publishes) publish(o);
     if (!lost && result == CUDA_SUCCESS) result = o->run(o);
     pthread_mutex_lock(&g.lock);
     if (result != CUDA_SUCCESS && o->ctx->error == CUDA_SUCCESS) o->ctx->error = result;
@@ -988,12 +974,9 @@ static CUresult issue(stream *s, op *o) {
 
 /* Blocks the caller until all of it has ended, which the host then knows. */
 static void wait_for(const order *o) {
-    waiter self = {*o, g.waiters}, **link = &g.waiters;
-    g.waiters = &self;
-    while (!order_reached(&self.target)) pthread_cond_wait(&g.changed, &g.lock);
-    while (*link != &self) link = &(*link)->next;
-    *link = self.next;
-    host_knows(&self.target);
+    order target = *o;
+    while (!order_reached(&target)) pthread_cond_wait(&g.changed, &g.lock);
+    host_knows(&target);
 }
 
 /* All that was issued to a context; what frees memory waits for it. */
