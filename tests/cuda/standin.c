@@ -237,7 +237,7 @@ static struct {
     capture *captures;
     stream streams[STREAMS];
     int high;                       /* one more than the largest stream that was ever used */
-    order host;                     /* what the host knows to have ended */
+    order host;                     /* what the host has seen, or may have */
     op *ops, **ops_end;             /* in flight, or ended unknown to the host; in order of issue */
     size_t ended;                   /* of these */
 } g;
@@ -649,8 +649,8 @@ static void op_unlink(op *o, op **link) {
     op_free(o);
 }
 
-/* The host has seen the end of this, or may from now on: whatever it issues is ordered after all that. What a word has
-   told, to whomever, counts as known to the host; so a wait for a word need not find out whose it was. */
+/* The host has seen the end of this, or may from now on: whatever is issued later is ordered after all that. What a
+   word has told, to whomever, counts as known to the host; so a wait for a word need not find out whose it was. */
 static void host_knows(const order *o) {
     op **link = &g.ops;
     order_join(&g.host, o);
@@ -851,14 +851,10 @@ static void op_done(op *o) {
     pthread_cond_broadcast(&g.changed);
 }
 
-/* What others can see, they may have seen before this stream gets the mutex again. A host function may even wait for what
-   the host does then, so that must not come after the function's own end. */
+/* What others can see, they may have seen before this stream gets the mutex again. */
 static void publish(const op *o) {
-    order seen;
     pthread_mutex_lock(&g.lock);
-    seen = o->after;
-    if (!o->access_count) seen.at[o->stream]--;
-    host_knows(&seen);
+    host_knows(&o->after);
     pthread_mutex_unlock(&g.lock);
 }
 
@@ -934,7 +930,7 @@ static void stream_close(stream *s) {
     else s->used = false;
 }
 
-/* What the next operation of a stream comes after, without the host's part. */
+/* What the next operation of a stream comes after, but for what the host knows. */
 static void stream_after(const stream *s, order *out) {
     *out = s->after;
     if (s->is_default)
@@ -955,7 +951,6 @@ static CUresult issue(stream *s, op *o) {
         return capture_works(s->capture);
     }
     stream_after(s, &o->after);
-    order_join(&o->after, &g.host);
     o->stream = index;
     o->ctx = s->ctx;
     o->number = ++s->issued;
