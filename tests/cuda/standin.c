@@ -2131,6 +2131,10 @@ static bool pointer_attribute(const range *r, uint64_t ptr, int attribute, void 
         memcpy(out, &number, 8);
         break;
     case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE: memcpy(out, &pool, sizeof pool); break;
+    case CU_POINTER_ATTRIBUTE_ACCESS_FLAGS:
+        yes = r && current_context() && is_reachable(current_context(), r) ? 3 : 0;
+        memcpy(out, &yes, sizeof yes);
+        break;
     case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE:
         yes = r && r->kind == RANGE_ALLOC;
         memcpy(out, &yes, sizeof yes);
