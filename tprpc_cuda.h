@@ -483,6 +483,7 @@ enum {                               // named as cuda.h names them, without CU_ 
     TPR_CUDA_DRIVER_MEMORYTYPE_DEVICE = 2,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_MEMORY_TYPE = 2,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
+    TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE = 10,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_RANGE_START_ADDR = 11,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_RANGE_SIZE = 12,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_ACCESS_FLAGS = 16,
@@ -1045,6 +1046,15 @@ static bool tpr_cuda_device_pinned(const tpr_cuda_device_set *set, const void *a
            first.start == last.start;
 }
 
+// Whether an address is of an allocation that ends where the driver says. Virtual memory goes on in the next piece.
+static bool tpr_cuda_device_whole(const tpr_cuda_device_set *set, uint64_t at) {
+    tpr_cuda_driver_pointer_attribute attribute =
+        (tpr_cuda_driver_pointer_attribute)TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE;
+    uint64_t whole = 0;                // of which the driver writes the first byte, or four
+    void *data = &whole;
+    return set->cu->cuPointerGetAttributes(1, &attribute, &data, (tpr_cuda_driver_ptr)at) == 0 && whole;
+}
+
 // Whether `size` bytes at `data` are on that device. *known: what was asked before, of which they may be a part.
 static tprpc_status tpr_cuda_device_check_memory(const tpr_cuda_device_set *set, const tpr_cuda_device *device,
                                                  const void *data, size_t size, tpr_cuda_device_range *known,
@@ -1060,9 +1070,15 @@ static tprpc_status tpr_cuda_device_check_memory(const tpr_cuda_device_set *set,
     if (known->ordinal != device->index)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: %p is on device %d, not on device %d", data,
                                known->ordinal, (int)device->index);
-    if (known->size && (at < known->start || size > known->size - (at - known->start)))
-        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: %zu bytes at %p go past the end of its allocation",
-                               size, data);
+    tpr_cuda_device_range last = *known;
+    for (uint64_t end = last.start + last.size; last.size && size > end - at; end = last.start + last.size) {
+        const tprpc_status status = tpr_cuda_device_ask(set, (const void *)(uintptr_t)end, &last, error);
+        if (status != TPRPC_OK) return status;
+        if (last.kind != TPR_CUDA_DRIVER_MEMORYTYPE_DEVICE || last.ordinal != device->index || last.start != end ||
+            tpr_cuda_device_whole(set, at))
+            return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                                   "cuda: %zu bytes at %p go past the end of its allocation", size, data);
+    }
     return TPRPC_OK;
 }
 
@@ -2280,7 +2296,10 @@ TPRPC_API tprpc_status tprpc_cuda_register(tprpc_context *ctx, int32_t index, vo
     status = tpr_cuda_device_check_memory(set, device, base, size, &range, error);
     if (status == TPRPC_OK) {
         tprpc_error why = TPR_CUDA_ZERO;
-        status = tpr_cuda_export_make(set, device, range.start, range.size, &self, &why);
+        if ((uintptr_t)base - range.start > range.size || size > range.size - ((uintptr_t)base - range.start))
+            status = tprpc_error_set(&why, TPRPC_ERROR_UNSUPPORTED, 0,
+                                     "cuda: memory of several pieces cannot be shared with other processes");
+        else status = tpr_cuda_export_make(set, device, range.start, range.size, &self, &why);
         if (status == TPRPC_ERROR_DEVICE && why.os_code == TPR_CUDA_DRIVER_ERROR_INVALID_VALUE)
             status = tprpc_error_set(&why, TPRPC_ERROR_UNSUPPORTED, why.os_code,
                                      "cuda: memory of this kind cannot be shared with other processes");

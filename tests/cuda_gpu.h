@@ -23,6 +23,11 @@
     X(cuMemsetD8Async, (CUdeviceptr, unsigned char, size_t, CUstream))                                        \
     X(cuMemAllocAsync, (CUdeviceptr *, size_t, CUstream)) X(cuMemFreeAsync, (CUdeviceptr, CUstream))          \
     X(cuCtxCreate_v2, (CUcontext *, unsigned int, CUdevice)) X(cuCtxDestroy_v2, (CUcontext))                  \
+    X(cuMemGetAllocationGranularity, (size_t *, const CUmemAllocationProp *, CUmemAllocationGranularity_flags)) \
+    X(cuMemAddressReserve, (CUdeviceptr *, size_t, size_t, CUdeviceptr, unsigned long long))                  \
+    X(cuMemCreate, (CUmemGenericAllocationHandle *, size_t, const CUmemAllocationProp *, unsigned long long)) \
+    X(cuMemMap, (CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long))              \
+    X(cuMemSetAccess, (CUdeviceptr, size_t, const CUmemAccessDesc *, size_t))                                 \
     X(cuModuleLoadData, (CUmodule *, const void *)) X(cuModuleGetFunction, (CUfunction *, CUmodule, const char *)) \
     X(cuLaunchKernel, (CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, \
                        unsigned int, CUstream, void **, void **))                                             \
@@ -92,6 +97,37 @@ static UNUSED void *gpu_alloc(int device, size_t size) {
     CUdeviceptr at = 0;
     gpu_on(device);
     CU(cuMemAlloc_v2(&at, size));
+    return (void *)(uintptr_t)at;
+}
+
+/* Memory as others than cuMemAlloc give it: from the driver's pool, in the order of a stream, */
+static UNUSED void *gpu_alloc_async(int device, size_t size, CUstream stream) {
+    CUdeviceptr at = 0;
+    gpu_on(device);
+    CU(cuMemAllocAsync(&at, size, stream));
+    return (void *)(uintptr_t)at;
+}
+
+/* and virtual memory. It stays. */
+static UNUSED void *gpu_alloc_virtual(int device, size_t size) {
+    CUmemAllocationProp prop;
+    CUmemAccessDesc access;
+    CUmemGenericAllocationHandle handle;
+    CUdeviceptr at = 0;
+    size_t piece = 0;
+    memset(&prop, 0, sizeof prop);
+    memset(&access, 0, sizeof access);
+    prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    prop.location.type = access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+    prop.location.id = access.location.id = device;
+    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    gpu_on(device);
+    CU(cuMemGetAllocationGranularity(&piece, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM));
+    const size_t whole = (size + piece - 1) / piece * piece;
+    CU(cuMemAddressReserve(&at, whole, 0, 0, 0));
+    CU(cuMemCreate(&handle, whole, &prop, 0));
+    CU(cuMemMap(at, whole, 0, handle, 0));
+    CU(cuMemSetAccess(at, whole, &access, 1));
     return (void *)(uintptr_t)at;
 }
 

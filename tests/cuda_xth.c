@@ -52,6 +52,39 @@ TEST(every_pair_of_devices) { carry_all("shm://", direct); }
 TEST(every_pair_through_shared_memory) { carry_all("shm://", staged); }
 TEST(every_pair_through_the_pipe) { carry_all("tcp://127.0.0.1:0", staged); }
 
+/* ---- memory that others than cuMemAlloc gave ---- */
+
+enum { LARGE = (5 << 20) + 3 };
+
+static void other_memory(const char *channels) {
+    pair p;
+    cargo c;
+    gpu_load();
+    const int last = gpu.count > 1 ? 1 : 0;
+    gpu_pair(&p, "shm://", channels, 0);
+    CUstream s = gpu_stream(0), r = gpu_stream(last);
+    for (int kind = 0; kind < 2; kind++) {
+        uint8_t *source = (uint8_t *)(kind ? gpu_alloc_virtual(0, LARGE) : gpu_alloc_async(0, LARGE, s));
+        uint8_t *target = (uint8_t *)(kind ? gpu_alloc_virtual(last, LARGE) : gpu_alloc_async(last, LARGE, r));
+        tprpc_tensor out = gpu_tensor(0, source, LARGE, s, last), in = gpu_tensor(last, target, LARGE, r, last);
+        gpu_put(0, s, source, LARGE, 3);
+        cargo_carry(&c, &p, &out, &in, 1);
+        CHECK(gpu_matches(last, r, target, LARGE, 3));
+        tprpc_tensor outs[20], ins[20];
+        for (size_t i = 0; i < 20; i++) {    /* small ones, which a kernel may not reach */
+            outs[i] = gpu_tensor(0, source + i * 8, 8, s, last);
+            ins[i] = gpu_tensor(last, target + i * 8, 8, r, last);
+        }
+        gpu_put(0, s, source, 160, 4);
+        cargo_carry(&c, &p, outs, ins, 20);
+        CHECK(gpu_matches(last, r, target, 160, 4));
+    }
+    pair_close(&p);
+}
+
+TEST(memory_of_others) { other_memory(direct); }
+TEST(memory_of_others_through_the_host) { other_memory(staged); }
+
 /* ---- order: nothing has happened yet, and all is ordered ---- */
 
 static void ordered(int from, int to, bool stopped) {
