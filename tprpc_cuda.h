@@ -468,6 +468,7 @@ enum {                               // named as cuda.h names them, without CU_ 
     TPR_CUDA_DRIVER_ERROR_INVALID_VALUE = 1,
     TPR_CUDA_DRIVER_ERROR_NOT_READY = 600,
     TPR_CUDA_DRIVER_ERROR_PEER_ACCESS_ALREADY_ENABLED = 704,
+    TPR_CUDA_DRIVER_ERROR_NOT_SUPPORTED = 801,
     TPR_CUDA_DRIVER_ERROR_STREAM_CAPTURE_IMPLICIT = 906,
     TPR_CUDA_DRIVER_GET_PROC_ADDRESS_LEGACY_STREAM = 1,
     TPR_CUDA_DRIVER_STREAM_NON_BLOCKING = 1,
@@ -2300,7 +2301,8 @@ TPRPC_API tprpc_status tprpc_cuda_register(tprpc_context *ctx, int32_t index, vo
             status = tprpc_error_set(&why, TPRPC_ERROR_UNSUPPORTED, 0,
                                      "cuda: memory of several pieces cannot be shared with other processes");
         else status = tpr_cuda_export_make(set, device, range.start, range.size, &self, &why);
-        if (status == TPRPC_ERROR_DEVICE && why.os_code == TPR_CUDA_DRIVER_ERROR_INVALID_VALUE)
+        if (status == TPRPC_ERROR_DEVICE && (why.os_code == TPR_CUDA_DRIVER_ERROR_INVALID_VALUE ||
+                                             why.os_code == TPR_CUDA_DRIVER_ERROR_NOT_SUPPORTED))
             status = tprpc_error_set(&why, TPRPC_ERROR_UNSUPPORTED, why.os_code,
                                      "cuda: memory of this kind cannot be shared with other processes");
         if (status != TPRPC_OK && error) *error = why;
