@@ -810,7 +810,7 @@ typedef struct tpr_cuda_device_export {
     tpr_cuda_driver_ipc handle;
     tpr_cuda_driver_uuid uuid;
     uint32_t            users;         // links that were told; under the set's lock
-    bool                closing;       // likewise
+    bool                closing;       // likewise; atomic
 } tpr_cuda_device_export;
 
 typedef struct tpr_cuda_device_set {   // of a tprpc context
@@ -2261,17 +2261,37 @@ static tprpc_status tpr_cuda_export_make(tpr_cuda_device_set *set, tpr_cuda_devi
     return TPRPC_OK;
 }
 
-// What was registered and has all of these bytes, or NULL. It stays while the caller's loop is at it.
-static tpr_cuda_device_export *tpr_cuda_export_find(tpr_cuda_device_set *set, int32_t device, const void *data,
-                                                    size_t size) {
+// What was registered and has all of these bytes, or NULL. Under the set's lock.
+static tpr_cuda_device_export *tpr_cuda_export_of(const tpr_cuda_device_set *set, int32_t device, const void *data,
+                                                  size_t size) {
     const uint64_t at = (uintptr_t)data;
-    tpr_cuda_device_export *found = NULL;
-    tpr_cuda_os_lock_take(&set->lock);
-    for (tpr_cuda_device_export *i = set->exports; i && !found; i = i->next)
+    for (tpr_cuda_device_export *i = set->exports; i; i = i->next)
         if (!i->closing && i->device->index == device && at >= i->from && at - i->from < i->length &&
-            size <= i->length - (at - i->from)) found = i;
+            size <= i->length - (at - i->from)) return i;
+    return NULL;
+}
+
+static bool tpr_cuda_export_has(tpr_cuda_device_set *set, int32_t device, const void *data, size_t size) {
+    tpr_cuda_os_lock_take(&set->lock);
+    const bool has = tpr_cuda_export_of(set, device, data, size) != NULL;
+    tpr_cuda_os_lock_give(&set->lock);
+    return has;
+}
+
+// Likewise, and it stays until it is dropped.
+static tpr_cuda_device_export *tpr_cuda_export_hold(tpr_cuda_device_set *set, int32_t device, const void *data,
+                                                    size_t size) {
+    tpr_cuda_os_lock_take(&set->lock);
+    tpr_cuda_device_export *found = tpr_cuda_export_of(set, device, data, size);
+    if (found) found->users++;
     tpr_cuda_os_lock_give(&set->lock);
     return found;
+}
+
+static void tpr_cuda_export_drop(tpr_cuda_device_set *set, tpr_cuda_device_export *self) {
+    tpr_cuda_os_lock_take(&set->lock);
+    self->users--;
+    tpr_cuda_os_lock_give(&set->lock);
 }
 
 // ---- public
@@ -2287,7 +2307,7 @@ TPRPC_API tprpc_status tprpc_cuda_register(tprpc_context *ctx, int32_t index, vo
     if (!ctx || !base || !size) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: no memory to register");
     tpr_cuda_device_set *set = tpr_cuda_device_find(ctx, error);
     if (!set) return TPRPC_ERROR_UNSUPPORTED;
-    if (tpr_cuda_export_find(set, index, base, 1))
+    if (tpr_cuda_export_has(set, index, base, 1))
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: %p is registered", base);
     name.kind = TPRPC_CUDA;
     name.index = index;
@@ -2336,7 +2356,7 @@ TPRPC_API tprpc_status tprpc_cuda_unregister(tprpc_context *ctx, void *base, tpr
         queue->sweeping = true;
         tprpc_defer(ctx, &queue->sweep);
     }
-    if (self) self->closing = true;
+    if (self) __atomic_store_n(&self->closing, true, __ATOMIC_RELEASE);
     tpr_cuda_os_lock_give(&set->lock);
     if (status == TPRPC_OK) tpr_cuda_base_free(ctx, self, sizeof *self);
     if (status == TPRPC_ERROR_INVALID) tprpc_error_set(error, status, 0, "cuda: %p is not registered", base);
@@ -3949,9 +3969,10 @@ static tprpc_status tpr_cuda_ipc_direct_parts(tpr_cuda_batch *send, tpr_cuda_ipc
         tpr_cuda_wire_part part;
         bool last = true;
         if (!buffer->size) continue;
-        tpr_cuda_device_export *export_ = tpr_cuda_export_find(set, buffer->device.index, buffer->data, buffer->size);
+        tpr_cuda_device_export *export_ = tpr_cuda_export_hold(set, buffer->device.index, buffer->data, buffer->size);
         if (!export_) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda_ipc: memory was unregistered");
         const tprpc_status status = tpr_cuda_ipc_tell(end, export_, error);
+        tpr_cuda_export_drop(set, export_);   // the link has it now
         if (status != TPRPC_OK) return status;
         for (size_t i = send->buffer + 1; last && i < send->count; i++)
             last = !send->buffers[i].size || &send->orders[send->order_of[i]] != order;
@@ -4162,7 +4183,7 @@ static tprpc_status tpr_cuda_ipc_offer(tpr_cuda_batch *send, uint8_t *descriptor
     for (size_t i = 0; i < send->count; i++) {
         const tprpc_buffer *buffer = &send->buffers[i];
         if (!buffer->size) continue;
-        direct = direct && tpr_cuda_export_find(queue->set, buffer->device.index, buffer->data, buffer->size);
+        direct = direct && tpr_cuda_export_has(queue->set, buffer->device.index, buffer->data, buffer->size);
         one &= buffer->device.index == send->orders[0].device->index;
     }
     send->way = direct ? TPR_CUDA_IPC_DIRECT : TPR_CUDA_IPC_OUTBOX;
@@ -4462,9 +4483,7 @@ static void tpr_cuda_ipc_on_closed(tpr_cuda_ipc_end *end, uint64_t id) {
         tpr_cuda_ipc_told *told = *at;
         if (told->of->id != id || !told->asked_us) continue;
         *at = told->next;
-        tpr_cuda_os_lock_take(&set->lock);
-        told->of->users--;
-        tpr_cuda_os_lock_give(&set->lock);
+        tpr_cuda_export_drop(set, told->of);
         tpr_cuda_base_free(set->ctx, told, sizeof *told);
         return;
     }
@@ -4529,7 +4548,8 @@ static void tpr_cuda_ipc_sweep(tpr_cuda_stream_queue *queue) {
         for (tpr_cuda_ipc_told *told = end->told, *after; told; told = after) {
             const uint64_t id = told->of->id;
             after = told->next;
-            if (!told->of->closing || (told->asked_us && now_us - told->asked_us < TPR_CUDA_WORD_TEND_US)) continue;
+            if (!__atomic_load_n(&told->of->closing, __ATOMIC_ACQUIRE)) continue;
+            if (told->asked_us && now_us - told->asked_us < TPR_CUDA_WORD_TEND_US) continue;
             told->asked_us = now_us;
             if (tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_UNEXPORT, id, 0, 0, 0, NULL) != TPRPC_OK)
                 tpr_cuda_ipc_on_closed(end, id);
@@ -4650,9 +4670,7 @@ static void tpr_cuda_ipc_detach(void *end) {
     while (self->told) {
         tpr_cuda_ipc_told *told = self->told;
         self->told = told->next;
-        tpr_cuda_os_lock_take(&set->lock);
-        told->of->users--;
-        tpr_cuda_os_lock_give(&set->lock);
+        tpr_cuda_export_drop(set, told->of);
         tpr_cuda_base_free(set->ctx, told, sizeof *told);
     }
     self->words->user = self->imports;
