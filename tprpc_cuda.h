@@ -2597,6 +2597,7 @@ struct tpr_cuda_batch {
     uint64_t            wanted;        // which so many bytes stand before
     bool                sending, refused, asked, over, lost, shared;   // shared: the peer may write to chunks for it
     bool                fetched;       // of a send: by the receiver
+    bool                fresh;         // of a receive: its streams were looked at just now
     uint32_t            lent;          // what is at its memory, or runs for it
     uint32_t            readers;       // of a send, under the end's lock: receivers of this process; and
     bool                withdrawn;     // that none may begin any more
@@ -3269,8 +3270,10 @@ static tprpc_status tpr_cuda_batch_recv(void *end, tprpc_transfer *transfer, con
     receive->lent++;                   // to tell may end the pipe, which aborts all
     tpr_cuda_batch_outcome outcome = TPR_CUDA_BATCH_UNREADABLE;
     if (!receive->total) outcome = TPR_CUDA_BATCH_FETCHED;
-    else if (self->net->method->fetch)
+    receive->fresh = true;
+    if (receive->total && self->net->method->fetch)
         outcome = self->net->method->fetch(receive, descriptor, descriptor_size, &why);
+    receive->fresh = false;
     receive->asked = outcome == TPR_CUDA_BATCH_UNREADABLE;
     if (receive->asked) tpr_cuda_batch_ask(receive);
     else if (outcome == TPR_CUDA_BATCH_GONE) tpr_cuda_batch_receive_failed(receive, TPRPC_ERROR_PEER, NULL);
@@ -4309,30 +4312,37 @@ static bool tpr_cuda_ipc_look_slow(tpr_cuda_ipc_net *net) {
 
 // ---- receiving
 
-// Has the sender's word written when all copies of the receive that were queued are done. One stream is entered.
-static tprpc_status tpr_cuda_ipc_write_done(tpr_cuda_batch *receive, const tpr_cuda_wire_part *part,
-                                            tprpc_error *error) {
+// One of our streams, which comes behind all streams of a receive.
+static tprpc_status tpr_cuda_ipc_join(tpr_cuda_batch *receive, tpr_cuda_driver_stream *out, tprpc_error *error) {
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
-    tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
-    tpr_cuda_device *device = receive->orders[0].device;
-    tpr_cuda_driver_stream stream = receive->orders[0].stream;
     tpr_cuda_device_guard guard;
-    tprpc_status status = tpr_cuda_device_enter(queue->set, device, &guard, error);
+    tprpc_status status = tpr_cuda_device_enter(queue->set, receive->orders[0].device, &guard, error);
     if (status != TPRPC_OK) return status;
-    if (receive->order_count > 1) status = tpr_cuda_stream_own(queue, device, &stream, error);
+    status = tpr_cuda_stream_own(queue, receive->orders[0].device, out, error);
     tpr_cuda_device_leave(queue->set, &guard);
-    for (uint32_t i = 0; i < receive->order_count && receive->order_count > 1 && status == TPRPC_OK; i++) {
+    for (uint32_t i = 0; i < receive->order_count && status == TPRPC_OK; i++) {
         const tpr_cuda_batch_order *order = &receive->orders[i];
         tpr_cuda_driver_event event = NULL;
         status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
         if (status != TPRPC_OK) break;
         status = tpr_cuda_stream_record(queue, order->device, order->stream, &event, error);
         if (status == TPRPC_OK)
-            status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (stream, event, 0), error);
+            status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (*out, event, 0), error);
         tpr_cuda_stream_event_back(queue, order->device, event);
         tpr_cuda_device_leave(queue->set, &guard);
     }
-    if (status == TPRPC_OK) status = tpr_cuda_device_enter(queue->set, device, &guard, error);
+    return status;
+}
+
+// Has the sender's word written when all copies of the receive that were queued are done.
+static tprpc_status tpr_cuda_ipc_write_done(tpr_cuda_batch *receive, const tpr_cuda_wire_part *part,
+                                            tprpc_error *error) {
+    tpr_cuda_stream_queue *queue = receive->end->net->queue;
+    tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
+    tpr_cuda_driver_stream stream = receive->orders[0].stream;
+    tpr_cuda_device_guard guard;
+    tprpc_status status = receive->order_count > 1 ? tpr_cuda_ipc_join(receive, &stream, error) : TPRPC_OK;
+    if (status == TPRPC_OK) status = tpr_cuda_device_enter(queue->set, receive->orders[0].device, &guard, error);
     if (status != TPRPC_OK) return status;
     status = tpr_cuda_word_write(queue->set, &link->theirs, part->slot, true, part->seq, stream, error);
     tpr_cuda_device_leave(queue->set, &guard);
@@ -4352,7 +4362,7 @@ static tprpc_status tpr_cuda_ipc_copy(tpr_cuda_batch *receive, tpr_cuda_ipc_impo
     tpr_cuda_device_guard guard;
     tprpc_status status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
     if (status != TPRPC_OK) return status;
-    status = tpr_cuda_device_check_stream(queue->set, order->device, buffer->stream, error);
+    if (!receive->fresh) status = tpr_cuda_device_check_stream(queue->set, order->device, buffer->stream, error);
     const tpr_cuda_driver_ptr from = status == TPRPC_OK ? tpr_cuda_ipc_open_import(queue, import, order->device) : 0;
     if (status == TPRPC_OK && !from) *can = false;
     if (status == TPRPC_OK && from) status = tpr_cuda_arena_pin(queue->set, &link->theirs.memory, order->device, error);
