@@ -9,7 +9,6 @@
 #define TPRPC_CUDA_IMPLEMENTATION
 #include "../tprpc_cuda.h"
 
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +23,7 @@ typedef struct bench {
     int from, to;
     bool inside, outbox;
     const char *channels;
+    int listening;                     // a descriptor that the child waits for
     const tpr_cuda_driver *cu;
     tprpc_context *ctx[2];
     tprpc_pipe *pipe[2];               // NULL: that end is another process's
@@ -39,8 +39,9 @@ static void fatal(const char *what, const char *why) {
 
 static void check(int code, const char *what) {
     char text[40];
+    if (!code) return;
     snprintf(text, sizeof text, "CUDA error %d", code);
-    if (code) fatal(what, text);
+    fatal(what, text);
 }
 
 static double now_us(void) {
@@ -219,13 +220,25 @@ static double bare(bench *b, size_t size, int rounds) {
     return median(times, TURNS);
 }
 
+// The driver; what names a device that is not there gets the last.
+static void open_driver(bench *b) {
+    tprpc_error error;
+    int count = 0;
+    if (!(b->cu = tpr_cuda_driver_get(&error))) fatal("the driver", error.text);
+    check(b->cu->cuDeviceGetCount(&count), "cuDeviceGetCount");
+    if (b->from >= count) b->from = count - 1;
+    if (b->to >= count) b->to = count - 1;
+}
+
 static void child(bench *b, const char *address) {
     tprpc_pipe_desc desc = {0};
     tprpc_error error;
     double unused[3];
-    if (!(b->cu = tpr_cuda_driver_get(&error))) fatal("the driver", error.text);
+    char byte;
+    open_driver(b);
     open_device(b, 1);
     open_context(b, 1);
+    if (read(b->listening, &byte, 1) != 1) fatal("the other process", "has ended");
     desc.address = address;
     if (tprpc_connect(b->ctx[1], &desc, &b->pipe[1], &error) != TPRPC_OK) fatal("connecting", error.text);
     all(b, unused);
@@ -258,6 +271,7 @@ static void report(bench *b) {
     open_context(b, 0);
     if (tprpc_listen(b->ctx[0], &listen, &listener, &error) != TPRPC_OK) fatal("listening", error.text);
     tprpc_accept(listener, on_accepted, &b->pipe[0]);
+    if (!b->inside && write(b->listening, "", 1) != 1) fatal("the other process", "has ended");
     if (b->inside) {
         tprpc_pipe_desc desc = {0};
         open_device(b, 1);
@@ -282,16 +296,19 @@ static void report(bench *b) {
 
 int main(int argc, char **argv) {
     bench b = {0};
-    tprpc_error error;
     pid_t other = 0;
-    int status = 0;
+    int status = 0, ends[2];
     parse(&b, argc, argv);
+    if (pipe(ends) != 0) fatal("a pipe", "none");
+    b.listening = ends[0];
     if (!b.inside && (other = fork()) == 0) {
-        usleep(2000000);               // until the other listens
+        close(ends[1]);
         child(&b, "shm://bench-cuda");
         return 0;
     }
-    if (!(b.cu = tpr_cuda_driver_get(&error))) fatal("the driver", error.text);
+    b.listening = ends[1];
+    close(ends[0]);
+    open_driver(&b);
     report(&b);
     if (other) waitpid(other, &status, 0);
     return status != 0;
