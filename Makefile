@@ -1,7 +1,7 @@
 # make          the library, tools and examples, in build/
 # make demo     the wave simulation; installs what it needs
 # make test     all tests; installs what they need
-# make gpu-test the tests of CUDA on this machine's GPUs; gpu-bench: measurements there; both install nothing
+# make gpu-test the tests of CUDA on this machine's GPUs; installs nothing
 # make bench    measurements against others; installs what it needs
 # make soak     the tests that are the better the longer they run, until stopped or for SOAK_SECONDS
 # make fuzz     the fuzz targets, until stopped or for FUZZ_SECONDS
@@ -97,7 +97,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all demo test gpu-test gpu-bench bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
+.PHONY: all demo test gpu-test bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
         setup-demo setup-test setup-bench setup-coverage \
         test-plain test-asan test-tsan test-sim test-compile test-scripts test-fuzz test-floors
 
@@ -151,11 +151,6 @@ test-floors:
 
 gpu-test: $(TESTS_GPU:%=build/gpu/tests/%)
 	@CUDA_LIBRARY=libcuda.so.1 tests/run.sh -- $^
-
-# Not yet beside others: only what tprpc and the bare driver do.
-gpu-bench: build/bench-cuda
-	@for arguments in '--inside --to 0' --inside '' --outbox '--channels cuda_basic,basic'; do \
-	    build/bench-cuda $$arguments || exit 1; done
 
 # ---- at length; programs find their seed in SOAK_SEED ----
 
