@@ -2427,19 +2427,27 @@ static bool tpr_cuda_outbox_busy(const tpr_cuda_outbox_chunk *chunk) {
                                                          : tpr_cuda_word_done(side, chunk->slot), chunk->seq);
 }
 
-// A free chunk for that many bytes, with a slot of the link; NULL: none.
-static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cuda_word_link *link, uint64_t size) {
-    const int first = size <= TPR_CUDA_OUTBOX_SMALL ? 0 : TPR_CUDA_OUTBOX_SMALLS;
-    for (int i = first; i < TPR_CUDA_OUTBOX_ALL; i++) {
+// A free chunk for that many bytes, with a slot of the link; NULL: none. A send whose receiver is not known to read it
+// gets none of the last half: else what is not read could hold up what is.
+static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cuda_word_link *link, uint64_t size,
+                                                   bool read) {
+    const bool small = size <= TPR_CUDA_OUTBOX_SMALL;
+    const int first = small ? 0 : TPR_CUDA_OUTBOX_SMALLS;
+    const int end = small && !read ? (int)TPR_CUDA_OUTBOX_SMALLS : (int)TPR_CUDA_OUTBOX_ALL;
+    tpr_cuda_outbox_chunk *found = NULL;
+    int free_count = 0;
+    for (int i = first; i < end && !(found && read); i++) {
         tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
         if (chunk->held || tpr_cuda_outbox_busy(chunk)) continue;
-        if (!tpr_cuda_word_take(link, &chunk->slot, &chunk->seq)) return NULL;
-        chunk->link = link;
-        chunk->held = true;
-        chunk->dropped = false;
-        return chunk;
+        if (!found) found = chunk;
+        if (++free_count > (end - first) / 2) break;
     }
-    return NULL;
+    if (!found || (!read && free_count <= (end - first) / 2)) return NULL;
+    if (!tpr_cuda_word_take(link, &found->slot, &found->seq)) return NULL;
+    found->link = link;
+    found->held = true;
+    found->dropped = false;
+    return found;
 }
 
 // Whether the peer of a link has not read a chunk that it may know of.
@@ -4106,13 +4114,16 @@ static tprpc_status tpr_cuda_ipc_packed(tpr_cuda_batch *send, tprpc_error *error
     return status;
 }
 
-// Packs as much as there are chunks for; none: the parts stay empty. The device is entered.
-static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, tpr_cuda_ipc_parts *parts, tprpc_error *error) {
+// Packs as much as there are chunks for; none: the parts stay empty. read: the receiver is at it. The device is
+// entered.
+static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, bool read, tpr_cuda_ipc_parts *parts,
+                                           tprpc_error *error) {
     tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
     tpr_cuda_outbox *box = (tpr_cuda_outbox *)end->batch.net->queue->lanes[send->orders[0].device->index].outbox;
     tprpc_status status = TPRPC_OK;
     for (int i = 0; i < TPR_CUDA_BATCH_BOXES && send->moved < send->total && status == TPRPC_OK; i++) {
-        send->boxes[i] = tpr_cuda_outbox_take(box, end->words, send->total - send->moved);
+        if (send->boxes[i]) continue;
+        send->boxes[i] = tpr_cuda_outbox_take(box, end->words, send->total - send->moved, read);
         if (!send->boxes[i]) break;
         if (!send->stream_set)
             status = tpr_cuda_ipc_pack_stream(send, send->order_count == 1 && send->total <= send->boxes[i]->size,
@@ -4133,7 +4144,7 @@ static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, tpr_cuda_ipc_p
     tprpc_status status = tpr_cuda_arena_pin(queue->set, &end->words->mine.memory, send->orders[0].device, error);
     if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, &box, error);
     if (status == TPRPC_OK) status = tpr_cuda_ipc_tell(end, box->export_, error);
-    if (status == TPRPC_OK) status = tpr_cuda_ipc_pack_some(send, parts, error);
+    if (status == TPRPC_OK) status = tpr_cuda_ipc_pack_some(send, false, parts, error);
     if (status == TPRPC_OK && !parts->count) status = tpr_cuda_ipc_pack_stream(send, false, error);
     send->stream_set = true;
     return status;
@@ -4148,7 +4159,7 @@ static bool tpr_cuda_ipc_start(tpr_cuda_batch *send) {
     parts.count = 0;
     tprpc_status status = tpr_cuda_device_enter(queue->set, send->orders[0].device, &guard, &error);
     if (status == TPRPC_OK) {
-        status = tpr_cuda_ipc_pack_some(send, &parts, &error);
+        status = tpr_cuda_ipc_pack_some(send, true, &parts, &error);
         tpr_cuda_device_leave(queue->set, &guard);
     }
     if (status == TPRPC_OK && !parts.count) return false;
@@ -4269,6 +4280,7 @@ static void tpr_cuda_ipc_took(tpr_cuda_batch *send, uint64_t offset) {
     for (int i = 0; send->way == TPR_CUDA_IPC_OUTBOX && i < TPR_CUDA_BATCH_BOXES; i++) {
         if (!send->boxes[i] || send->boxes[i]->offset != offset) continue;
         status = tpr_cuda_ipc_refill(send, send->boxes[i], &error);
+        if (status == TPRPC_OK && send->moved < send->total) tpr_cuda_ipc_start(send);
         break;
     }
     if (status != TPRPC_OK) tpr_cuda_batch_send_failed(send, status, &error);
