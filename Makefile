@@ -1,6 +1,7 @@
 # make          the library, tools and examples, in build/
 # make demo     the wave simulation; installs what it needs
 # make test     all tests; installs what they need
+# make gpu-test the tests of CUDA on this machine's GPUs; installs nothing
 # make bench    measurements against others; installs what it needs
 # make soak     the tests that are the better the longer they run, until stopped or for SOAK_SECONDS
 # make fuzz     the fuzz targets, until stopped or for FUZZ_SECONDS
@@ -21,6 +22,9 @@ WARNINGS  = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef -Werror
 C_FLAGS   = -std=c99 $(WARNINGS) -pthread
 CXX_FLAGS = -std=c++11 $(WARNINGS) -Wold-style-cast -fno-exceptions -fno-rtti -pthread
 LIBRARIES = -pthread -ldl -lm
+# Where a toolkit is, its cuda.h is compared with what we declare; nothing else looks at it.
+CUDA_HOME  ?= /usr/local/cuda
+CUDA_FLAGS := $(addprefix -isystem ,$(patsubst %/cuda.h,%,$(wildcard $(CUDA_HOME)/include/cuda.h)))
 
 # With pmix:// where its header is. Looked up when used, for `make test` may install it. Not for coverage: tests/pmix.sh,
 # which needs a launcher, is not counted.
@@ -52,12 +56,14 @@ BENCH_ARGS =
 FUZZ_SECONDS  = 0
 COVERAGE_ARGS =
 
-HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tests/fuzz/*.h tools/*.h examples/*.h) \
+HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tests/*/*.h tools/*.h examples/*.h) \
             tests/toys.c
-TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c tests/sim.c,$(wildcard tests/*.c)))
+TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c tests/cuda_impl.c tests/sim.c,$(wildcard tests/*.c)))
+# Tests of CUDA run on a stand-in driver; those of the library also on real GPUs.
+TESTS_GPU = $(filter cuda_% in_cuda_%,$(filter-out cuda_standin in_cuda_hostile,$(TESTS_C)))
 TESTS_CXX = $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
 SCRIPTS   = $(filter-out tests/run.sh tests/compile.sh tests/fuzz.sh,$(wildcard tests/*.sh))
-FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py "tools/coverage.py --self-test"
+FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py "tools/coverage.py --self-test" tools/ptx.py
 FUZZERS   = $(patsubst tests/fuzz/%.c,build/fuzz/%,$(wildcard tests/fuzz/*.c))
 # Not what counts the cost of a million calls, which takes minutes with counters in it and runs nothing else.
 COVERED   = $(patsubst %,build/coverage/tests/%,$(filter-out agent_cost,$(TESTS_C))) \
@@ -88,15 +94,15 @@ in_order = $(filter-out %/agent_cost,$(1)) -- $(filter %/agent_cost,$(1))
 # The simulated network uses all processors by itself.
 SIMS = build/sim build/asan/sim
 
-# make test, demo and coverage compile on all cores without being asked to.
-ifneq ($(filter demo test coverage,$(MAKECMDGOALS)),)
+# make test, gpu-test, demo and coverage compile on all cores without being asked to.
+ifneq ($(filter demo test gpu-test coverage,$(MAKECMDGOALS)),)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 endif
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all demo test bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
+.PHONY: all demo test gpu-test bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
         setup-demo setup-test setup-bench setup-coverage \
         test-plain test-asan test-tsan test-sim test-compile test-scripts test-fuzz test-floors
 
@@ -139,12 +145,17 @@ test-sim: $(SIMS)
 	@tests/run.sh -- $(SIMS)
 test-compile:
 	@tests/run.sh tests/compile.sh
-test-scripts: $(TOOLS) $(EXAMPLES) build/tests/in_conformance
+test-scripts: $(TOOLS) $(EXAMPLES) build/tests/in_conformance build/standin/libcuda.so.1
 	@tests/run.sh $(SCRIPTS)
 test-fuzz: $(FUZZERS)
 	@tests/run.sh tests/fuzz.sh
 test-floors:
 	@tests/run.sh $(FLOORS)
+
+# ---- on a machine with GPUs: one process after the other, for they share them; nothing but gcc and make is needed ----
+
+gpu-test: $(TESTS_GPU:%=build/gpu/tests/%)
+	@CUDA_LIBRARY=libcuda.so.1 tests/run.sh -- $^
 
 # ---- at length; programs find their seed in SOAK_SEED ----
 
@@ -180,6 +191,8 @@ $(1)/tests/in_%.o: tests/in_%.c $$(HEADERS) | $$(SETUP)
 	@mkdir -p $$(@D)
 	$(2) $$(C_FLAGS) $(5) -D_GNU_SOURCE -c $$< -o $$@
 
+$(1)/tests/in_cuda_abi.o: C_FLAGS += $$(CUDA_FLAGS)
+
 $(1)/tests/impl.o: tests/impl.c $$(HEADERS) | $$(SETUP)
 	@mkdir -p $$(@D)
 	$(2) $$(C_FLAGS) $(4) $(if $(filter %/coverage,$(1)),,$$(PMIX)) -c $$< -o $$@
@@ -197,12 +210,28 @@ $(1)/tests/%: $(1)/tests/%.o $(1)/tests/impl.o
 $(1)/sim: $(1)/tests/sim.o $(1)/tests/impl.o
 	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
 
+# A driver for machines without a GPU, which the tests of CUDA load.
+$(1)/standin/libcuda.so.1: tests/cuda/standin.c tests/cuda/standin.h Makefile | $$(SETUP)
+	@mkdir -p $$(@D)
+	$(2) $$(C_FLAGS) $(4) -D_GNU_SOURCE -fPIC -fvisibility=hidden -shared -Wl,-soname,libcuda.so.1 $$< -o $$@
+
+$(1)/tests/cuda_impl.o: tests/cuda_impl.c $$(HEADERS) | $$(SETUP)
+	@mkdir -p $$(@D)
+	$(2) $$(C_FLAGS) $(4) -c $$< -o $$@
+
+$(1)/tests/cuda_%: $(1)/tests/cuda_%.o $(1)/tests/cuda_impl.o $(1)/tests/impl.o | $(1)/standin/libcuda.so.1
+	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
+
+$(1)/tests/in_cuda_%: $(1)/tests/in_cuda_%.o | $(1)/standin/libcuda.so.1
+	$(2) $(5) $$^ $$(LIBRARIES) -o $$@
+
 # A test of internals brings an implementation of its own.
 $(1)/tests/in_%: $(1)/tests/in_%.o
 	$(2) $(5) $$^ $$(LIBRARIES) -o $$@
 endef
 
 $(eval $(call variant,build,$$(CC),$$(CXX),$$(PLAIN),$$(PLAIN_IN)))
+$(eval $(call variant,build/gpu,$$(CC),$$(CXX),$$(PLAIN),$$(PLAIN_IN)))
 $(eval $(call variant,build/asan,$$(SAN_CC),$$(SAN_CXX),$$(ASAN),$$(ASAN_IN)))
 $(eval $(call variant,build/tsan,$$(SAN_CC),$$(SAN_CXX),$$(TSAN),$$(TSAN_IN)))
 $(eval $(call variant,build/coverage,$$(SAN_CC),$$(SAN_CXX),$$(COVERAGE),$$(COVERAGE) -O0))

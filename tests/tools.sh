@@ -388,9 +388,11 @@ info_json() {
 import json, os, re, resource, sys
 header = open("tprpc.h").read()
 told = json.loads(open(sys.argv[1]).read())
-assert sorted(told) == ["channels", "converters", "limits", "transports", "version"], sorted(told)
+assert sorted(told) == ["channels", "converters", "gpus", "gpus_reason", "limits", "transports", "version"], sorted(told)
+assert bool(told["gpus"]) is (told["gpus_reason"] == ""), told
 names = [b["name"] for kind in ("transports", "channels", "converters") for b in told[kind]]
 known = re.findall(r"&tpr_(\w+)_backend,", header)
+known += [name.replace("cuda_convert", "cuda") for name in re.findall(r"&tpr_(\w+)_backend,", open("tprpc_cuda.h").read())]
 assert sorted(names) == sorted(known), (names, known)
 for kind in ("transports", "channels"):
     order = [b["priority"] for b in told[kind]]
@@ -406,6 +408,21 @@ END
     then ok info_json; else bad info_json "not what it should be"; fi
 }
 
+# GPUs, here the stand-in driver's: which there are, and which reach each other.
+info_gpus() {
+    LD_LIBRARY_PATH=build/standin build/tprpc-info --json >"$out" 2>"$said" || { bad info_gpus "exit status $?"; return; }
+    if python3 - "$out" 2>"$said" <<'END'
+import json, sys
+told = json.loads(open(sys.argv[1]).read())
+gpus = told["gpus"]
+assert [gpu["index"] for gpu in gpus] == [0, 1, 2, 3], gpus
+assert [gpu["peers"] for gpu in gpus] == [[1], [0], [3], [2]], gpus
+assert len({gpu["uuid"] for gpu in gpus}) == 4 and all(gpu["memory"] == 64 << 20 for gpu in gpus), gpus
+assert all(channel["viable"] for channel in told["channels"] if channel["name"].startswith("cuda")), told
+END
+    then ok info_gpus; else bad info_gpus "not what it should be"; fi
+}
+
 # A limit that is low comes with advice.
 info_advice() {
     (ulimit -n 100 && build/tprpc-info) >"$out" 2>"$said" || { bad info_advice "exit status $?"; return; }
@@ -415,6 +432,7 @@ info_advice() {
 
 info_table
 info_json
+info_gpus
 info_advice
 refuses info_option "no option --jason" build/tprpc-info --jason
 

@@ -9,7 +9,9 @@ A header is a manual (the comment it begins with), a public part and, after `#if
     // Uses: os, base.            names of sections above, or `nothing.`
     // Invariant: what always holds.
 
-An internal name begins with its section's: tpr_shm_map, TPR_SHM_LIMIT. (A macro TPR_X of no section is anybody's.)
+An internal name begins with its section's: tpr_shm_map, TPR_SHM_LIMIT. (A macro TPR_X of no section is anybody's.) In
+tprpc_cuda.h, which may stand in one file with tprpc.h and uses only what is public of that, with tpr_cuda_ and
+TPR_CUDA_ instead of tpr_ and TPR_: tpr_cuda_wire_read of section wire.
 The checks below, one function each, give (line, message) for each violation.
 """
 
@@ -29,7 +31,7 @@ DIRECTIVE = re.compile(r'\s*#')
 INCLUDE = re.compile(r'\s*#\s*include\s*<([^>]*)>')
 PLATFORM = re.compile(r'\b(__linux__|__linux|__gnu_linux__|_WIN32|_WIN64|__APPLE__|__unix__|__FreeBSD__|__ANDROID__|'
                       r'__x86_64__|__i386__|__aarch64__|__arm__|_M_X64|_M_ARM64|_M_IX86)\b')
-INTERNAL = re.compile(r'\b(?:tpr|TPR)_([A-Za-z0-9]+)')
+FOREIGN = re.compile(r'\b(?:tpr|TPR)_\w+')
 FUNCTION_NAME = re.compile(r'\b(tpr(?:pc)?_\w+)\s*\(')
 # Comments and literals. A quote within a comment, or `//` within a string, is none, so they are found together.
 COMMENT_OR_LITERAL = re.compile(r'//(?:\\\n|[^\n])*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.S)
@@ -60,10 +62,13 @@ class Section:
 
 
 class Header:
-    """A header cut into lines and sections. Lines count from 0 here, from 1 in what is printed."""
+    """A header cut into lines and sections. Lines count from 0 here, from 1 in what is printed. Its internal names begin
+    with `prefix`, the section, and another underscore."""
 
-    def __init__(self, text):
+    def __init__(self, text, prefix='tpr_'):
         self.text = text
+        self.prefix = prefix
+        self.internal = re.compile(rf'\b(?:{prefix}|{prefix.upper()})([A-Za-z0-9]+)')
         self.raw = text.split('\n')
         self.code = COMMENT_OR_LITERAL.sub(blank, text).split('\n')
         starts = [i for i, line in enumerate(self.code) if IMPLEMENTATION.match(line)]
@@ -173,10 +178,13 @@ def check_names(header):
         if re.match(r'\s*#\s*undef\b', line):
             continue                                         # all are undefined at the end
         section = header.where[i]
-        for match in INTERNAL.finditer(line):
+        for match in FOREIGN.finditer(line) if header.prefix != 'tpr_' else ():
+            if not match.group().startswith((header.prefix, header.prefix.upper())):
+                yield i, f'{match.group()} is internal to another header'
+        for match in header.internal.finditer(line):
             owner, name = match.group(1).lower(), re.match(r'\w+', line[match.start():]).group()
             if owner not in header.floor:
-                if name.startswith('tpr_'):
+                if name.startswith(header.prefix):
                     yield i, f'{name}: there is no section {owner}'
             elif not section:
                 yield i, f'{name} of {owner} in the public part'
@@ -185,7 +193,7 @@ def check_names(header):
             elif owner != section.name and owner not in (section.uses or []):
                 yield i, f'{name} in {section.name}, whose "Uses:" lacks {owner}'
     for start, _, name in header.functions():
-        match = INTERNAL.match(name)
+        match = header.internal.match(name)
         if match and match.group(1) in header.floor and match.group(1) != header.name(start):
             yield start, f'{name} is defined in {header.name(start)}'
 
@@ -199,7 +207,7 @@ def check_public_last(header):
             continue
         if name.startswith('tprpc_'):
             seen.setdefault(section.name, name)
-        elif name.startswith('tpr_') and section.name in seen:
+        elif name.startswith(header.prefix) and section.name in seen:
             yield start, f'{name} stands below {seen[section.name]}, a public function'
 
 
@@ -226,12 +234,13 @@ def check_platforms(header):
 def check_hooks(header):
     """In `os` a function that makes a system call asks a test's hook first."""
     for start, end, name in header.functions():
-        if header.name(start) != 'os' or name in UNHOOKED:
+        if header.name(start) != 'os' or 'tpr_' + name[len(header.prefix):] in UNHOOKED:
             continue
         body = header.code[start:end + 1]
         made = [match.group(1) for line in body for match in SYSTEM_CALL.finditer(line)]
-        if made and not any('TPR_OS_HOOKED(' in line for line in body):
-            yield start, f'{name} calls {made[0]} without TPR_OS_HOOKED'
+        hook = f'{header.prefix.upper()}OS_HOOKED'
+        if made and not any(f'{hook}(' in line for line in body):
+            yield start, f'{name} calls {made[0]} without {hook}'
 
 
 def check_function_length(header):
@@ -329,7 +338,7 @@ CHECKS = {name[len('check_'):]: check for name, check in list(globals().items())
 def run(path):
     """Prints a line per check, and its violations; gives the number of checks that passed and failed."""
     text = path.read_text(encoding='utf-8', errors='surrogateescape')
-    header, passed = Header(text), 0
+    header, passed = Header(text, path.stem.replace('tprpc', 'tpr') + '_'), 0
     for name, check in CHECKS.items():
         violations = sorted(set(check(header)))
         print(f'FAIL {path.name} {name}' if violations else f'ok {path.name} {name}')
@@ -496,6 +505,12 @@ def self_test():
         hit = [(i + 1, message) for i, message in found.get(check, [])
                if line in text.split('\n')[i] or re.search(line, text.split('\n')[i])] if old in GOOD else []
         result(bool(hit) and set(found) == {check}, f'bad {n} {check}: {hit[0] if hit else found or "not found"}')
+    other = GOOD.replace('tpr_', 'tpr_y_').replace('TPR_', 'TPR_Y_')
+    for n, (old, new) in enumerate([('', ''), ('return tpr_y_os_read();', 'return tpr_os_read();'),
+                                    ('Uses: os,\n// base.', 'Uses: os.')]):
+        header = Header(other.replace(old, new, 1), 'tpr_y_')
+        found = {name for name, check in CHECKS.items() if list(check(header))}
+        result(found == ({'names'} if n else set()), f'other prefix {n}: {found or ""}')
     tested = {check for check, *_ in BAD}
     result(tested == set(CHECKS), f'every check is tested {set(CHECKS) - tested or ""}')
     return passed, failed

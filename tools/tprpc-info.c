@@ -1,8 +1,10 @@
-// tprpc-info: what this machine has for tprpc: every transport and channel, whether it can be used and why not, and the
-// limits that matter, with advice where one is low.  tprpc-info --help tells the options.
+// tprpc-info: what this machine has for tprpc: every transport and channel, whether it can be used and why not, its GPUs,
+// and the limits that matter, with advice where one is low.  tprpc-info --help tells the options.
 
 #define TPRPC_IMPLEMENTATION
+#define TPRPC_CUDA_IMPLEMENTATION
 #include "../tprpc.h"
+#include "../tprpc_cuda.h"
 
 #include <inttypes.h>
 #include <sched.h>
@@ -17,7 +19,7 @@ static const char info_usage[] =
     "usage: tprpc-info [--json]\n"
     "  --json           one JSON object instead of tables\n";
 
-enum { INFO_BACKENDS = 64 };
+enum { INFO_BACKENDS = 64, INFO_GPUS = 64 };
 
 // ---- limits ---------------------------------------------------------------------------------------------------------
 
@@ -133,6 +135,61 @@ static info_limit info_cores(void) {
     return limit;
 }
 
+// ---- GPUs -----------------------------------------------------------------------------------------------------------
+
+typedef struct info_gpus {
+    size_t            count;
+    tprpc_error       error;             // why there are none
+    tprpc_cuda_device all[INFO_GPUS];
+} info_gpus;
+
+static const char *info_uuid(const tprpc_cuda_device *gpu, char *out, size_t size) {
+    size_t used = (size_t)snprintf(out, size, "GPU-");
+    for (size_t i = 0; i < sizeof gpu->uuid && used < size; i++)
+        used += (size_t)snprintf(out + used, size - used, "%s%02x", i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "",
+                                 gpu->uuid[i]);
+    return out;
+}
+
+static void info_json_string(const char *key, const char *text, const char *after);
+
+static void info_print_gpus_json(const info_gpus *gpus) {
+    char uuid[48];
+    printf("\"gpus\": [");
+    for (size_t i = 0; i < gpus->count; i++) {
+        const tprpc_cuda_device *gpu = &gpus->all[i];
+        const char *between = "";
+        printf("%s{\"index\": %d, ", i ? ", " : "", (int)gpu->index);
+        info_json_string("name", gpu->name, ", ");
+        info_json_string("uuid", info_uuid(gpu, uuid, sizeof uuid), ", ");
+        info_json_string("pci", gpu->pci, ", ");
+        printf("\"memory\": %" PRIu64 ", \"compute\": \"%d.%d\", \"peers\": [", gpu->memory_bytes, (int)gpu->major,
+               (int)gpu->minor);
+        for (size_t k = 0; k < gpus->count; k++) {
+            if (!(gpu->peers >> k & 1)) continue;
+            printf("%s%zu", between, k);
+            between = ", ";
+        }
+        printf("]}");
+    }
+    printf("], ");
+    info_json_string("gpus_reason", gpus->count ? "" : gpus->error.text, ", ");
+}
+
+static void info_print_gpus(const info_gpus *gpus) {
+    char uuid[48];
+    printf("\nGPUs, and which reach the memory of which\n");
+    if (!gpus->count) printf("  none: %s\n", gpus->error.text);
+    for (size_t i = 0; i < gpus->count; i++) {
+        const tprpc_cuda_device *gpu = &gpus->all[i];
+        printf("  %-3d %s, %" PRIu64 " MiB, compute %d.%d, %s\n      %s", (int)gpu->index, gpu->name,
+               gpu->memory_bytes >> 20, (int)gpu->major, (int)gpu->minor, gpu->pci, info_uuid(gpu, uuid, sizeof uuid));
+        if (gpu->peers) printf(", reaches");
+        for (size_t k = 0; k < gpus->count; k++) if (gpu->peers >> k & 1) printf(" %zu", k);
+        printf("\n");
+    }
+}
+
 // ---- output ---------------------------------------------------------------------------------------------------------
 
 static const char *const info_groups[] = {"", "transports", "channels", "converters"};   // by kind
@@ -166,7 +223,8 @@ static void info_json_string(const char *key, const char *text, const char *afte
     printf("\"%s", after);
 }
 
-static void info_print_json(const tprpc_backend_info *all, size_t count, const info_limit *limits, size_t limit_count) {
+static void info_print_json(const tprpc_backend_info *all, size_t count, const info_gpus *gpus,
+                            const info_limit *limits, size_t limit_count) {
     char domain[2 * sizeof all->domain + 1];
     printf("{\"version\": %d, ", (int)tprpc_version());
     for (int kind = TPRPC_BACKEND_TRANSPORT; kind <= TPRPC_BACKEND_CONVERTER; kind++) {
@@ -185,6 +243,7 @@ static void info_print_json(const tprpc_backend_info *all, size_t count, const i
         }
         printf("], ");
     }
+    info_print_gpus_json(gpus);
     printf("\"limits\": [");
     for (size_t i = 0; i < limit_count; i++) {
         printf("%s{", i ? ", " : "");
@@ -196,7 +255,8 @@ static void info_print_json(const tprpc_backend_info *all, size_t count, const i
     printf("]}\n");
 }
 
-static void info_print(const tprpc_backend_info *all, size_t count, const info_limit *limits, size_t limit_count) {
+static void info_print(const tprpc_backend_info *all, size_t count, const info_gpus *gpus, const info_limit *limits,
+                       size_t limit_count) {
     struct utsname name = {.sysname = ""};
     char domain[2 * sizeof all->domain + 1];
     uname(&name);
@@ -213,6 +273,7 @@ static void info_print(const tprpc_backend_info *all, size_t count, const info_l
         }
         if (none) printf("  none\n");
     }
+    info_print_gpus(gpus);
     printf("\nlimits\n");
     for (size_t i = 0; i < limit_count; i++) {
         if (limits[i].value < 0) printf("  %-15s %s\n", limits[i].name, limits[i].text);
@@ -234,20 +295,25 @@ int main(int argc, char **argv) {
             return 2;
         }
     }
+    static info_gpus gpus;
     tprpc_backend_info all[INFO_BACKENDS];
     tprpc_error error = {.status = TPRPC_OK};
+    tprpc_context_desc desc = {0};
     tprpc_context *ctx = NULL;
-    if (tprpc_context_create(NULL, &ctx, &error) != TPRPC_OK) {
+    desc.backends = tprpc_cuda_backends(&desc.backend_count);
+    if (tprpc_context_create(&desc, &ctx, &error) != TPRPC_OK) {
         fprintf(stderr, "tprpc-info: %s\n", error.text);
         return 1;
     }
     size_t count = tprpc_context_get_backends(ctx, all, INFO_BACKENDS, sizeof *all);
     if (count > INFO_BACKENDS) count = INFO_BACKENDS;
     qsort(all, count, sizeof *all, info_first_larger);
+    gpus.count = tprpc_cuda_get_devices(gpus.all, INFO_GPUS, sizeof *gpus.all, &gpus.error);
+    if (gpus.count > INFO_GPUS) gpus.count = INFO_GPUS;
     const info_limit limits[] = {info_cores(),  info_descriptors(), info_mappings(), info_shared_memory(),
                                  info_locked(), info_ptrace()};
-    if (json) info_print_json(all, count, limits, sizeof limits / sizeof *limits);
-    else info_print(all, count, limits, sizeof limits / sizeof *limits);
+    if (json) info_print_json(all, count, &gpus, limits, sizeof limits / sizeof *limits);
+    else info_print(all, count, &gpus, limits, sizeof limits / sizeof *limits);
     tprpc_context_destroy(ctx);
     return 0;
 }

@@ -1,0 +1,606 @@
+/* GPU memory between processes of one host: bytes, order, registered memory and other, and what becomes of streams when
+   the other process is killed. */
+#include "cuda_two.h"
+
+enum { SIZE = 100000, LARGE = (34 << 20) + 12, FEW = 10 };
+
+static void more_memory(void) { setenv("STANDIN_MEMORY_MB", "256", 1); }
+
+/* ---- bytes arrive ---- */
+
+typedef struct trip { int from, to; bool registered; const size_t *sizes; size_t count; } trip;
+
+static void trip_receive(two *t, void *arg) {
+    const trip *x = (const trip *)arg;
+    cargo c;
+    if (x->to >= gpu.count) return;
+    for (size_t i = 0; i < x->count; i++) {
+        CUstream r = gpu_stream(x->to);
+        uint8_t *target = (uint8_t *)gpu_alloc(x->to, x->sizes[i] + 4 * i) + 4 * i;
+        tprpc_tensor in = gpu_tensor(x->to, target, x->sizes[i], r, x->to);
+        two_got(t, &c, &in, 1);
+        CHECK(gpu_matches(x->to, r, target, x->sizes[i], i));
+        gpu_free(x->to, target - 4 * i);
+    }
+}
+
+static void trip_send(void *arg) {
+    const trip *x = (const trip *)arg;
+    two t;
+    cargo c;
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,cuda_basic,basic", trip_receive, arg);
+    if (x->from < gpu.count && x->to < gpu.count) {
+        for (size_t i = 0; i < x->count; i++) {
+            CUstream s = gpu_stream(x->from);
+            uint8_t *source = (uint8_t *)gpu_alloc(x->from, x->sizes[i] + i) + i;
+            tprpc_tensor out = gpu_tensor(x->from, source, x->sizes[i], s, x->to);
+            tprpc_error error;
+            memset(&error, 0, sizeof error);
+            if (x->registered)
+                CHECK_EQ_INT(tprpc_cuda_register(t.s.ctx, x->from, source, x->sizes[i], &error), TPRPC_OK);
+            gpu_put(x->from, s, source, x->sizes[i], i);
+            two_sent(&t, &c, &out, 1);
+            gpu_set(x->from, s, source, 0, x->sizes[i]);
+            CU(cuStreamSynchronize(s));
+            tprpc_status status = TPRPC_PENDING;
+            while (x->registered && (status = tprpc_cuda_unregister(t.s.ctx, source, &error)) == TPRPC_PENDING)
+                tprpc_poll(t.s.ctx, 1000, 0);
+            if (x->registered) CHECK_EQ_INT(status, TPRPC_OK);
+            gpu_free(x->from, source - i);
+        }
+    }
+    two_close(&t, false);
+}
+
+static const size_t sizes[] = {8, 1, SIZE, 64 << 10, (4 << 20) + 1, LARGE};
+
+static void trips(bool registered, size_t first, size_t count) {
+    for (int from = 0; from < 3; from++)
+        for (int to = 0; to < 3; to++) {
+            trip x;
+            if (TEST_TSAN && (from != 0 || to == 0)) continue;      /* they take their time there */
+            x.from = from;
+            x.to = to;
+            x.registered = registered;
+            x.sizes = sizes + first;
+            x.count = count;
+            CHECK_EQ_INT(test_wait_child(test_fork_run(trip_send, &x), 30), 0);
+        }
+}
+
+TEST(registered_memory) { trips(true, 0, 3); }
+TEST(any_memory) { trips(false, 0, 4); }
+
+static void large(bool registered) {
+    trip x;
+    x.from = 0;
+    x.to = 1;
+    x.registered = registered;
+    x.sizes = sizes + 4;
+    x.count = 2;
+    trip_send(&x);
+}
+
+TEST(large_registered_memory) { large(true); }
+TEST(large_memory) { large(false); }
+
+/* ---- memory that others than cuMemAlloc gave: by way of the outbox; it cannot be registered ---- */
+
+enum { ACROSS = (5 << 20) + 3 };
+
+static void others_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CUstream r = gpu_stream(0);
+    for (int kind = 0; kind < 2; kind++) {
+        void *target = kind ? gpu_alloc_virtual(0, ACROSS) : gpu_alloc_async(0, ACROSS, r);
+        tprpc_tensor in = gpu_tensor(0, target, ACROSS, r, 0);
+        two_got(t, &c, &in, 1);
+        CHECK(gpu_matches(0, r, target, ACROSS, 3));
+    }
+}
+
+TEST(memory_of_others) {
+    two t;
+    cargo c;
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", others_receive, NULL);
+    CUstream s = gpu_stream(0);
+    for (int kind = 0; kind < 2; kind++) {
+        void *source = kind ? gpu_alloc_virtual(0, ACROSS) : gpu_alloc_async(0, ACROSS, s);
+        tprpc_tensor out = gpu_tensor(0, source, ACROSS, s, 0);
+        tprpc_error error;
+        CHECK_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, ACROSS, &error), TPRPC_ERROR_UNSUPPORTED);
+        CHECK_CONTAINS(error.text, "cannot be shared");
+        gpu_put(0, s, source, ACROSS, 3);
+        two_sent(&t, &c, &out, 1);
+        gpu_set(0, s, source, 0, ACROSS);
+    }
+    CU(cuStreamSynchronize(s));
+    two_close(&t, false);
+}
+
+/* ---- order ---- */
+
+enum { SENT = 1, GOT, GO, DONE };
+enum { ONE = 1 };                      /* a device that reaches device 0, where there is one */
+
+static int other(void) { return gpu.count > 1 ? ONE : 0; }
+
+typedef struct ends { bool registered, gated; } ends;
+
+static void ordered_receive(two *t, void *arg) {
+    const ends *x = (const ends *)arg;
+    cargo c;
+    CUstream r = gpu_stream(other());
+    void *target = gpu_alloc(other(), SIZE);
+    tprpc_tensor in = gpu_tensor(other(), target, SIZE, r, other());
+    two_got(t, &c, &in, 1);            /* what is made on first use is there */
+    uint64_t *gate = x->gated ? gate_close(other(), r) : NULL;
+    two_got(t, &c, &in, 1);            /* ordered; nothing has come */
+    CHECK(gate_holds(r));
+    two_raise(t, GOT);
+    two_await(t, GO);
+    if (gate) gate_open(gate);
+    CHECK(gpu_matches(other(), r, target, SIZE, 7));
+    two_raise(t, DONE);
+}
+
+static void ordered(bool registered, bool gated_receiver) {
+    ends x;
+    two t;
+    cargo c;
+    x.registered = registered;
+    x.gated = gated_receiver;
+    two_open(&t, "shm://", "cuda_ipc,basic", ordered_receive, &x);
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, SIZE);
+    tprpc_tensor out = gpu_tensor(0, source, SIZE, s, other());
+    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SIZE, NULL), TPRPC_OK);
+    gpu_set(0, s, source, 1, SIZE);
+    two_sent(&t, &c, &out, 1);
+    uint64_t *gate = gated_receiver ? NULL : gate_close(0, s);
+    gpu_put(0, s, source, SIZE, 7);
+    two_sent(&t, &c, &out, 1);
+    gpu_set(0, s, source, 0x55, SIZE);     /* the sender goes on */
+    two_await(&t, GOT);
+    if (gate) CHECK(gate_holds(s));
+    two_raise(&t, GO);
+    if (gate) gate_open(gate);
+    two_await(&t, DONE);
+    CU(cuStreamSynchronize(s));
+    two_close(&t, false);
+}
+
+TEST(sender_is_late_registered) { ordered(true, false); }
+TEST(sender_is_late) { ordered(false, false); }
+TEST(receiver_is_late_registered) { ordered(true, true); }
+TEST(receiver_is_late) { ordered(false, true); }
+
+/* ---- a process is killed: streams of the other go on, with what was queued behind ---- */
+
+static void goes_on(two *t, int device, CUstream stream) {
+    uint8_t *mark = (uint8_t *)gpu_pinned(64);
+    void *memory = gpu_alloc(device, 64);
+    const int64_t end = test_now_us() + WAIT_S * INT64_C(1000000);
+    gpu_set(device, stream, memory, 0x77, 64);
+    gpu_on(device);
+    CU(cuMemcpyAsync((CUdeviceptr)(uintptr_t)mark, (CUdeviceptr)(uintptr_t)memory, 64, stream));
+    while (gate_holds(stream)) {
+        REQUIRE(test_now_us() < end);
+        tprpc_poll(t->s.ctx, 1000, 0);
+    }
+    CU(cuStreamSynchronize(stream));
+    CHECK_EQ_INT(mark[63], 0x77);
+}
+
+/* The context can still be used: a tensor to a pipe of its own. */
+static void usable(two *t) {
+    pair p;
+    cargo c;
+    memset(&p, 0, sizeof p);
+    p.s.ctx = t->s.ctx;
+    p.s.also = gpu_context("shm", NULL, 0);
+    pair_connect(&p, "shm://", 0);
+    void *memory = gpu_alloc(0, SIZE), *target = gpu_alloc(0, SIZE);
+    tprpc_tensor out = gpu_tensor(0, memory, SIZE, NULL, 0), in = gpu_tensor(0, target, SIZE, NULL, 0);
+    gpu_put(0, NULL, memory, SIZE, 12);
+    cargo_carry(&c, &p, &out, &in, 1);
+    CHECK(gpu_matches(0, NULL, target, SIZE, 12));
+    tprpc_pipe_close(p.a);
+    tprpc_pipe_close(p.b);
+    tprpc_listener_close(p.s.listener);
+    CHECK_EQ_INT(tprpc_context_destroy(p.s.also), TPRPC_OK);
+}
+
+static void sender_that_dies(two *t, void *arg) {
+    const ends *x = (const ends *)arg;
+    cargo c;
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, SIZE);
+    tprpc_tensor out = gpu_tensor(0, source, SIZE, s, 0);
+    if (x->registered) REQUIRE_EQ_INT(tprpc_cuda_register(t->s.ctx, 0, source, SIZE, NULL), TPRPC_OK);
+    two_sent(t, &c, &out, 1);
+    gate_close(0, s);
+    two_send(t, &c, &out, 1);
+    for (;;) tprpc_poll(t->s.ctx, 1000, 0);
+}
+
+static void sender_dies(bool registered, bool closed) {
+    ends x;
+    two t;
+    cargo c;
+    x.registered = registered;
+    two_open(&t, "shm://", "cuda_xth,cuda_ipc,basic", sender_that_dies, &x);
+    CUstream r = gpu_stream(other());
+    void *target = gpu_alloc(other(), SIZE);
+    tprpc_tensor in = gpu_tensor(other(), target, SIZE, r, other());
+    two_got(&t, &c, &in, 1);
+    two_got(&t, &c, &in, 1);
+    CHECK(gate_holds(r));              /* for what the sender alone can let go */
+    if (closed) tprpc_pipe_close(t.s.pipe);
+    if (closed) t.s.pipe = NULL;
+    idle(&t.s, 2000);
+    two_kill(&t);
+    goes_on(&t, other(), r);
+    usable(&t);
+    two_close(&t, true);
+}
+
+TEST(sender_dies_registered) { sender_dies(true, false); }
+TEST(sender_dies_outbox) { sender_dies(false, false); }
+TEST(sender_dies_after_the_pipe) { sender_dies(false, true); }
+
+static void receiver_that_dies(two *t, void *arg) {
+    cargo c;
+    CUstream r = gpu_stream(other());
+    void *target = gpu_alloc(other(), SIZE);
+    tprpc_tensor in = gpu_tensor(other(), target, SIZE, r, other());
+    (void)arg;
+    two_got(t, &c, &in, 1);
+    gate_close(other(), r);
+    two_got(t, &c, &in, 1);
+    two_raise(t, GOT);
+    for (;;) tprpc_poll(t->s.ctx, 1000, 0);
+}
+
+static void receiver_dies(bool registered, bool closed) {
+    two t;
+    cargo c;
+    two_open(&t, "shm://", "cuda_xth,cuda_ipc,basic", receiver_that_dies, NULL);
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, SIZE);
+    tprpc_tensor out = gpu_tensor(0, source, SIZE, s, other());
+    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SIZE, NULL), TPRPC_OK);
+    two_sent(&t, &c, &out, 1);
+    CU(cuStreamSynchronize(s));
+    two_sent(&t, &c, &out, 1);
+    two_await(&t, GOT);
+    if (registered) CHECK(gate_holds(s));
+    if (closed) tprpc_pipe_close(t.s.pipe);
+    if (closed) t.s.pipe = NULL;
+    two_kill(&t);
+    goes_on(&t, 0, s);
+    usable(&t);
+    if (registered) {
+        tprpc_status status;
+        while ((status = tprpc_cuda_unregister(t.s.ctx, source, NULL)) == TPRPC_PENDING) tprpc_poll(t.s.ctx, 1000, 0);
+        CHECK_EQ_INT(status, TPRPC_OK);
+    }
+    two_close(&t, true);
+}
+
+TEST(receiver_dies_registered) { receiver_dies(true, false); }
+TEST(receiver_dies_outbox) { receiver_dies(false, false); }
+TEST(receiver_dies_after_the_pipe) { receiver_dies(true, true); }
+
+/* Killed at any moment, while both send to each other. */
+static void busy(two *t, void *arg) {
+    enum { BUSY = 4 << 20 };
+    cargo out, in;
+    CUstream s = gpu_stream(0), r = gpu_stream(other());
+    void *source = gpu_alloc(0, BUSY), *target = gpu_alloc(other(), BUSY);
+    const tprpc_tensor from = gpu_tensor(0, source, BUSY, s, other());
+    tprpc_tensor to = gpu_tensor(other(), target, BUSY, r, other());
+    const bool child = arg != NULL;
+    for (int i = 0; ; i++) {
+        memset(&out, 0, sizeof out);
+        out.out.tensors = &from;
+        out.out.tensor_count = 1;
+        out.out.release = on_release;
+        out.out.release_user = &out.wrote;
+        gpu_set(0, s, source, i, BUSY);
+        if (tprpc_pipe_write(t->s.pipe, &out.out, on_written, &out.wrote) != TPRPC_OK) break;
+        memset(&in, 0, sizeof in);
+        in.in.tensors = &to;
+        in.in.tensor_count = 1;
+        if (tprpc_pipe_read_descriptor(t->s.pipe, on_described, &in.described) == TPRPC_OK) {
+            WAIT(&t->s, in.described.runs, 1);
+            if (in.described.status == TPRPC_OK && tprpc_pipe_read(t->s.pipe, &in.in, on_read, &in.got) == TPRPC_OK)
+                WAIT(&t->s, in.got.runs, 1);
+        }
+        WAIT(&t->s, out.wrote.runs, 1);
+        if (child) two_raise(t, SENT);
+        if (out.wrote.status != TPRPC_OK || in.got.status != TPRPC_OK) break;
+    }
+    if (child) return;
+    goes_on(t, 0, s);
+    goes_on(t, other(), r);
+}
+
+static void *kills_after(void *arg) {
+    two *t = (two *)arg;
+    while (!LOAD(t->shared->flags[SENT])) test_sleep_us(50);
+    test_sleep_us((int64_t)t->shared->gate);
+    kill(t->child, SIGKILL);
+    return NULL;
+}
+
+static void killed_at(void *arg) {
+    two t;
+    pthread_t killer;
+    two_open(&t, "shm://", "cuda_xth,cuda_ipc,basic", busy, &t);
+    t.shared->gate = *(uint64_t *)arg;
+    REQUIRE(pthread_create(&killer, NULL, kills_after, &t) == 0);
+    busy(&t, NULL);
+    pthread_join(killer, NULL);
+    CHECK_EQ_INT(test_wait_child(t.child, 20), 128 + SIGKILL);
+    usable(&t);
+    two_close(&t, true);
+}
+
+TEST(killed_at_any_moment) {
+    for (uint64_t i = 0; i < FEW / TEST_SLOWDOWN; i++) {
+        uint64_t us = test_mix(i) % 4000;
+        CHECK_EQ_INT(test_wait_child(test_fork_run(killed_at, &us), 30), 0);
+    }
+}
+
+/* ---- many small tensors ---- */
+
+enum { SMALLS = 300, EACH = 4000 };
+
+static tprpc_tensor *smalls(int device, uint8_t *memory, CUstream stream, int target) {
+    tprpc_tensor *tensors = (tprpc_tensor *)calloc(SMALLS, sizeof *tensors);
+    REQUIRE(tensors != NULL);
+    for (size_t i = 0; i < SMALLS; i++) tensors[i] = gpu_tensor(device, memory + i * EACH, EACH, stream, target);
+    return tensors;
+}
+
+static void smalls_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CUstream r = gpu_stream(other());
+    uint8_t *target = (uint8_t *)gpu_alloc(other(), SMALLS * EACH);
+    tprpc_tensor *in = smalls(other(), target, r, other());
+    for (uint64_t i = 0; i < 3; i++) {
+        two_got(t, &c, in, SMALLS);
+        CHECK(gpu_matches(other(), r, target, SMALLS * EACH, i));
+        two_raise(t, 10 + (int)i);
+    }
+    if (gpu.standin_calls) CHECK_LE_INT(3, gpu.standin_calls("cuLaunchKernel"));   /* by a kernel */
+    free(in);
+}
+
+static void many_smalls(bool registered) {
+    two t;
+    cargo c;
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", smalls_receive, NULL);
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * EACH);
+    tprpc_tensor *out = smalls(0, source, s, other());
+    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * EACH, NULL), TPRPC_OK);
+    for (uint64_t i = 0; i < 3; i++) {
+        gpu_put(0, s, source, SMALLS * EACH, i);
+        two_sent(&t, &c, out, SMALLS);
+        gpu_set(0, s, source, 0, SMALLS * EACH);
+        two_await(&t, 10 + (int)i);
+    }
+    free(out);
+    two_close(&t, false);
+}
+
+TEST(many_small_registered) { many_smalls(true); }
+TEST(many_small) { many_smalls(false); }
+
+/* ---- others ---- */
+
+/* A stream that is being captured when the receiver has it: the host waits, and the capture is left alone. */
+static void captured_receive(two *t, void *arg) {
+    cargo c;
+    CUstream r = gpu_stream(0);
+    void *target = gpu_alloc(0, SIZE);
+    tprpc_tensor in = gpu_tensor(0, target, SIZE, r, 0);
+    (void)arg;
+    two_got(t, &c, &in, 1);
+    uint64_t *gate = gate_close(0, r);
+    two_await(t, SENT);
+    two_got(t, &c, &in, 1);
+    two_raise(t, GOT);
+    two_await(t, GO);
+    gate_open(gate);
+    CU(cuStreamSynchronize(r));
+}
+
+TEST(captured_while_it_travels) {
+    two t;
+    cargo c;
+    CUgraph graph = NULL;
+    two_open(&t, "shm://", "cuda_ipc,basic", captured_receive, NULL);
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, SIZE);
+    tprpc_tensor out = gpu_tensor(0, source, SIZE, s, 0);
+    REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SIZE, NULL), TPRPC_OK);
+    two_sent(&t, &c, &out, 1);
+    CU(cuStreamSynchronize(s));
+    two_send(&t, &c, &out, 1);
+    CU(cuStreamSynchronize(s));
+    CU(cuStreamBeginCapture_v2(s, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL));
+    two_raise(&t, SENT);
+    two_await(&t, GOT);
+    idle(&t.s, 5000);
+    CHECK_EQ_INT(c.wrote.runs, 0);     /* the receiver has not read it */
+    two_raise(&t, GO);
+    WAIT(&t.s, c.wrote.runs, 1);
+    CHECK_EQ_INT(c.wrote.status, TPRPC_OK);
+    CU(cuStreamEndCapture(s, &graph));
+    CHECK(graph != NULL);
+    CU(cuGraphDestroy(graph));
+    two_close(&t, false);
+}
+
+/* The child's device 0 is this process's device 1. */
+static void other_numbers_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CHECK_EQ_INT(gpu.count, 1);
+    CUstream r = gpu_stream(0);
+    void *target = gpu_alloc(0, SIZE);
+    tprpc_tensor in = gpu_tensor(0, target, SIZE, r, 0);
+    two_got(t, &c, &in, 1);
+    CHECK(gpu_matches(0, r, target, SIZE, 5));
+}
+
+TEST(other_visible_devices) {
+    two t;
+    cargo c;
+    two_visible = "1";
+    two_open(&t, "shm://", "cuda_ipc,basic", other_numbers_receive, NULL);
+    if (gpu.count < 2) {
+        two_kill(&t);
+        SKIP("one device");
+    }
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, SIZE);
+    tprpc_tensor out = gpu_tensor(0, source, SIZE, s, 0);
+    gpu_put(0, s, source, SIZE, 5);
+    two_sent(&t, &c, &out, 1);
+    two_close(&t, false);
+}
+
+/* Many at a time, more than there are chunks. */
+enum { ATONCE = 40, WAVES = 4, CHUNKY = 1 << 20 };
+typedef struct wave { size_t size; int count; bool registered; } wave;
+
+static void wave_receive(two *t, void *arg) {
+    cargo c[ATONCE];
+    const wave *x = (const wave *)arg;
+    CUstream r = gpu_stream(other());
+    uint8_t *target = (uint8_t *)gpu_alloc(other(), (size_t)x->count * x->size);
+    tprpc_tensor in[ATONCE];
+    for (int w = 0; w < WAVES; w++) {
+        for (int i = 0; i < x->count; i++) {
+            in[i] = gpu_tensor(other(), target + (size_t)i * x->size, x->size, r, other());
+            two_recv(t, &c[i], &in[i], 1);
+        }
+        for (int i = 0; i < x->count; i++) {
+            WAIT(&t->s, c[i].got.runs, 1);
+            CHECK_EQ_INT(c[i].got.status, TPRPC_OK);
+        }
+        CHECK(gpu_matches(other(), r, target, (size_t)x->count * x->size, (uint64_t)w));
+        two_raise(t, 10 + w);
+    }
+}
+
+static void waves(size_t size, int count, bool registered) {
+    wave one, *x = &one;
+    two t;
+    cargo c[ATONCE];
+    tprpc_tensor out[ATONCE];
+    one.size = size;
+    one.count = count;
+    one.registered = registered;
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", wave_receive, x);
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, (size_t)x->count * x->size);
+    if (x->registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, (size_t)x->count * x->size, NULL), TPRPC_OK);
+    for (int w = 0; w < WAVES; w++) {
+        gpu_put(0, s, source, (size_t)x->count * x->size, (uint64_t)w);
+        for (int i = 0; i < x->count; i++) {
+            out[i] = gpu_tensor(0, source + (size_t)i * x->size, x->size, s, other());
+            two_send(&t, &c[i], &out[i], 1);
+        }
+        for (int i = 0; i < x->count; i++) {
+            WAIT(&t.s, c[i].wrote.runs, 1);
+            CHECK_EQ_INT(c[i].wrote.status, TPRPC_OK);
+        }
+        two_await(&t, 10 + w);
+    }
+    two_close(&t, false);
+}
+
+TEST(many_at_once_registered) { waves(CHUNKY, ATONCE, true); }
+TEST(many_at_once) { waves(CHUNKY, ATONCE, false); }
+TEST(large_ones_at_once) { waves(18 << 20, 3, false); }
+
+/* Read one after the other, while more are always on their way than there are chunks: the first is not held up by the
+   later ones. */
+enum { STREAM = 300, ON_THEIR_WAY = 12 };
+
+static void stream_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CUstream r = gpu_stream(other());
+    void *target = gpu_alloc(other(), CHUNKY);
+    tprpc_tensor in = gpu_tensor(other(), target, CHUNKY, r, other());
+    for (int i = 0; i < STREAM; i++) two_got(t, &c, &in, 1);
+    CHECK(gpu_matches(other(), r, target, CHUNKY, STREAM - 1));
+}
+
+TEST(read_one_by_one) {
+    two t;
+    cargo c[ON_THEIR_WAY];
+    tprpc_tensor out[ON_THEIR_WAY];
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", stream_receive, NULL);
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, ON_THEIR_WAY * CHUNKY);
+    for (int i = 0; i < STREAM + ON_THEIR_WAY; i++) {
+        const int k = i % ON_THEIR_WAY;
+        if (i >= ON_THEIR_WAY) {
+            WAIT(&t.s, c[k].wrote.runs, 1);
+            CHECK_EQ_INT(c[k].wrote.status, TPRPC_OK);
+        }
+        if (i >= STREAM) continue;
+        out[k] = gpu_tensor(0, source + (size_t)k * CHUNKY, CHUNKY, s, other());
+        if (i == STREAM - 1) gpu_put(0, s, out[k].data, CHUNKY, STREAM - 1);
+        two_send(&t, &c[k], &out[k], 1);
+    }
+    two_close(&t, false);
+}
+
+/* Many, and nothing grows, but for a few streams and events when an outbox is full for the first time. */
+enum { MANY = 2000 };
+
+static void many_receive(two *t, void *arg) {
+    cargo c;
+    CUstream r = gpu_stream(other());
+    void *target = gpu_alloc(other(), SIZE);
+    tprpc_tensor in = gpu_tensor(other(), target, 4000, r, other());
+    (void)arg;
+    for (int i = 0; i < MANY; i++) two_got(t, &c, &in, 1);
+    CHECK(gpu_matches(other(), r, target, 4000, MANY - 1));
+}
+
+TEST(many_and_flat) {
+    static const char *const kinds[] = {"streams", "events", "allocations", "host", "registered", "mappings"};
+    long before[COUNT(kinds)];
+    two t;
+    cargo c;
+    two_open(&t, "shm://", "cuda_ipc,basic", many_receive, NULL);
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, SIZE);
+    tprpc_tensor out = gpu_tensor(0, source, 4000, s, other());
+    for (int i = 0; i < MANY; i++) {
+        if (i >= MANY - 5) gpu_put(0, s, source, 4000, (uint64_t)i);
+        two_sent(&t, &c, &out, 1);
+        for (size_t k = 0; gpu.standin_count && k < COUNT(kinds); k++) {
+            if (i == MANY / 2) before[k] = gpu.standin_count(kinds[k]);
+            if (i == MANY - 10) CHECK_LE_INT(gpu.standin_count(kinds[k]), before[k] + (k < 2 ? 10 : 0));
+        }
+    }
+    two_close(&t, false);
+}
