@@ -3,6 +3,7 @@
 # make test     all tests; installs what they need
 # make gpu-test the tests of CUDA on this machine's GPUs; installs nothing
 # make bench    measurements against others; installs what it needs
+# make gpu-bench  measurements on this machine's GPUs, beside driver calls and PyTorch; installs nothing
 # make soak     the tests that are the better the longer they run, until stopped or for SOAK_SECONDS
 # make fuzz     the fuzz targets, until stopped or for FUZZ_SECONDS
 # make coverage line coverage by section, of the tests and the fuzz targets' corpora; installs what it needs
@@ -48,6 +49,7 @@ SOAK_TURN    = 300
 
 BENCH      = tools/bench.py
 BENCH_ARGS =
+GPU_BENCH_ARGS =
 FUZZ_SECONDS  = 0
 COVERAGE_ARGS =
 
@@ -97,7 +99,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all demo test gpu-test bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
+.PHONY: all demo test gpu-test bench gpu-bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
         setup-demo setup-test setup-bench setup-coverage \
         test-plain test-asan test-tsan test-sim test-compile test-scripts test-fuzz test-floors
 
@@ -151,6 +153,9 @@ test-floors:
 
 gpu-test: $(TESTS_GPU:%=build/gpu/tests/%)
 	@CUDA_LIBRARY=libcuda.so.1 tests/run.sh -- $^
+
+gpu-bench: build/tprpc-perf build/tprpc-info
+	tools/gpu-bench.py $(GPU_BENCH_ARGS)
 
 # ---- at length; programs find their seed in SOAK_SEED ----
 
