@@ -142,7 +142,7 @@ test-sim: $(SIMS)
 	@tests/run.sh -- $(SIMS)
 test-compile:
 	@tests/run.sh tests/compile.sh
-test-scripts: $(TOOLS) $(EXAMPLES) build/tests/in_conformance
+test-scripts: $(TOOLS) $(EXAMPLES) build/tests/in_conformance build/standin/libcuda.so.1
 	@tests/run.sh $(SCRIPTS)
 test-fuzz: $(FUZZERS)
 	@tests/run.sh tests/fuzz.sh

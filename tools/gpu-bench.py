@@ -81,7 +81,7 @@ class Perf:
         self.build, self.quick, self.small = build, quick, small
 
     def sizes(self, sizes):
-        most = MIB if self.small else GIB - 1 if self.quick else GIB
+        most = MIB if self.small else LARGE if self.quick else GIB
         return [size for size in sizes if size <= most] or [most]
 
     def __call__(self, key, sizes, *options, more=()):
