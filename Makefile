@@ -57,7 +57,7 @@ HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tests
             tests/toys.c
 TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c tests/cuda_impl.c tests/sim.c,$(wildcard tests/*.c)))
 # Tests of CUDA run on a stand-in driver; those of the library also on real GPUs.
-TESTS_GPU = $(filter cuda_% in_cuda_%,$(filter-out cuda_standin,$(TESTS_C)))
+TESTS_GPU = $(filter cuda_% in_cuda_%,$(filter-out cuda_standin in_cuda_hostile,$(TESTS_C)))
 TESTS_CXX = $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
 SCRIPTS   = $(filter-out tests/run.sh tests/compile.sh tests/fuzz.sh,$(wildcard tests/*.sh))
 FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py "tools/coverage.py --self-test" tools/ptx.py
@@ -91,8 +91,8 @@ in_order = $(filter-out %/agent_cost,$(1)) -- $(filter %/agent_cost,$(1))
 # The simulated network uses all processors by itself.
 SIMS = build/sim build/asan/sim
 
-# make test, demo and coverage compile on all cores without being asked to.
-ifneq ($(filter demo test coverage,$(MAKECMDGOALS)),)
+# make test, gpu-test, gpu-bench, demo and coverage compile on all cores without being asked to.
+ifneq ($(filter demo test gpu-test gpu-bench coverage,$(MAKECMDGOALS)),)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 endif
 MAKEFLAGS += --no-builtin-rules
@@ -221,6 +221,9 @@ $(1)/tests/cuda_impl.o: tests/cuda_impl.c $$(HEADERS) | $$(SETUP)
 
 $(1)/tests/cuda_%: $(1)/tests/cuda_%.o $(1)/tests/cuda_impl.o $(1)/tests/impl.o | $(1)/standin/libcuda.so.1
 	$(2) $(4) $$^ $$(LIBRARIES) -o $$@
+
+$(1)/tests/in_cuda_%: $(1)/tests/in_cuda_%.o | $(1)/standin/libcuda.so.1
+	$(2) $(5) $$^ $$(LIBRARIES) -o $$@
 
 # A test of internals brings an implementation of its own.
 $(1)/tests/in_%: $(1)/tests/in_%.o

@@ -51,8 +51,8 @@
 //
 // What the library allocates for a tensor that came is ordered on a stream of its own, which the tensor names and
 // tprpc_request_stream gives; order your work after it (by an event), or on it. It is given back in the order of that
-// stream when the request is answered or the future released: what other streams still do with it has to be ordered
-// before by you.
+// stream when the request is answered or the future released: what other streams still do with it you order before
+// that, or name by tprpc_cuda_use.
 //
 // Streams must be of the device's primary context, the one that the CUDA runtime uses. A stream that is being captured
 // into a graph is refused with INVALID, and the capture stays as it is; do not begin a capture on a stream while a
@@ -70,9 +70,31 @@
 // HOW THE BYTES TRAVEL
 //
 // cuda_xth (400) moves between two contexts of one process: from any GPU to any, and between GPUs and pinned host
-// memory, one copy, queued on the receiver's stream. cuda_basic (0) moves between all memory everywhere: the sender
-// copies into pinned host memory that both processes share, the receiver out of it, in chunks; where nothing can be
-// shared the chunks travel through the pipe. The first also goes the second's way where memory is not pinned.
+// memory, one copy, queued on the receiver's stream.
+//
+// cuda_ipc (300) moves from GPU to GPU between processes of one host, over a connection that passes descriptors (shm).
+// The receiver opens the sender's memory and copies on his own stream; words in memory that both share order the two
+// streams. Memory that you registered (tprpc_cuda_register) is read where it is. Everything else, whatever allocated
+// it, the sender first copies into an outbox: device memory of the library's that the peers have open.
+//
+// cuda_basic (0) moves between all memory everywhere: the sender copies into pinned host memory that both processes
+// share, the receiver out of it, in chunks; where nothing can be shared the chunks travel through the pipe. The other
+// two go this way where they cannot: host memory that is not pinned, GPUs that do not reach each other.
+//
+// Many small tensors of one message on one stream are copied by one kernel, where the receiving GPU can reach the
+// memory; else one by one.
+//
+// Name the channels in tprpc_context_desc.channels ("cuda_ipc,cuda_basic,bulk,basic"), and the others are not used.
+//
+//
+// DEATHS
+//
+// When the other process dies, what streams of yours wait for is released by this process, so they go on, with what
+// was queued behind. A transfer that was under way is reported failed (PEER). One whose callback has run was ordered,
+// not done: its target then holds anything, and the pipe's error tells of it.
+//
+// A device that fails (a kernel's fault, say) takes its context with it, as CUDA has it: what is to be done on it fails
+// with DEVICE, the driver's name and number of the error in the text; everything that needs no GPU goes on.
 //
 //
 // LIMITS AND DEFAULTS
@@ -80,10 +102,17 @@
 //   what                                              where                                 value
 //   the driver                                        -                                     CUDA 12.0 or later
 //   devices of a process                              -                                     64
+//   streams that the tensors of a message are on      -                                     64
 //   a chunk of pinned host memory                     -                                     512 KiB
 //   chunks of an end of a pipe                        -                                     16
 //   chunks of a transfer that are under way           -                                     4
-//   a failure of a device is looked for               -                                     each 20 ms, when waiting
+//   an outbox, of each device and loop of a context   -                                     28 MiB
+//   chunks of an outbox                               -                                     6 of 4 MiB, 64 of 64 KiB
+//   transfers of a pipe that words order at a time    -                                     512
+//   small tensors go by a kernel                      -                                     from 8 on, of up to 64 KiB
+//   a peer's death, when waiting for it               -                                     is looked for each 50 ms
+//   a device's failure, likewise                      -                                     is looked for each 20 ms
+//   a context that is destroyed waits for its streams -                                     30 s
 
 #ifndef TPRPC_CUDA_H
 #define TPRPC_CUDA_H
@@ -126,6 +155,12 @@ typedef struct tprpc_cuda_allocator {
 // CUDA channel that is used.
 TPRPC_API tprpc_status tprpc_cuda_set_allocator(tprpc_context *ctx, const tprpc_cuda_allocator *allocator,
                                                 tprpc_error *error);
+
+// Tells that memory which the library allocated for a tensor is also used on `stream`, of the same device: it is given
+// back only behind what is queued on that stream by then, without the host waiting for it. For a tensor of a request, a
+// reply or a read that you were shown, while you have it. Any thread. Errors: INVALID (no device memory, or a stream
+// that cannot take work), UNSUPPORTED, MEMORY, DEVICE.
+TPRPC_API tprpc_status tprpc_cuda_use(tprpc_context *ctx, const tprpc_tensor *tensor, void *stream, tprpc_error *error);
 
 // Lets processes of this host read memory of yours straight, instead of by way of a copy that we make: `size` bytes at
 // `base`, which lie in one allocation of cuMemAlloc (or cudaMalloc), stay allocated until unregister has returned OK.
@@ -196,6 +231,7 @@ extern "C" {
 #include <linux/magic.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -333,17 +369,18 @@ static void *tpr_cuda_os_map(int fd, size_t size) {
 static void tpr_cuda_os_unmap(void *at, size_t size) { if (at) munmap(at, size); }
 static void tpr_cuda_os_close(int fd) { if (fd >= 0) close(fd); }
 
-// A descriptor by which a process can be watched, or -1.
+// A descriptor by which a process can be watched, or -1: its number has to do.
 static int tpr_cuda_os_process(int32_t pid) {
     if (TPR_CUDA_OS_HOOKED("pidfd_open")) return -1;
     return (int)syscall(SYS_pidfd_open, (pid_t)pid, 0u);
 }
 
-static bool tpr_cuda_os_process_lives(int process) {
+static bool tpr_cuda_os_process_lives(int process, int32_t pid) {
     struct pollfd look;
     look.fd = process;
     look.events = POLLIN;
     look.revents = 0;
+    if (process < 0) return kill((pid_t)pid, 0) == 0 || errno == EPERM;
     return TPR_CUDA_OS_HOOKED("poll") || poll(&look, 1, 0) == 0;
 }
 
@@ -446,6 +483,7 @@ enum {                               // named as cuda.h names them, without CU_ 
     TPR_CUDA_DRIVER_MEMORYTYPE_DEVICE = 2,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_MEMORY_TYPE = 2,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
+    TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE = 10,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_RANGE_START_ADDR = 11,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_RANGE_SIZE = 12,
     TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_ACCESS_FLAGS = 16,
@@ -745,10 +783,17 @@ typedef struct tpr_cuda_device {
     tpr_cuda_driver_pool    pool;      // likewise
     uint64_t peers, asked;             // bit i: it and device i reach each other's memory; that was found out
     struct tpr_cuda_device_block *late;   // to be given back; under the set's lock
+    struct tpr_cuda_device_use   *uses;   // likewise
     tpr_cuda_driver_module   module;   // of >>kernels; under the set's lock
     tpr_cuda_driver_function gather;   // likewise; NULL: not so far, or it cannot be loaded
     bool                     loaded;   // it was tried
 } tpr_cuda_device;
+
+typedef struct tpr_cuda_device_use {   // a stream that memory is used on, beside its own
+    struct tpr_cuda_device_use *next;
+    const void *data;
+    void       *stream;
+} tpr_cuda_device_use;
 
 typedef struct tpr_cuda_device_block { // memory whose stream was being captured when it was given back
     struct tpr_cuda_device_block *next;
@@ -896,6 +941,16 @@ static tprpc_status tpr_cuda_device_of(tpr_cuda_device_set *set, tprpc_device na
     return status;
 }
 
+// Whether the device's context is lost: then nothing that was queued on it runs any more.
+static bool tpr_cuda_device_lost(const tpr_cuda_device_set *set, const tpr_cuda_device *device) {
+    tpr_cuda_device_guard guard;
+    if (tpr_cuda_device_enter(set, device, &guard, NULL) != TPRPC_OK) return true;
+    const int code = (int)set->cu->cuStreamQuery(NULL);
+    tpr_cuda_device_leave(set, &guard);
+    return code != TPR_CUDA_DRIVER_SUCCESS && code != TPR_CUDA_DRIVER_ERROR_NOT_READY &&
+           code != TPR_CUDA_DRIVER_ERROR_STREAM_CAPTURE_IMPLICIT;
+}
+
 // ---- peers
 
 // Lets device `index` at what a pool allocates. A copy between the two works without, slower.
@@ -991,6 +1046,15 @@ static bool tpr_cuda_device_pinned(const tpr_cuda_device_set *set, const void *a
            first.start == last.start;
 }
 
+// Whether an address is of an allocation that ends where the driver says. Virtual memory goes on in the next piece.
+static bool tpr_cuda_device_whole(const tpr_cuda_device_set *set, uint64_t at) {
+    tpr_cuda_driver_pointer_attribute attribute =
+        (tpr_cuda_driver_pointer_attribute)TPR_CUDA_DRIVER_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE;
+    uint64_t whole = 0;                // of which the driver writes the first byte, or four
+    void *data = &whole;
+    return set->cu->cuPointerGetAttributes(1, &attribute, &data, (tpr_cuda_driver_ptr)at) == 0 && whole;
+}
+
 // Whether `size` bytes at `data` are on that device. *known: what was asked before, of which they may be a part.
 static tprpc_status tpr_cuda_device_check_memory(const tpr_cuda_device_set *set, const tpr_cuda_device *device,
                                                  const void *data, size_t size, tpr_cuda_device_range *known,
@@ -1006,9 +1070,15 @@ static tprpc_status tpr_cuda_device_check_memory(const tpr_cuda_device_set *set,
     if (known->ordinal != device->index)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: %p is on device %d, not on device %d", data,
                                known->ordinal, (int)device->index);
-    if (known->size && (at < known->start || size > known->size - (at - known->start)))
-        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: %zu bytes at %p go past the end of its allocation",
-                               size, data);
+    tpr_cuda_device_range last = *known;
+    for (uint64_t end = last.start + last.size; last.size && size > end - at; end = last.start + last.size) {
+        const tprpc_status status = tpr_cuda_device_ask(set, (const void *)(uintptr_t)end, &last, error);
+        if (status != TPRPC_OK) return status;
+        if (last.kind != TPR_CUDA_DRIVER_MEMORYTYPE_DEVICE || last.ordinal != device->index || last.start != end ||
+            tpr_cuda_device_whole(set, at))
+            return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                                   "cuda: %zu bytes at %p go past the end of its allocation", size, data);
+    }
     return TPRPC_OK;
 }
 
@@ -1085,11 +1155,34 @@ static tprpc_status tpr_cuda_device_need_pool(tpr_cuda_device_set *set, tpr_cuda
     return status;
 }
 
+// Has the stream that memory is given back on come behind all others that it was used on. Under the set's lock, the
+// device entered.
+static void tpr_cuda_device_end_uses(tpr_cuda_device_set *set, tpr_cuda_device *device,
+                                     const tpr_cuda_device_block *block) {
+    for (tpr_cuda_device_use **at = &device->uses; *at;) {
+        tpr_cuda_device_use *use = *at;
+        tpr_cuda_driver_event event = NULL;
+        if (use->data != block->data) {
+            at = &use->next;
+            continue;
+        }
+        *at = use->next;
+        if (!tpr_cuda_device_captures(set, (tpr_cuda_driver_stream)use->stream) &&
+            set->cu->cuEventCreate(&event, (unsigned int)TPR_CUDA_DRIVER_EVENT_DISABLE_TIMING) == 0) {
+            if (set->cu->cuEventRecord(event, (tpr_cuda_driver_stream)use->stream) == 0)
+                set->cu->cuStreamWaitEvent((tpr_cuda_driver_stream)block->stream, event, 0);
+            set->cu->cuEventDestroy(event);
+        }
+        tpr_cuda_base_free(set->ctx, use, sizeof *use);
+    }
+}
+
 // Gives memory back, unless its stream is being captured. Under the set's lock, the device entered.
-static bool tpr_cuda_device_give(tpr_cuda_device_set *set, const tpr_cuda_device *device,
+static bool tpr_cuda_device_give(tpr_cuda_device_set *set, tpr_cuda_device *device,
                                  const tpr_cuda_device_block *block) {
     tpr_cuda_driver_stream stream = (tpr_cuda_driver_stream)block->stream;
     if (tpr_cuda_device_captures(set, stream)) return false;
+    if (device->uses) tpr_cuda_device_end_uses(set, device, block);
     if (set->allocator.free)
         set->allocator.free(device->index, block->data, block->size, block->stream, set->allocator.user);
     else set->cu->cuMemFreeAsync((tpr_cuda_driver_ptr)(uintptr_t)block->data, stream);   // a lost device takes it along
@@ -1183,6 +1276,11 @@ static tprpc_status tpr_cuda_device_stream(tpr_cuda_device_set *set, tpr_cuda_de
 
 static void tpr_cuda_device_close(tpr_cuda_device_set *set, tpr_cuda_device *device) {
     tpr_cuda_device_guard guard;
+    while (device->uses) {             // of memory that was not ours
+        tpr_cuda_device_use *use = device->uses;
+        device->uses = use->next;
+        tpr_cuda_base_free(set->ctx, use, sizeof *use);
+    }
     if (!device->context) return;
     if (tpr_cuda_device_enter(set, device, &guard, NULL) == TPRPC_OK) {
         tpr_cuda_device_give_late(set, device);
@@ -1265,6 +1363,31 @@ TPRPC_API size_t tprpc_cuda_get_devices(tprpc_cuda_device *out, size_t capacity,
     for (int i = 0; i < count && (size_t)i < capacity; i++)
         if (tpr_cuda_device_describe(cu, i, count, &out[i], error) != TPRPC_OK) return 0;
     return (size_t)count;
+}
+
+TPRPC_API tprpc_status tprpc_cuda_use(tprpc_context *ctx, const tprpc_tensor *tensor, void *stream,
+                                      tprpc_error *error) {
+    tprpc_buffer buffer = TPR_CUDA_ZERO;
+    TPRPC_ASSERT(ctx && tensor && tensor->device.kind == TPRPC_CUDA && tensor->data);
+    if (!ctx || !tensor || tensor->device.kind != TPRPC_CUDA || !tensor->data)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "tprpc_cuda_use: no tensor on a GPU");
+    tpr_cuda_device_set *set = tpr_cuda_device_find(ctx, error);
+    if (!set) return TPRPC_ERROR_UNSUPPORTED;
+    buffer.data = tensor->data;
+    buffer.size = tensor->size;
+    buffer.device = tensor->device;
+    buffer.stream = stream;
+    const tprpc_status status = tpr_cuda_device_check(set, &buffer, error);
+    if (status != TPRPC_OK || stream == tensor->stream) return status;
+    tpr_cuda_device_use *use = (tpr_cuda_device_use *)tpr_cuda_base_alloc(ctx, sizeof *use);
+    if (!use) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory to remember a stream");
+    use->data = tensor->data;
+    use->stream = stream;
+    tpr_cuda_os_lock_take(&set->lock);
+    use->next = set->devices[tensor->device.index].uses;
+    set->devices[tensor->device.index].uses = use;
+    tpr_cuda_os_lock_give(&set->lock);
+    return TPRPC_OK;
 }
 
 TPRPC_API tprpc_status tprpc_cuda_set_allocator(tprpc_context *ctx, const tprpc_cuda_allocator *allocator,
@@ -1906,6 +2029,7 @@ typedef struct tpr_cuda_word_link {
     tpr_cuda_stream_queue *queue;
     tpr_cuda_word_side     mine, theirs;   // of what this end sends, and receives
     int                    fd, process;
+    int32_t                pid;
     bool                   told, dead, gone;   // gone: its end of the pipe is
     uint32_t               hint;
     uint64_t               seq;
@@ -2005,7 +2129,13 @@ static void tpr_cuda_word_release(tpr_cuda_word_link *link) {
 }
 
 static void tpr_cuda_word_look_at(tpr_cuda_word_link *link) {
-    if (link->dead || !tpr_cuda_os_process_lives(link->process)) tpr_cuda_word_release(link);
+    if (link->dead || !tpr_cuda_os_process_lives(link->process, link->pid)) tpr_cuda_word_release(link);
+}
+
+// Whether the device that the words were first used on is lost: what is outstanding there never comes.
+static bool tpr_cuda_word_lost(const tpr_cuda_word_link *link) {
+    const tpr_cuda_device *device = link->mine.memory.pinned ? link->mine.memory.pinned : link->theirs.memory.pinned;
+    return device && tpr_cuda_device_lost(link->queue->set, device);
 }
 
 static void tpr_cuda_word_link_free(tpr_cuda_word_link *link) {
@@ -2030,8 +2160,8 @@ static bool tpr_cuda_word_tend_all(tpr_cuda_word_tender *tender, bool closing) {
                            tpr_cuda_word_outstanding(&link->theirs, false) ||
                            (link->gone && !closing && tender->lent && tender->lent(link));
         if (waits) tpr_cuda_word_look_at(link);
-        else if (link->gone) tpr_cuda_word_link_free(link);
-        open |= waits;
+        if (link->gone && (!waits || (closing && tpr_cuda_word_lost(link)))) tpr_cuda_word_link_free(link);
+        else open |= waits;
     }
     if (tender->look) tender->look(tender->user);
     return open;
@@ -2065,12 +2195,13 @@ static tprpc_status tpr_cuda_word_link_new(tpr_cuda_word_tender *tender, int32_t
     link->fd = -1;
     tpr_cuda_base_list_add(&tender->links, &link->node);
     link->process = tpr_cuda_os_process(process);
-    if (link->process >= 0 && tpr_cuda_os_process_lives(link->process)) {
+    link->pid = process;
+    if (tpr_cuda_os_process_lives(link->process, link->pid)) {
         *out = link;
         return TPRPC_OK;
     }
     tpr_cuda_word_link_free(link);
-    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "cuda: process %d cannot be watched", (int)process);
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "cuda: process %d is not there", (int)process);
 }
 
 // Makes the memory of what this end sends.
@@ -2165,7 +2296,10 @@ TPRPC_API tprpc_status tprpc_cuda_register(tprpc_context *ctx, int32_t index, vo
     status = tpr_cuda_device_check_memory(set, device, base, size, &range, error);
     if (status == TPRPC_OK) {
         tprpc_error why = TPR_CUDA_ZERO;
-        status = tpr_cuda_export_make(set, device, range.start, range.size, &self, &why);
+        if ((uintptr_t)base - range.start > range.size || size > range.size - ((uintptr_t)base - range.start))
+            status = tprpc_error_set(&why, TPRPC_ERROR_UNSUPPORTED, 0,
+                                     "cuda: memory of several pieces cannot be shared with other processes");
+        else status = tpr_cuda_export_make(set, device, range.start, range.size, &self, &why);
         if (status == TPRPC_ERROR_DEVICE && why.os_code == TPR_CUDA_DRIVER_ERROR_INVALID_VALUE)
             status = tprpc_error_set(&why, TPRPC_ERROR_UNSUPPORTED, why.os_code,
                                      "cuda: memory of this kind cannot be shared with other processes");
@@ -2226,7 +2360,7 @@ typedef struct tpr_cuda_outbox_chunk {
     uint64_t at, size, seq;            // at: within the outbox
     uint64_t offset, length;           // of the transfer's bytes that are in it
     uint32_t slot;
-    bool     held;                     // a send goes on using it
+    bool     held, dropped;            // a send goes on using it; nobody will say that it was read
 } tpr_cuda_outbox_chunk;
 
 typedef struct tpr_cuda_outbox {       // of a device, on a loop
@@ -2264,16 +2398,23 @@ static tprpc_status tpr_cuda_outbox_of(tpr_cuda_stream_queue *queue, tpr_cuda_de
     return TPRPC_OK;
 }
 
+// Whether a chunk is being written, or may be read.
+static bool tpr_cuda_outbox_busy(const tpr_cuda_outbox_chunk *chunk) {
+    const tpr_cuda_word_side *side = chunk->link ? &chunk->link->mine : NULL;
+    return side && !tpr_cuda_word_reached(chunk->dropped ? tpr_cuda_word_ready(side, chunk->slot)
+                                                         : tpr_cuda_word_done(side, chunk->slot), chunk->seq);
+}
+
 // A free chunk for that many bytes, with a slot of the link; NULL: none.
 static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cuda_word_link *link, uint64_t size) {
     const int first = size <= TPR_CUDA_OUTBOX_SMALL ? 0 : TPR_CUDA_OUTBOX_SMALLS;
     for (int i = first; i < TPR_CUDA_OUTBOX_ALL; i++) {
         tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
-        if (chunk->held || (chunk->link && !tpr_cuda_word_reached(tpr_cuda_word_done(&chunk->link->mine, chunk->slot),
-                                                                  chunk->seq))) continue;
+        if (chunk->held || tpr_cuda_outbox_busy(chunk)) continue;
         if (!tpr_cuda_word_take(link, &chunk->slot, &chunk->seq)) return NULL;
         chunk->link = link;
         chunk->held = true;
+        chunk->dropped = false;
         return chunk;
     }
     return NULL;
@@ -2285,8 +2426,7 @@ static bool tpr_cuda_outbox_lent(const tpr_cuda_stream_queue *queue, const tpr_c
     for (int32_t i = 0; i < queue->set->count; i++) {
         const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[i].outbox;
         for (int k = 0; box && k < TPR_CUDA_OUTBOX_ALL && !lent; k++)
-            lent = box->chunks[k].link == link &&
-                   !tpr_cuda_word_reached(tpr_cuda_word_done(&link->mine, box->chunks[k].slot), box->chunks[k].seq);
+            lent = box->chunks[k].link == link && tpr_cuda_outbox_busy(&box->chunks[k]);
     }
     return lent;
 }
@@ -2392,6 +2532,7 @@ typedef struct tpr_cuda_batch_end {
     tpr_cuda_base_list    starved;
     tpr_cuda_arena       *arena;       // NULL: not needed so far
     tpr_cuda_arena_memory theirs;      // the peer's arena
+    uint32_t              places;      // bit i: its chunk i is being written
     tpr_cuda_batch_gather gather;
 } tpr_cuda_batch_end;
 
@@ -2908,13 +3049,23 @@ static void tpr_cuda_batch_arrived(tpr_cuda_batch_piece *piece) {
 
 // ---- giving: the sender's part
 
+// A piece of a send is over.
+static void tpr_cuda_batch_piece_free(tpr_cuda_batch_piece *piece) {
+    tpr_cuda_batch_end *end = piece->batch->end;
+    tpr_cuda_arena_chunk *chunk = piece->chunk;
+    if (piece->place != TPR_CUDA_WIRE_NOWHERE) end->places &= ~(1u << piece->place / TPR_CUDA_ARENA_CHUNK);
+    piece->batch = NULL;
+    piece->chunk = NULL;
+    if (chunk) tpr_cuda_arena_give(chunk);
+}
+
 // A piece has gone, by way of the arena or through the pipe.
 static void tpr_cuda_batch_gone(tpr_cuda_batch_piece *piece, bool say) {
     tpr_cuda_batch *send = piece->batch;
     const uint64_t offset = piece->offset, size = piece->size;
-    piece->batch = NULL;
     send->moved += size;
     send->lent++;
+    tpr_cuda_batch_piece_free(piece);
     if (say && !send->over) tpr_cuda_batch_say(send->end, TPR_CUDA_WIRE_HAVE, send->id, offset, size, 0, NULL);
     if (send->moved == send->total) tpr_cuda_batch_send_over(send);
     send->lent--;
@@ -2923,10 +3074,8 @@ static void tpr_cuda_batch_gone(tpr_cuda_batch_piece *piece, bool say) {
 
 static void tpr_cuda_batch_taken(tprpc_work *work) {
     tpr_cuda_batch_piece *piece = TPR_CUDA_OF(work, tpr_cuda_batch_piece, taken);
-    tpr_cuda_arena_chunk *chunk = piece->chunk;
     piece->batch->lent--;
     tpr_cuda_batch_gone(piece, false);
-    if (chunk) tpr_cuda_arena_give(chunk);
 }
 
 // Hands a piece to the link.
@@ -2940,8 +3089,9 @@ static void tpr_cuda_batch_lend(tpr_cuda_batch_piece *piece, const void *data) {
         send->lent++;
         return;
     }
-    piece->batch = NULL;
-    if (piece->chunk) tpr_cuda_arena_give(piece->chunk);
+    send->lent++;
+    tpr_cuda_batch_piece_free(piece);
+    send->lent--;
     tpr_cuda_batch_send_failed(send, status == TPRPC_ERROR_MEMORY ? status : TPRPC_ERROR_PEER, NULL);
 }
 
@@ -2949,14 +3099,14 @@ static void tpr_cuda_batch_lend(tpr_cuda_batch_piece *piece, const void *data) {
 static void tpr_cuda_batch_loaded(tpr_cuda_stream_wait *wait, tprpc_status status, const tprpc_error *error) {
     tpr_cuda_batch_piece *piece = TPR_CUDA_OF(wait, tpr_cuda_batch_piece, wait);
     tpr_cuda_batch *send = piece->batch;
-    send->lent--;
     if (status == TPRPC_OK && !send->over) {
+        send->lent--;
         if (piece->chunk) tpr_cuda_batch_lend(piece, piece->chunk->data);
         else tpr_cuda_batch_gone(piece, true);
         return;
     }
-    piece->batch = NULL;
-    if (piece->chunk) tpr_cuda_arena_give(piece->chunk);
+    tpr_cuda_batch_piece_free(piece);
+    send->lent--;
     if (status != TPRPC_OK) tpr_cuda_batch_send_failed(send, status, error);
     else tpr_cuda_batch_settle(send);
 }
@@ -3018,8 +3168,9 @@ static void tpr_cuda_batch_give_piece(tpr_cuda_batch_piece *piece) {
         send->lent++;
         return;
     }
-    piece->batch = NULL;
-    if (piece->chunk) tpr_cuda_arena_give(piece->chunk);
+    send->lent++;
+    tpr_cuda_batch_piece_free(piece);
+    send->lent--;
     tpr_cuda_batch_send_failed(send, status, &error);
 }
 
@@ -3041,9 +3192,13 @@ static tprpc_status tpr_cuda_batch_wanted(tpr_cuda_batch_end *end, const tpr_cud
     piece->size = (size_t)message->size;
     piece->offset = message->offset;
     piece->place = end->theirs.base ? message->place : TPR_CUDA_WIRE_NOWHERE;
-    if (piece->place != TPR_CUDA_WIRE_NOWHERE && piece->place > end->theirs.size - piece->size) {
-        piece->batch = NULL;
-        return TPRPC_ERROR_PROTOCOL;
+    if (piece->place != TPR_CUDA_WIRE_NOWHERE) {
+        const uint64_t chunk = piece->place / TPR_CUDA_ARENA_CHUNK;
+        if (piece->place % TPR_CUDA_ARENA_CHUNK || chunk >= TPR_CUDA_ARENA_CHUNKS || (end->places & 1u << chunk)) {
+            piece->batch = NULL;
+            return TPRPC_ERROR_PROTOCOL;
+        }
+        end->places |= 1u << chunk;
     }
     tpr_cuda_batch_give_piece(piece);
     return TPRPC_OK;
@@ -3983,7 +4138,7 @@ static void tpr_cuda_ipc_forget(tpr_cuda_batch *send) {
         if (send->boxes[i]) send->boxes[i]->held = false;
         if (send->boxes[i] && send->way == TPR_CUDA_IPC_OUTBOX && !send->fetched) {
             end->words->mine.said[send->boxes[i]->slot] = send->boxes[i]->seq + TPR_CUDA_IPC_NEVER;
-            send->boxes[i]->link = NULL;
+            send->boxes[i]->dropped = true;
         }
         send->boxes[i] = NULL;
     }

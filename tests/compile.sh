@@ -16,6 +16,8 @@ libraries='-pthread -ldl -lm'
 include='#include "tprpc.h"'
 implement='#define TPRPC_IMPLEMENTATION'
 dlpack='#include "tests/dlpack_abi.h"'
+cuda='#include "tprpc_cuda.h"'
+cuda_implement='#define TPRPC_CUDA_IMPLEMENTATION'
 use='int use(void); int use(void) { return tprpc_version() != TPRPC_VERSION; }'
 
 has() { command -v "$1" >/dev/null 2>&1; }
@@ -549,6 +551,16 @@ for compiler in $compilers; do
     for std in c11 c++17; do
         check "implementation, dlpack.h $compiler $std" compiles $compiler $std '' "$dlpack" "$implement" "$include"
     done
+    for std in c99 c++11 c++20; do      # tprpc_cuda.h, alone and in one file with tprpc.h, in both orders
+        check "cuda, implementation $compiler $std" compiles $compiler $std '' "$cuda_implement" "$cuda" "$cuda" "$use"
+        check "cuda, declarations $compiler $std" compiles $compiler $std '' "$cuda" "$include" "$use"
+    done
+    check "cuda, both $compiler c99" compiles $compiler c99 '' "$implement" "$include" "$cuda_implement" "$cuda"
+    check "cuda, both at once $compiler c++17" compiles $compiler c++17 -DTPRPC_STATIC "$implement" "$cuda_implement" \
+        "$cuda" "$use"
+    check "cuda, optimised, without assertions $compiler" compiles $compiler c99 '-O2 -DNDEBUG' "$cuda_implement" "$cuda"
+    check "cuda, without $compiler" compiles $compiler c99 '-DTPRPC_NO_DLOPEN -DTPRPC_NO_THREADS' "$cuda_implement" \
+        "$cuda"
     check "implementation, old dlpack.h $compiler c17" compiles $compiler c17 -DTEST_DLPACK_OLD "$dlpack" "$implement" \
         "$include"
     for std in c99 c11 c17 c++11 c++17; do check "dlpack.h $compiler $std" dlpack $compiler $std; done

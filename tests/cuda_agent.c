@@ -51,6 +51,7 @@ static void two(const mode *with, void (*first)(side *)) {
         sides[i].tune = with_cuda;
     }
     sides[0].mode = with;
+    if (!with->processes) gpu_load();      /* before there are threads */
     group_open(&g, sides, 2);
     if (with->processes) shared->pid[1] = test_fork_run(side_run, &sides[1]);
     else REQUIRE_EQ_INT(pthread_create(&sides[1].self, NULL, side_thread, &sides[1]), 0);

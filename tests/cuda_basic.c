@@ -1,107 +1,54 @@
-/* GPU memory between two processes: through host memory that both share, and through the pipe; one that dies in the middle
-   leaves no stream of the other's standing, and no transfer open. */
-#include "cuda_common.h"
+/* GPU memory between two processes through host memory: shared by both, and through the pipe. One that dies in the middle
+   leaves no transfer of the other's open, and none of its streams standing. */
+#include "cuda_two.h"
 
-enum { SIZE = 3 << 20, CHUNKED = (2 << 20) + 77 };
+enum { SIZE = (2 << 20) + 77, ROUNDS = 3, READY = 1 };
 
-static const char staged[] = "cuda_basic,basic";
+typedef struct way { const char *address; int here, there; } way;   /* devices; -1: host memory */
 
-/* ---- a peer in a process of its own: it sends back what it gets, from device to device as it is told ---- */
+static void *memory_on(int device) { return device < 0 ? malloc(SIZE) : gpu_alloc(device, SIZE); }
+static void memory_free(int device, void *memory) { if (device < 0) free(memory); else gpu_free(device, memory); }
 
-typedef struct peer_job { char address[128]; const char *channels; int device, rounds; int die_at; } peer_job;
-
-static peer_job *job;                  /* shared */
-
-static void peer_echo(void *arg) {
-    side s;
-    (void)arg;
-    memset(&s, 0, sizeof s);
-    gpu_load();
-    s.ctx = gpu_context(strncmp(job->address, "tcp", 3) == 0 ? "tcp" : "shm", job->channels, 0);
-    s.pipe = connect_to(s.ctx, job->address, 0, 0);
-    void *memory = job->device < 0 ? malloc(SIZE) : gpu_alloc(job->device, SIZE);
-    CUstream stream = job->device < 0 ? NULL : gpu_stream(job->device);
-    for (int i = 0; i < job->rounds; i++) {
+/* Sends back what it gets. */
+static void echo(two *t, void *arg) {
+    const way *w = (const way *)arg;
+    CUstream stream = w->there < 0 ? NULL : gpu_stream(w->there);
+    void *memory = memory_on(w->there);
+    for (int i = 0; i < ROUNDS; i++) {
+        tprpc_tensor tensor = gpu_tensor(w->there, memory, SIZE, stream, w->here);
         cargo c;
-        memset(&c, 0, sizeof c);
-        REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(s.pipe, on_described, &c.described), TPRPC_OK);
-        WAIT(&s, c.described.runs, 1);
-        if (c.described.status != TPRPC_OK) break;
-        tprpc_tensor in = gpu_tensor(job->device, memory, CHUNKED, stream, 0);
-        c.in.tensors = &in;
-        c.in.tensor_count = 1;
-        REQUIRE_EQ_INT(tprpc_pipe_read(s.pipe, &c.in, on_read, &c.got), TPRPC_OK);
-        WAIT(&s, c.got.runs, 1);
-        if (c.got.status != TPRPC_OK) break;
-        in.target = gpu_device(job->die_at);
-        c.out.tensors = &in;
-        c.out.tensor_count = 1;
-        c.out.release = on_release;
-        c.out.release_user = &c.wrote;
-        REQUIRE_EQ_INT(tprpc_pipe_write(s.pipe, &c.out, on_written, &c.wrote), TPRPC_OK);
-        WAIT(&s, c.wrote.runs, 1);
-        CHECK_EQ_INT(c.wrote.status, TPRPC_OK);
+        two_got(t, &c, &tensor, 1);
+        two_sent(t, &c, &tensor, 1);
     }
-    if (job->device < 0) free(memory);
-    tprpc_pipe_close(s.pipe);
-    CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
+    if (stream) CU(cuStreamSynchronize(stream));
+    memory_free(w->there, memory);
 }
 
-/* This side: device `here` to the peer's `there` and back. -1: host memory. */
 static void there_and_back(const char *address, int here, int there) {
-    side s;
-    accepting accept;
-    cargo c;
-    memset(&s, 0, sizeof s);
-    memset(&accept, 0, sizeof accept);
-    tprpc_context *ctx = context(strncmp(address, "tcp", 3) == 0 ? "tcp" : "shm", 0);   /* to find an address */
-    tprpc_context_destroy(ctx);
-    job = (peer_job *)mmap(NULL, sizeof *job, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    REQUIRE(job != MAP_FAILED);
-    job->channels = staged;
-    job->device = there;
-    job->rounds = 3;
-    job->die_at = here;
-    int ready[2];
-    char byte = 0;
-    REQUIRE(pipe(ready) == 0);
-    const pid_t child = fork();
-    if (!child) {
-        close(ready[1]);
-        if (read(ready[0], &byte, 1) != 1) _exit(1);
-        peer_echo(NULL);
-        fflush(NULL);
-        _exit(harness_failures != 0);
-    }
-    gpu_load();
-    s.ctx = gpu_context(strncmp(address, "tcp", 3) == 0 ? "tcp" : "shm", staged, 0);
-    s.listener = listen_on(s.ctx, address, 0);
-    CHECK_EQ_INT(tprpc_accept(s.listener, on_accepted, &accept), TPRPC_OK);
-    snprintf(job->address, sizeof job->address, "%s", tprpc_listener_address(s.listener, NULL));
-    REQUIRE(write(ready[1], &byte, 1) == 1);
-    WAIT(&s, accept.o.runs, 1);
-    s.pipe = accept.pipe;
-    uint8_t *source = (uint8_t *)(here < 0 ? malloc(CHUNKED) : gpu_alloc(here, CHUNKED));
-    uint8_t *target = (uint8_t *)(here < 0 ? malloc(CHUNKED) : gpu_alloc(here, CHUNKED));
+    way w;
+    two t;
+    cargo out, in;
+    w.address = address;
+    w.here = here;
+    w.there = there;
+    two_open(&t, address, "cuda_basic,basic", echo, &w);
     CUstream stream = here < 0 ? NULL : gpu_stream(here);
-    for (int i = 0; i < job->rounds; i++) {
-        tprpc_tensor out = gpu_tensor(here, source, CHUNKED, stream, there);
-        tprpc_tensor in = gpu_tensor(here, target, CHUNKED, stream, here);
-        if (here < 0) fill(source, CHUNKED, (uint64_t)i);
-        else gpu_put(here, stream, source, CHUNKED, (uint64_t)i);
-        cargo_send(&c, s.pipe, s.pipe, &out, &in, 1);
-        cargo_read(&c, &s, s.pipe);
-        cargo_wait(&c, &s);
-        CHECK_EQ_INT(c.got.status, TPRPC_OK);
-        if (here < 0) CHECK(matches(target, CHUNKED, (uint64_t)i));
-        else CHECK(gpu_matches(here, stream, target, CHUNKED, (uint64_t)i));
+    void *source = memory_on(here), *target = memory_on(here);
+    for (uint64_t i = 0; i < ROUNDS; i++) {
+        const tprpc_tensor from = gpu_tensor(here, source, SIZE, stream, there);
+        tprpc_tensor to = gpu_tensor(here, target, SIZE, stream, here);
+        if (here < 0) fill(source, SIZE, i);
+        else gpu_put(here, stream, source, SIZE, i);
+        two_send(&t, &out, &from, 1);
+        two_got(&t, &in, &to, 1);
+        WAIT(&t.s, out.wrote.runs, 1);
+        CHECK_EQ_INT(out.wrote.status, TPRPC_OK);
+        if (here < 0) CHECK(matches(target, SIZE, i));
+        else CHECK(gpu_matches(here, stream, target, SIZE, i));
     }
-    CHECK_EQ_INT(test_wait_child(child, 20), 0);
-    tprpc_pipe_close(s.pipe);
-    tprpc_listener_close(s.listener);
-    CHECK_EQ_INT(tprpc_context_destroy(s.ctx), TPRPC_OK);
-    if (here < 0) free(source);
-    if (here < 0) free(target);
+    two_close(&t, false);
+    memory_free(here, source);
+    memory_free(here, target);
 }
 
 TEST(devices_through_shared_memory) { there_and_back("shm://", 0, 0); }
@@ -109,3 +56,87 @@ TEST(devices_through_tcp) { there_and_back("tcp://127.0.0.1:0", 0, 0); }
 TEST(host_to_device_and_back) { there_and_back("shm://", -1, 0); }
 TEST(device_to_host_and_back) { there_and_back("shm://", 0, -1); }
 TEST(device_to_host_over_tcp) { there_and_back("tcp://127.0.0.1:0", 0, -1); }
+
+/* ---- deaths ---- */
+
+static void gone_on(two *t, CUstream stream) {
+    const int64_t end = test_now_us() + WAIT_S * INT64_C(1000000);
+    while (gate_holds(stream)) {
+        REQUIRE(test_now_us() < end);
+        tprpc_poll(t->s.ctx, 1000, 0);
+    }
+}
+
+/* Its stream stands still, so of what it sends nothing comes. */
+static void sends_nothing(two *t, void *arg) {
+    const way *w = (const way *)arg;
+    CUstream stream = gpu_stream(0);
+    void *memory = memory_on(0);
+    const tprpc_tensor tensor = gpu_tensor(0, memory, SIZE, stream, w->here);
+    cargo c;
+    two_sent(t, &c, &tensor, 1);
+    gate_close(0, stream);
+    two_send(t, &c, &tensor, 1);
+    for (;;) tprpc_poll(t->s.ctx, 1000, 0);
+}
+
+static void sender_dies(const char *address) {
+    way w;
+    two t;
+    cargo c;
+    w.address = address;
+    w.here = w.there = 0;
+    two_open(&t, address, "cuda_basic,basic", sends_nothing, &w);
+    CUstream stream = gpu_stream(0);
+    void *memory = memory_on(0);
+    tprpc_tensor tensor = gpu_tensor(0, memory, SIZE, stream, 0);
+    two_got(&t, &c, &tensor, 1);
+    two_recv(&t, &c, &tensor, 1);
+    gpu_set(0, stream, memory, 1, SIZE);   /* the user's, queued behind */
+    idle(&t.s, 3000);
+    CHECK_EQ_INT(c.got.runs, 0);
+    two_kill(&t);
+    WAIT(&t.s, c.got.runs, 1);
+    CHECK(c.got.status != TPRPC_OK);
+    gone_on(&t, stream);
+    two_close(&t, true);
+}
+
+TEST(sender_dies_shared) { sender_dies("shm://"); }
+TEST(sender_dies_over_tcp) { sender_dies("tcp://127.0.0.1:0"); }
+
+static void takes_nothing(two *t, void *arg) {
+    (void)arg;
+    void *memory = memory_on(0);
+    tprpc_tensor tensor = gpu_tensor(0, memory, SIZE, NULL, 0);
+    cargo c;
+    two_got(t, &c, &tensor, 1);
+    two_raise(t, READY);
+    for (;;) test_sleep_us(1000);
+}
+
+static void receiver_dies(const char *address) {
+    way w;
+    two t;
+    cargo c;
+    w.address = address;
+    w.here = w.there = 0;
+    two_open(&t, address, "cuda_basic,basic", takes_nothing, &w);
+    CUstream stream = gpu_stream(0);
+    void *memory = memory_on(0);
+    const tprpc_tensor tensor = gpu_tensor(0, memory, SIZE, stream, 0);
+    two_sent(&t, &c, &tensor, 1);
+    two_await(&t, READY);
+    two_send(&t, &c, &tensor, 1);
+    gpu_set(0, stream, memory, 1, SIZE);
+    idle(&t.s, 3000);
+    CHECK_EQ_INT(c.wrote.runs, 0);
+    two_kill(&t);
+    WAIT(&t.s, c.wrote.runs, 1);
+    CHECK(c.wrote.status != TPRPC_OK);
+    gone_on(&t, stream);
+    two_close(&t, true);
+}
+
+TEST(receiver_dies_shared) { receiver_dies("shm://"); }
+TEST(receiver_dies_over_tcp) { receiver_dies("tcp://127.0.0.1:0"); }

@@ -123,7 +123,7 @@ static void fail_one(void *arg) {
         gpu_pair(&p, "shm://", way ? "cuda_basic,basic" : "cuda_xth,basic", 0);
         void *source = gpu_alloc(0, SIZE), *target = gpu_alloc(1, SIZE);
         tprpc_tensor out = gpu_tensor(0, source, SIZE, NULL, 1), in = gpu_tensor(1, target, SIZE, NULL, 1);
-        for (int k = 0; k < 6; k++) {
+        for (int k = 0; k < 8; k++) {
             cargo c;
             memset(&c, 0, sizeof c);
             c.out.tensors = &out;
@@ -137,7 +137,7 @@ static void fail_one(void *arg) {
             REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(p.b, on_described, &c.described), TPRPC_OK);
             cargo_read(&c, &p.s, p.b);
             cargo_wait(&c, &p.s);
-            if (k >= 4) CHECK_EQ_INT(c.got.status, TPRPC_OK);   /* it failed before */
+            if (k >= 6) CHECK_EQ_INT(c.got.status, TPRPC_OK);   /* it failed before */
         }
         host_goes_on(&p);
         pair_close(&p);
@@ -153,7 +153,7 @@ TEST(calls_that_fail) {
     for (size_t i = 0; i < COUNT(calls); i++) {
         failing f;
         f.call = calls[i];
-        for (f.nth = 1; f.nth <= 3; f.nth++)
+        for (f.nth = 1; f.nth <= 6; f.nth++)
             if (!CHECK_EQ_INT(test_wait_child(test_fork_run(fail_one, &f), 20), 0)) fprintf(stderr, "%s\n", f.call);
     }
 }
@@ -199,3 +199,44 @@ TEST(a_device_that_is_anothers) {
     host_goes_on(&p);
     pair_close(&p);
 }
+
+/* ---- a kernel of the user's that faults takes its context with it ---- */
+
+static const char fault_ptx[] =
+    ".version 6.3\n.target sm_75\n.address_size 64\n.visible .entry standin_fault()\n{\ntrap;\n}\n";
+
+static void fault(CUstream stream) {
+    CUmodule module;
+    CUfunction function;
+    gpu_on(0);
+    CU(cuModuleLoadData(&module, fault_ptx));
+    CU(cuModuleGetFunction(&function, module, "standin_fault"));
+    CU(cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, stream, NULL, NULL));
+}
+
+static void lost(const char *channels) {
+    pair p;
+    cargo c;
+    gpu_load();
+    gpu_pair(&p, "shm://", channels, 0);
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, SIZE), *host = malloc(SIZE);
+    tprpc_tensor out = gpu_tensor(0, source, SIZE, s, -1), in = gpu_tensor(-1, host, SIZE, NULL, -1);
+    cargo_carry(&c, &p, &out, &in, 1);
+    uint64_t *gate = gate_close(0, s);
+    fault(s);
+    cargo_send(&c, p.a, p.b, &out, &in, 1);  /* behind it */
+    cargo_read(&c, &p.s, p.b);
+    gate_open(gate);
+    cargo_wait(&c, &p.s);
+    CHECK(c.wrote.status != TPRPC_OK);
+    CHECK(c.got.status != TPRPC_OK);
+    CHECK(c.wrote.status == TPRPC_ERROR_DEVICE || c.got.status == TPRPC_ERROR_DEVICE);
+    fails(&p, &out, &in, TPRPC_ERROR_DEVICE, "cuda: ");
+    host_goes_on(&p);
+    pair_close(&p);
+    free(host);
+}
+
+TEST(a_kernel_faults) { lost("cuda_xth,cuda_basic,basic"); }
+TEST(a_kernel_faults_on_the_way_through_the_host) { lost("cuda_basic,basic"); }

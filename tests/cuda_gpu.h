@@ -6,6 +6,7 @@
 
 #include "cuda/load.h"
 #include "../tprpc_cuda.h"
+#include <pthread.h>
 
 #define GPU_FUNCTIONS(X)                                                                                      \
     X(cuInit, (unsigned int)) X(cuDeviceGetCount, (int *)) X(cuDevicePrimaryCtxRetain, (CUcontext *, CUdevice)) \
@@ -22,6 +23,14 @@
     X(cuMemsetD8Async, (CUdeviceptr, unsigned char, size_t, CUstream))                                        \
     X(cuMemAllocAsync, (CUdeviceptr *, size_t, CUstream)) X(cuMemFreeAsync, (CUdeviceptr, CUstream))          \
     X(cuCtxCreate_v2, (CUcontext *, unsigned int, CUdevice)) X(cuCtxDestroy_v2, (CUcontext))                  \
+    X(cuMemGetAllocationGranularity, (size_t *, const CUmemAllocationProp *, CUmemAllocationGranularity_flags)) \
+    X(cuMemAddressReserve, (CUdeviceptr *, size_t, size_t, CUdeviceptr, unsigned long long))                  \
+    X(cuMemCreate, (CUmemGenericAllocationHandle *, size_t, const CUmemAllocationProp *, unsigned long long)) \
+    X(cuMemMap, (CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long))              \
+    X(cuMemSetAccess, (CUdeviceptr, size_t, const CUmemAccessDesc *, size_t))                                 \
+    X(cuModuleLoadData, (CUmodule *, const void *)) X(cuModuleGetFunction, (CUfunction *, CUmodule, const char *)) \
+    X(cuLaunchKernel, (CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, \
+                       unsigned int, CUstream, void **, void **))                                             \
     X(cuMemHostGetDevicePointer_v2, (CUdeviceptr *, void *, unsigned int)) X(cuDeviceCanAccessPeer, (int *, CUdevice, CUdevice))
 
 #define GPU_DECLARE(name, params) static UNUSED CUresult (*name) params;
@@ -60,9 +69,12 @@ static UNUSED void gpu_load(void) {
 
 /* The next calls are for this device. */
 static UNUSED void gpu_on(int device) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     REQUIRE(device < gpu.count);
+    pthread_mutex_lock(&lock);
     if (!gpu.contexts[device]) CU(cuDevicePrimaryCtxRetain(&gpu.contexts[device], device));
     CU(cuCtxSetCurrent(gpu.contexts[device]));
+    pthread_mutex_unlock(&lock);
 }
 
 static UNUSED void gpu_off(void) { CU(cuCtxSetCurrent(NULL)); }
@@ -88,6 +100,37 @@ static UNUSED void *gpu_alloc(int device, size_t size) {
     return (void *)(uintptr_t)at;
 }
 
+/* Memory as others than cuMemAlloc give it: from the driver's pool, in the order of a stream, */
+static UNUSED void *gpu_alloc_async(int device, size_t size, CUstream stream) {
+    CUdeviceptr at = 0;
+    gpu_on(device);
+    CU(cuMemAllocAsync(&at, size, stream));
+    return (void *)(uintptr_t)at;
+}
+
+/* and virtual memory. It stays. */
+static UNUSED void *gpu_alloc_virtual(int device, size_t size) {
+    CUmemAllocationProp prop;
+    CUmemAccessDesc access;
+    CUmemGenericAllocationHandle handle;
+    CUdeviceptr at = 0;
+    size_t piece = 0;
+    memset(&prop, 0, sizeof prop);
+    memset(&access, 0, sizeof access);
+    prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    prop.location.type = access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+    prop.location.id = access.location.id = device;
+    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    gpu_on(device);
+    CU(cuMemGetAllocationGranularity(&piece, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM));
+    const size_t whole = (size + piece - 1) / piece * piece;
+    CU(cuMemAddressReserve(&at, whole, 0, 0, 0));
+    CU(cuMemCreate(&handle, whole, &prop, 0));
+    CU(cuMemMap(at, whole, 0, handle, 0));
+    CU(cuMemSetAccess(at, whole, &access, 1));
+    return (void *)(uintptr_t)at;
+}
+
 static UNUSED void gpu_free(int device, void *at) {
     gpu_on(device);
     CU(cuMemFree_v2((CUdeviceptr)(uintptr_t)at));
@@ -103,13 +146,16 @@ static UNUSED void *gpu_pinned(size_t size) {
 /* Pinned memory for a while: it is used again in turn. Real drivers may wait for a device when they allocate, which a
    stream that stands still would hold up. */
 static UNUSED void *gpu_stage(size_t size) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     static uint8_t *ring;
     static size_t used;
+    pthread_mutex_lock(&lock);
     if (!ring) ring = (uint8_t *)gpu_pinned(GPU_STAGE);
     REQUIRE(size <= GPU_STAGE);
     if (used + size > GPU_STAGE) used = 0;
     void *at = ring + used;
     used += (size + 63) & ~(size_t)63;
+    pthread_mutex_unlock(&lock);
     return at;
 }
 

@@ -45,6 +45,7 @@ ASSERT(SAME(MEMORYTYPE_HOST))
 ASSERT(SAME(MEMORYTYPE_DEVICE))
 ASSERT(SAME(POINTER_ATTRIBUTE_MEMORY_TYPE))
 ASSERT(SAME(POINTER_ATTRIBUTE_DEVICE_ORDINAL))
+ASSERT(SAME(POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE))
 ASSERT(SAME(POINTER_ATTRIBUTE_RANGE_START_ADDR))
 ASSERT(SAME(POINTER_ATTRIBUTE_RANGE_SIZE))
 ASSERT(SAME(POINTER_ATTRIBUTE_ACCESS_FLAGS))
@@ -73,7 +74,9 @@ ASSERT(SIZED(tpr_cuda_driver_pointer_attribute, CUpointer_attribute))
 ASSERT(SIZED(tpr_cuda_driver_pool_attribute, CUmemPool_attribute))
 ASSERT(SIZED(tpr_cuda_driver_capture_status, CUstreamCaptureStatus))
 ASSERT(SIZED(tpr_cuda_driver_capture_mode, CUstreamCaptureMode))
+#if CUDA_VERSION >= 12000
 ASSERT(SIZED(tpr_cuda_driver_proc_status, CUdriverProcAddressQueryResult))
+#endif
 ASSERT(SIZED(tpr_cuda_driver_uuid, CUuuid))
 ASSERT(SIZED(tpr_cuda_driver_ipc, CUipcMemHandle))
 ASSERT(SIZED(tpr_cuda_driver_location, CUmemLocation))
@@ -84,7 +87,6 @@ ASSERT(PLACED(tpr_cuda_driver_access, CUmemAccessDesc, flags))
 ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, handleTypes))
 ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, location))
 ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, maxSize))
-ASSERT(PLACED(tpr_cuda_driver_pool_props, CUmemPoolProps, reserved))
 
 /* From here on our parameters are of cuda.h's types, so that a signature is the same or is not. */
 #define tpr_cuda_driver_result CUresult

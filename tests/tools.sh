@@ -325,7 +325,7 @@ gpu_bench_judges() {
 peers='"peers": [1]'
 more=', {"name": "G", "peers": [0]}'
 [ "${GPUS:-2}" -eq 2 ] || more=
-echo "{\"gpus\": [{\"name\": \"G\", $peers}$more], \"no_gpus\": \"\", \"stand_in\": false}"
+echo "{\"gpus\": [{\"name\": \"G\", $peers}$more], \"gpus_reason\": \"\", \"stand_in\": false}"
 END
     cat >"$dir/gpu/tprpc-perf" <<'END'
 #!/bin/sh
@@ -523,7 +523,7 @@ info_json() {
 import json, os, re, resource, sys
 header = open("tprpc.h").read() + open("tprpc_cuda.h").read()
 told = json.loads(open(sys.argv[1]).read())
-assert sorted(told) == ["channels", "gpus", "limits", "no_gpus", "stand_in", "transports", "version"], sorted(told)
+assert sorted(told) == ["channels", "gpus", "gpus_reason", "limits", "stand_in", "transports", "version"], sorted(told)
 names = [b["name"] for kind in ("transports", "channels") for b in told[kind]]
 known = set(re.findall(r"&tpr_(\w+)_backend,", header)) - {"cuda_convert"}
 assert sorted(names) == sorted(known), (names, known)
@@ -555,12 +555,12 @@ info_gpus() {
     if python3 - "$out" 2>"$said" <<'END'
 import json, sys
 told = json.loads(open(sys.argv[1]).read())
-assert told["stand_in"] is True and told["no_gpus"] == "", told
+assert told["stand_in"] is True and told["gpus_reason"] == "", told
 assert [gpu["index"] for gpu in told["gpus"]] == [0, 1, 2, 3], told["gpus"]
 assert [gpu["peers"] for gpu in told["gpus"]] == [[1], [0], [3], [2]], told["gpus"]
 for gpu in told["gpus"]:
-    assert sorted(gpu) == ["capability", "index", "ipc", "memory_bytes", "name", "pci", "peers", "uuid"], gpu
-    assert gpu["memory_bytes"] == 64 << 20 and gpu["ipc"] is True and gpu["capability"] == "9.0", gpu
+    assert sorted(gpu) == ["compute", "index", "ipc", "memory", "name", "pci", "peers", "uuid"], gpu
+    assert gpu["memory"] == 64 << 20 and gpu["ipc"] is True and gpu["compute"] == "9.0", gpu
     assert len(gpu["uuid"]) == 40 and gpu["uuid"].startswith("GPU-") and gpu["pci"].startswith("0000:"), gpu
 assert len({gpu["uuid"] for gpu in told["gpus"]}) == 4
 for channel in told["channels"]:
@@ -579,7 +579,7 @@ info_no_gpus() {
     if python3 - "$out" 2>"$said" <<'END'
 import json, sys
 told = json.loads(open(sys.argv[1]).read())
-assert told["gpus"] == [] and told["no_gpus"] != "", told
+assert told["gpus"] == [] and told["gpus_reason"] != "", told
 for channel in told["channels"]:
     assert channel["viable"] is False and channel["reason"] or not channel["name"].startswith("cuda"), channel
 END

@@ -62,7 +62,7 @@ def machine(build):
     command = [os.path.join(build, "tprpc-info"), "--json"]
     info = take.parse_json(take.run(command), command[0])
     if not info["gpus"]:
-        raise Failed(info["no_gpus"])
+        raise Failed(info["gpus_reason"])
     names = [gpu["name"] for gpu in info["gpus"]]
     driver = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     kind = f"{len(names)}-" + names[0].replace("NVIDIA ", "").replace(" ", "-").lower()

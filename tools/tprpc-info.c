@@ -1,6 +1,6 @@
-// tprpc-info: what this machine has for tprpc: every transport and channel, whether it can be used and why not, the GPUs
-// and which of them reach each other, and the limits that matter, with advice where one is low.  tprpc-info --help tells
-// the options.
+// tprpc-info: what this machine has for tprpc: every transport and channel, whether it can be used and why not, its
+// GPUs and which of them reach each other, and the limits that matter, with advice where one is low.  tprpc-info --help
+// tells the options.
 
 #define TPRPC_IMPLEMENTATION
 #define TPRPC_CUDA_IMPLEMENTATION
@@ -209,7 +209,7 @@ static void info_json_gpus(const info_gpus *gpus) {
         info_json_string("name", gpu->name, ", ");
         info_json_string("uuid", info_uuid(gpu, uuid), ", ");
         info_json_string("pci", gpu->pci, ", ");
-        printf("\"capability\": \"%d.%d\", \"memory_bytes\": %" PRIu64 ", \"ipc\": %s, \"peers\": [", (int)gpu->major,
+        printf("\"compute\": \"%d.%d\", \"memory\": %" PRIu64 ", \"ipc\": %s, \"peers\": [", (int)gpu->major,
                (int)gpu->minor, gpu->memory_bytes, gpus->shown ? "true" : "false");
         for (size_t other = 0; other < gpus->count; other++) {
             if (other == i || !info_reaches(gpu, other)) continue;
@@ -219,7 +219,7 @@ static void info_json_gpus(const info_gpus *gpus) {
         printf("]}");
     }
     printf("], ");
-    info_json_string("no_gpus", gpus->count ? "" : gpus->error.text, ", ");
+    info_json_string("gpus_reason", gpus->count ? "" : gpus->error.text, ", ");
     printf("\"stand_in\": %s, ", gpus->stand_in ? "true" : "false");
 }
 

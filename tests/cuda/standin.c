@@ -118,7 +118,7 @@ typedef struct op {
     order after;                    /* itself included */
     bool checked, started, done;
     bool waits;                     /* for what another process or the host does */
-    bool publishes;                 /* its end may be seen by the host or other processes */
+    bool publishes;                 /* others see what it does: a word, an event, a host function */
     touch *accesses;
     size_t access_count;
     const struct kernel *kernel;
@@ -237,7 +237,7 @@ static struct {
     capture *captures;
     stream streams[STREAMS];
     int high;                       /* one more than the largest stream that was ever used */
-    order host;                     /* what the host knows to have ended */
+    order host;                     /* what the host has seen, or may have */
     op *ops, **ops_end;             /* in flight, or ended unknown to the host; in order of issue */
     size_t ended;                   /* of these */
 } g;
@@ -649,7 +649,8 @@ static void op_unlink(op *o, op **link) {
     op_free(o);
 }
 
-/* The host has seen the end of something: what it issues from now on is ordered after all that. */
+/* The host has seen the end of this, or may from now on: whatever is issued later is ordered after all that. What a
+   word has told, to whomever, counts as known to the host; so a wait for a word need not find out whose it was. */
 static void host_knows(const order *o) {
     op **link = &g.ops;
     order_join(&g.host, o);
@@ -665,18 +666,6 @@ static bool is_sure(const op *o) {
     for (const op *w = g.ops; w; w = w->all_next)
         if (w->waits && !w->done && w != o && order_covers(&o->after, w->stream, w->number)) return false;
     return true;
-}
-
-/* A wait has ended: whatever ended before may have led to it, so all that comes after the wait comes after that too. */
-static void wait_over(const op *w) {
-    order ended;
-    for (int i = 0; i < g.high; i++) ended.at[i] = g.streams[i].done;
-    for (op *o = g.ops; o; o = o->all_next)
-        if (o != w && !o->done && order_covers(&o->after, w->stream, w->number)) order_join(&o->after, &ended);
-    for (int i = 0; i < g.high; i++)
-        if (order_covers(&g.streams[i].after, w->stream, w->number)) order_join(&g.streams[i].after, &ended);
-    for (CUevent e = g.events; e; e = e->next)
-        if (e->stream >= 0 && order_covers(&e->after, w->stream, w->number)) order_join(&e->after, &ended);
 }
 
 static bool do_collide(const touch *a, const touch *b) {
@@ -697,6 +686,7 @@ static const char *memory_of(const touch *a) {
 static void check_accesses(const op *by, const touch *accesses, size_t count, const order *after) {
     for (const op *o = g.ops; o; o = o->all_next) {
         if (o == by || !o->access_count || order_covers(after, o->stream, o->number)) continue;
+        if (order_covers(&g.host, o->stream, o->number)) continue;
         if (by && (by->stream == o->stream || order_covers(&o->after, by->stream, by->number))) continue;
         if (!o->started && !is_sure(o)) continue;       /* it may wait for this one; it looks itself when it starts */
         for (size_t i = 0; i < count; i++) {
@@ -822,7 +812,7 @@ static uint8_t *op_touch(op *o, uint64_t ptr, size_t size, bool write) {
     if (r->freed || size > r->size - (ptr - r->base)) return NULL;
     if (r->kind == RANGE_VMM && !r->access) return NULL;
     op_touch_range(o, r, ptr, size, write);
-    if (write && !r->backing) o->publishes = true;
+    if (write && size <= 8) o->publishes = true;        /* a word, which somebody may wait for */
     return r->backing ? r->backing->bytes + r->offset + (ptr - r->base) : (uint8_t *)(uintptr_t)ptr;
 }
 
@@ -847,23 +837,25 @@ static void op_done(op *o) {
     o->done = true;
     g.ended++;
     g.counts[N_OPERATIONS]--;
-    if (o->waits) wait_over(o);
     if (o->free_range) range_drop(o->free_range);
     o->free_range = NULL;
     free(o->payload);
     o->payload = NULL;
-    if (!o->access_count) {
+    if (!o->access_count || order_covers(&g.host, o->stream, o->number)) {
         while (*link != o) link = &(*link)->all_next;
-        if (o->publishes) { order after = o->after; op_unlink(o, link); host_knows(&after); }
-        else op_unlink(o, link);
-    } else if (o->publishes) {
-        order after = o->after;
-        host_knows(&after);
+        op_unlink(o, link);
     }
     for (link = &g.ops; *link && g.ended > REMEMBERED;)
         if ((*link)->done) op_unlink(*link, link);
         else link = &(*link)->all_next;
     pthread_cond_broadcast(&g.changed);
+}
+
+/* What others can see, they may have seen before this stream gets the mutex again. */
+static void publish(const op *o) {
+    pthread_mutex_lock(&g.lock);
+    host_knows(&o->after);
+    pthread_mutex_unlock(&g.lock);
 }
 
 static void op_run(stream *s, op *o) {
@@ -873,13 +865,9 @@ static void op_run(stream *s, op *o) {
     if (!lost && o->kernel && !o->kernel->early) result = o->kernel->prepare(o);
     if (!lost && result == CUDA_SUCCESS && !o->checked) op_check(o);
     o->started = true;
-    if (o->host_fn) {                           /* it may tell the host of all that it comes after */
-        order before = o->after;
-        before.at[o->stream]--;
-        host_knows(&before);
-    }
     pthread_mutex_unlock(&g.lock);
     if (lag && !lost) sleep_us(lag);
+    if (o->publishes) publish(o);
     if (!lost && result == CUDA_SUCCESS) result = o->run(o);
     pthread_mutex_lock(&g.lock);
     if (result != CUDA_SUCCESS && o->ctx->error == CUDA_SUCCESS) o->ctx->error = result;
@@ -942,7 +930,7 @@ static void stream_close(stream *s) {
     else s->used = false;
 }
 
-/* What the next operation of a stream comes after, without the host's part. */
+/* What the next operation of a stream comes after, but for what the host knows. */
 static void stream_after(const stream *s, order *out) {
     *out = s->after;
     if (s->is_default)
@@ -963,7 +951,6 @@ static CUresult issue(stream *s, op *o) {
         return capture_works(s->capture);
     }
     stream_after(s, &o->after);
-    order_join(&o->after, &g.host);
     o->stream = index;
     o->ctx = s->ctx;
     o->number = ++s->issued;
@@ -992,7 +979,7 @@ static void wait_for_context(CUcontext ctx) {
     order all;
     memset(&all, 0, sizeof all);
     for (int i = 0; i < g.high; i++)
-        if (g.streams[i].ctx == ctx) all.at[i] = g.streams[i].issued;
+        if (g.streams[i].ctx == ctx) order_join(&all, &g.streams[i].after);
     wait_for(&all);
 }
 
