@@ -1,5 +1,5 @@
 # make          the library, tools and examples, in build/
-# make demo     the wave simulation; installs what it needs
+# make demo     the wave simulation; installs what it needs. Where GPUs and nvcc are, on those, and installs nothing
 # make test     all tests; installs what they need
 # make gpu-test the tests of CUDA on this machine's GPUs; installs nothing
 # make bench    measurements against others; installs what it needs
@@ -25,6 +25,9 @@ CXX_FLAGS = -std=c++11 $(WARNINGS) -Wold-style-cast -fno-exceptions -fno-rtti -p
 LIBRARIES = -pthread -ldl -lm
 # Where a toolkit is, its cuda.h is compared with what we declare; nothing else looks at it.
 CUDA_HOME  ?= /usr/local/cuda
+# One example is for nvcc, and left out where that is missing. Nothing is contracted there either.
+NVCC       := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc))
+NVCC_FLAGS  = -std=c++17 -O2 -g -fmad=false -Xcompiler=-ffp-contract=off,-Wall,-Wextra,-Wshadow,-pthread
 CUDA_FLAGS := $(addprefix -isystem ,$(patsubst %/cuda.h,%,$(wildcard $(CUDA_HOME)/include/cuda.h)))
 
 # No floating-point contraction: the demo compares fields bit for bit.
@@ -42,6 +45,7 @@ COVERAGE = -O1 -g -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-co
 FUZZ     = -O1 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 
 WAVE_ARGS  =
+WAVE_CUDA_ARGS =
 # make soak runs these parts in turn, each for SOAK_TURN seconds; each alone runs for SOAK_SECONDS. 0: until stopped
 SOAK_PARTS   = soak-sim soak-pressure soak-crash soak-load soak-slow soak-valgrind
 SOAK_SECONDS = 0
@@ -67,13 +71,16 @@ COVERED   = $(patsubst %,build/coverage/tests/%,$(filter-out agent_cost,$(TESTS_
             $(FUZZERS:build/%=build/coverage/%)
 TOOLS     = $(patsubst tools/%.c,build/%,$(wildcard tools/*.c))
 EXAMPLES  = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c)) \
-            $(patsubst examples/%.cpp,build/%,$(wildcard examples/*.cpp))
+            $(patsubst examples/%.cpp,build/%,$(wildcard examples/*.cpp)) \
+            $(if $(NVCC),$(patsubst examples/%.cu,build/%,$(wildcard examples/*.cu)))
 # Programs that need a library are left out where it is missing; not by a target that installs it first: $(2).
 # (Whether a # within a function is to be escaped, versions of make do not agree on.)
 hash := \#
 lacks = $(filter none,$(if $(filter $(2),$(MAKECMDGOALS)),,$(shell echo '$(hash)include <$(1)>' | $(CC) -E - \
         >/dev/null 2>&1 || echo none)))
-EXAMPLES := $(if $(call lacks,png.h,demo test),$(filter-out build/wave,$(EXAMPLES)),$(EXAMPLES))
+# The demo's GPUs: the word that each line about one begins with.
+GPUS     := $(if $(and $(NVCC),$(filter demo,$(MAKECMDGOALS))),$(filter GPU,$(shell nvidia-smi -L 2>/dev/null)))
+EXAMPLES := $(if $(call lacks,png.h,$(if $(GPUS),,demo) test),$(filter-out build/wave,$(EXAMPLES)),$(EXAMPLES))
 TOOLS    := $(if $(call lacks,zmq.h,bench),$(filter-out build/bench-zmq,$(TOOLS)),$(TOOLS))
 TOOLS    := $(if $(call lacks,nng/nng.h,bench),$(filter-out build/bench-nng,$(TOOLS)),$(TOOLS))
 
@@ -109,13 +116,15 @@ tsan: $(tsan_tests)
 
 # ---- what installs: before the first compilation, hence the order-only $(SETUP) below ----
 
-SETUP = $(patsubst %,setup-%,$(filter demo test bench coverage,$(MAKECMDGOALS)))
+SETUP = $(patsubst %,setup-%,$(filter $(if $(GPUS),,demo) test bench coverage,$(MAKECMDGOALS)))
 
 setup-demo setup-test setup-bench setup-coverage:
 	@tools/setup.sh $(@:setup-%=%)
 
-demo: build/wave
-	build/wave $(WAVE_ARGS)
+DEMOS = $(if $(GPUS),build/wave_cuda) $(filter build/wave,$(EXAMPLES))
+demo: $(DEMOS)
+	$(if $(GPUS),build/wave_cuda $(WAVE_CUDA_ARGS))
+	$(if $(filter build/wave,$(DEMOS)),build/wave $(WAVE_ARGS))
 
 test: $(plain_tests) $(asan_tests) $(tsan_tests) $(SIMS) $(TOOLS) $(EXAMPLES) $(FUZZERS)
 	@tests/run.sh $(call in_order,$(FLOORS) tests/compile.sh tests/fuzz.sh $(plain_tests) $(SCRIPTS) $(asan_tests) \
@@ -267,6 +276,10 @@ build/%: $(1)/%.c build/libtprpc.a $$(HEADERS) | $$(SETUP)
 build/%: $(1)/%.cpp build/libtprpc.a $$(HEADERS) | $$(SETUP)
 	$$(CXX) -I. $$(CXX_FLAGS) $$(PLAIN) $$< build/libtprpc.a $$(LIBRARIES) -o $$@
 endef
+
+build/%: examples/%.cu $(HEADERS) | $(SETUP)
+	@mkdir -p $(@D)
+	$(NVCC) -I. $(NVCC_FLAGS) $< -ldl -o $@
 
 $(eval $(call program,examples))
 $(eval $(call program,tools))
