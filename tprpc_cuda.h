@@ -468,6 +468,7 @@ enum {                               // named as cuda.h names them, without CU_ 
     TPR_CUDA_DRIVER_ERROR_INVALID_VALUE = 1,
     TPR_CUDA_DRIVER_ERROR_NOT_READY = 600,
     TPR_CUDA_DRIVER_ERROR_PEER_ACCESS_ALREADY_ENABLED = 704,
+    TPR_CUDA_DRIVER_ERROR_NOT_SUPPORTED = 801,
     TPR_CUDA_DRIVER_ERROR_STREAM_CAPTURE_IMPLICIT = 906,
     TPR_CUDA_DRIVER_GET_PROC_ADDRESS_LEGACY_STREAM = 1,
     TPR_CUDA_DRIVER_STREAM_NON_BLOCKING = 1,
@@ -809,7 +810,7 @@ typedef struct tpr_cuda_device_export {
     tpr_cuda_driver_ipc handle;
     tpr_cuda_driver_uuid uuid;
     uint32_t            users;         // links that were told; under the set's lock
-    bool                closing;       // likewise
+    bool                closing;       // likewise; atomic
 } tpr_cuda_device_export;
 
 typedef struct tpr_cuda_device_set {   // of a tprpc context
@@ -2260,17 +2261,37 @@ static tprpc_status tpr_cuda_export_make(tpr_cuda_device_set *set, tpr_cuda_devi
     return TPRPC_OK;
 }
 
-// What was registered and has all of these bytes, or NULL. It stays while the caller's loop is at it.
-static tpr_cuda_device_export *tpr_cuda_export_find(tpr_cuda_device_set *set, int32_t device, const void *data,
-                                                    size_t size) {
+// What was registered and has all of these bytes, or NULL. Under the set's lock.
+static tpr_cuda_device_export *tpr_cuda_export_of(const tpr_cuda_device_set *set, int32_t device, const void *data,
+                                                  size_t size) {
     const uint64_t at = (uintptr_t)data;
-    tpr_cuda_device_export *found = NULL;
-    tpr_cuda_os_lock_take(&set->lock);
-    for (tpr_cuda_device_export *i = set->exports; i && !found; i = i->next)
+    for (tpr_cuda_device_export *i = set->exports; i; i = i->next)
         if (!i->closing && i->device->index == device && at >= i->from && at - i->from < i->length &&
-            size <= i->length - (at - i->from)) found = i;
+            size <= i->length - (at - i->from)) return i;
+    return NULL;
+}
+
+static bool tpr_cuda_export_has(tpr_cuda_device_set *set, int32_t device, const void *data, size_t size) {
+    tpr_cuda_os_lock_take(&set->lock);
+    const bool has = tpr_cuda_export_of(set, device, data, size) != NULL;
+    tpr_cuda_os_lock_give(&set->lock);
+    return has;
+}
+
+// Likewise, and it stays until it is dropped.
+static tpr_cuda_device_export *tpr_cuda_export_hold(tpr_cuda_device_set *set, int32_t device, const void *data,
+                                                    size_t size) {
+    tpr_cuda_os_lock_take(&set->lock);
+    tpr_cuda_device_export *found = tpr_cuda_export_of(set, device, data, size);
+    if (found) found->users++;
     tpr_cuda_os_lock_give(&set->lock);
     return found;
+}
+
+static void tpr_cuda_export_drop(tpr_cuda_device_set *set, tpr_cuda_device_export *self) {
+    tpr_cuda_os_lock_take(&set->lock);
+    self->users--;
+    tpr_cuda_os_lock_give(&set->lock);
 }
 
 // ---- public
@@ -2286,7 +2307,7 @@ TPRPC_API tprpc_status tprpc_cuda_register(tprpc_context *ctx, int32_t index, vo
     if (!ctx || !base || !size) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: no memory to register");
     tpr_cuda_device_set *set = tpr_cuda_device_find(ctx, error);
     if (!set) return TPRPC_ERROR_UNSUPPORTED;
-    if (tpr_cuda_export_find(set, index, base, 1))
+    if (tpr_cuda_export_has(set, index, base, 1))
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda: %p is registered", base);
     name.kind = TPRPC_CUDA;
     name.index = index;
@@ -2300,7 +2321,8 @@ TPRPC_API tprpc_status tprpc_cuda_register(tprpc_context *ctx, int32_t index, vo
             status = tprpc_error_set(&why, TPRPC_ERROR_UNSUPPORTED, 0,
                                      "cuda: memory of several pieces cannot be shared with other processes");
         else status = tpr_cuda_export_make(set, device, range.start, range.size, &self, &why);
-        if (status == TPRPC_ERROR_DEVICE && why.os_code == TPR_CUDA_DRIVER_ERROR_INVALID_VALUE)
+        if (status == TPRPC_ERROR_DEVICE && (why.os_code == TPR_CUDA_DRIVER_ERROR_INVALID_VALUE ||
+                                             why.os_code == TPR_CUDA_DRIVER_ERROR_NOT_SUPPORTED))
             status = tprpc_error_set(&why, TPRPC_ERROR_UNSUPPORTED, why.os_code,
                                      "cuda: memory of this kind cannot be shared with other processes");
         if (status != TPRPC_OK && error) *error = why;
@@ -2334,7 +2356,7 @@ TPRPC_API tprpc_status tprpc_cuda_unregister(tprpc_context *ctx, void *base, tpr
         queue->sweeping = true;
         tprpc_defer(ctx, &queue->sweep);
     }
-    if (self) self->closing = true;
+    if (self) __atomic_store_n(&self->closing, true, __ATOMIC_RELEASE);
     tpr_cuda_os_lock_give(&set->lock);
     if (status == TPRPC_OK) tpr_cuda_base_free(ctx, self, sizeof *self);
     if (status == TPRPC_ERROR_INVALID) tprpc_error_set(error, status, 0, "cuda: %p is not registered", base);
@@ -2575,6 +2597,7 @@ struct tpr_cuda_batch {
     uint64_t            wanted;        // which so many bytes stand before
     bool                sending, refused, asked, over, lost, shared;   // shared: the peer may write to chunks for it
     bool                fetched;       // of a send: by the receiver
+    bool                fresh;         // of a receive: its streams were looked at just now
     uint32_t            lent;          // what is at its memory, or runs for it
     uint32_t            readers;       // of a send, under the end's lock: receivers of this process; and
     bool                withdrawn;     // that none may begin any more
@@ -3247,8 +3270,10 @@ static tprpc_status tpr_cuda_batch_recv(void *end, tprpc_transfer *transfer, con
     receive->lent++;                   // to tell may end the pipe, which aborts all
     tpr_cuda_batch_outcome outcome = TPR_CUDA_BATCH_UNREADABLE;
     if (!receive->total) outcome = TPR_CUDA_BATCH_FETCHED;
-    else if (self->net->method->fetch)
+    receive->fresh = true;
+    if (receive->total && self->net->method->fetch)
         outcome = self->net->method->fetch(receive, descriptor, descriptor_size, &why);
+    receive->fresh = false;
     receive->asked = outcome == TPR_CUDA_BATCH_UNREADABLE;
     if (receive->asked) tpr_cuda_batch_ask(receive);
     else if (outcome == TPR_CUDA_BATCH_GONE) tpr_cuda_batch_receive_failed(receive, TPRPC_ERROR_PEER, NULL);
@@ -3947,9 +3972,10 @@ static tprpc_status tpr_cuda_ipc_direct_parts(tpr_cuda_batch *send, tpr_cuda_ipc
         tpr_cuda_wire_part part;
         bool last = true;
         if (!buffer->size) continue;
-        tpr_cuda_device_export *export_ = tpr_cuda_export_find(set, buffer->device.index, buffer->data, buffer->size);
+        tpr_cuda_device_export *export_ = tpr_cuda_export_hold(set, buffer->device.index, buffer->data, buffer->size);
         if (!export_) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda_ipc: memory was unregistered");
         const tprpc_status status = tpr_cuda_ipc_tell(end, export_, error);
+        tpr_cuda_export_drop(set, export_);   // the link has it now
         if (status != TPRPC_OK) return status;
         for (size_t i = send->buffer + 1; last && i < send->count; i++)
             last = !send->buffers[i].size || &send->orders[send->order_of[i]] != order;
@@ -4160,7 +4186,7 @@ static tprpc_status tpr_cuda_ipc_offer(tpr_cuda_batch *send, uint8_t *descriptor
     for (size_t i = 0; i < send->count; i++) {
         const tprpc_buffer *buffer = &send->buffers[i];
         if (!buffer->size) continue;
-        direct = direct && tpr_cuda_export_find(queue->set, buffer->device.index, buffer->data, buffer->size);
+        direct = direct && tpr_cuda_export_has(queue->set, buffer->device.index, buffer->data, buffer->size);
         one &= buffer->device.index == send->orders[0].device->index;
     }
     send->way = direct ? TPR_CUDA_IPC_DIRECT : TPR_CUDA_IPC_OUTBOX;
@@ -4286,30 +4312,37 @@ static bool tpr_cuda_ipc_look_slow(tpr_cuda_ipc_net *net) {
 
 // ---- receiving
 
-// Has the sender's word written when all copies of the receive that were queued are done. One stream is entered.
-static tprpc_status tpr_cuda_ipc_write_done(tpr_cuda_batch *receive, const tpr_cuda_wire_part *part,
-                                            tprpc_error *error) {
+// One of our streams, which comes behind all streams of a receive.
+static tprpc_status tpr_cuda_ipc_join(tpr_cuda_batch *receive, tpr_cuda_driver_stream *out, tprpc_error *error) {
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
-    tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
-    tpr_cuda_device *device = receive->orders[0].device;
-    tpr_cuda_driver_stream stream = receive->orders[0].stream;
     tpr_cuda_device_guard guard;
-    tprpc_status status = tpr_cuda_device_enter(queue->set, device, &guard, error);
+    tprpc_status status = tpr_cuda_device_enter(queue->set, receive->orders[0].device, &guard, error);
     if (status != TPRPC_OK) return status;
-    if (receive->order_count > 1) status = tpr_cuda_stream_own(queue, device, &stream, error);
+    status = tpr_cuda_stream_own(queue, receive->orders[0].device, out, error);
     tpr_cuda_device_leave(queue->set, &guard);
-    for (uint32_t i = 0; i < receive->order_count && receive->order_count > 1 && status == TPRPC_OK; i++) {
+    for (uint32_t i = 0; i < receive->order_count && status == TPRPC_OK; i++) {
         const tpr_cuda_batch_order *order = &receive->orders[i];
         tpr_cuda_driver_event event = NULL;
         status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
         if (status != TPRPC_OK) break;
         status = tpr_cuda_stream_record(queue, order->device, order->stream, &event, error);
         if (status == TPRPC_OK)
-            status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (stream, event, 0), error);
+            status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (*out, event, 0), error);
         tpr_cuda_stream_event_back(queue, order->device, event);
         tpr_cuda_device_leave(queue->set, &guard);
     }
-    if (status == TPRPC_OK) status = tpr_cuda_device_enter(queue->set, device, &guard, error);
+    return status;
+}
+
+// Has the sender's word written when all copies of the receive that were queued are done.
+static tprpc_status tpr_cuda_ipc_write_done(tpr_cuda_batch *receive, const tpr_cuda_wire_part *part,
+                                            tprpc_error *error) {
+    tpr_cuda_stream_queue *queue = receive->end->net->queue;
+    tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
+    tpr_cuda_driver_stream stream = receive->orders[0].stream;
+    tpr_cuda_device_guard guard;
+    tprpc_status status = receive->order_count > 1 ? tpr_cuda_ipc_join(receive, &stream, error) : TPRPC_OK;
+    if (status == TPRPC_OK) status = tpr_cuda_device_enter(queue->set, receive->orders[0].device, &guard, error);
     if (status != TPRPC_OK) return status;
     status = tpr_cuda_word_write(queue->set, &link->theirs, part->slot, true, part->seq, stream, error);
     tpr_cuda_device_leave(queue->set, &guard);
@@ -4329,7 +4362,7 @@ static tprpc_status tpr_cuda_ipc_copy(tpr_cuda_batch *receive, tpr_cuda_ipc_impo
     tpr_cuda_device_guard guard;
     tprpc_status status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
     if (status != TPRPC_OK) return status;
-    status = tpr_cuda_device_check_stream(queue->set, order->device, buffer->stream, error);
+    if (!receive->fresh) status = tpr_cuda_device_check_stream(queue->set, order->device, buffer->stream, error);
     const tpr_cuda_driver_ptr from = status == TPRPC_OK ? tpr_cuda_ipc_open_import(queue, import, order->device) : 0;
     if (status == TPRPC_OK && !from) *can = false;
     if (status == TPRPC_OK && from) status = tpr_cuda_arena_pin(queue->set, &link->theirs.memory, order->device, error);
@@ -4460,9 +4493,7 @@ static void tpr_cuda_ipc_on_closed(tpr_cuda_ipc_end *end, uint64_t id) {
         tpr_cuda_ipc_told *told = *at;
         if (told->of->id != id || !told->asked_us) continue;
         *at = told->next;
-        tpr_cuda_os_lock_take(&set->lock);
-        told->of->users--;
-        tpr_cuda_os_lock_give(&set->lock);
+        tpr_cuda_export_drop(set, told->of);
         tpr_cuda_base_free(set->ctx, told, sizeof *told);
         return;
     }
@@ -4527,7 +4558,8 @@ static void tpr_cuda_ipc_sweep(tpr_cuda_stream_queue *queue) {
         for (tpr_cuda_ipc_told *told = end->told, *after; told; told = after) {
             const uint64_t id = told->of->id;
             after = told->next;
-            if (!told->of->closing || (told->asked_us && now_us - told->asked_us < TPR_CUDA_WORD_TEND_US)) continue;
+            if (!__atomic_load_n(&told->of->closing, __ATOMIC_ACQUIRE)) continue;
+            if (told->asked_us && now_us - told->asked_us < TPR_CUDA_WORD_TEND_US) continue;
             told->asked_us = now_us;
             if (tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_UNEXPORT, id, 0, 0, 0, NULL) != TPRPC_OK)
                 tpr_cuda_ipc_on_closed(end, id);
@@ -4648,9 +4680,7 @@ static void tpr_cuda_ipc_detach(void *end) {
     while (self->told) {
         tpr_cuda_ipc_told *told = self->told;
         self->told = told->next;
-        tpr_cuda_os_lock_take(&set->lock);
-        told->of->users--;
-        tpr_cuda_os_lock_give(&set->lock);
+        tpr_cuda_export_drop(set, told->of);
         tpr_cuda_base_free(set->ctx, told, sizeof *told);
     }
     self->words->user = self->imports;

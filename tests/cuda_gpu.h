@@ -27,6 +27,7 @@
     X(cuMemAddressReserve, (CUdeviceptr *, size_t, size_t, CUdeviceptr, unsigned long long))                  \
     X(cuMemCreate, (CUmemGenericAllocationHandle *, size_t, const CUmemAllocationProp *, unsigned long long)) \
     X(cuMemMap, (CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long))              \
+    X(cuMemRelease, (CUmemGenericAllocationHandle))                                                           \
     X(cuMemSetAccess, (CUdeviceptr, size_t, const CUmemAccessDesc *, size_t))                                 \
     X(cuModuleLoadData, (CUmodule *, const void *)) X(cuModuleGetFunction, (CUfunction *, CUmodule, const char *)) \
     X(cuLaunchKernel, (CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, \
@@ -127,6 +128,7 @@ static UNUSED void *gpu_alloc_virtual(int device, size_t size) {
     CU(cuMemAddressReserve(&at, whole, 0, 0, 0));
     CU(cuMemCreate(&handle, whole, &prop, 0));
     CU(cuMemMap(at, whole, 0, handle, 0));
+    CU(cuMemRelease(handle));
     CU(cuMemSetAccess(at, whole, &access, 1));
     return (void *)(uintptr_t)at;
 }

@@ -59,7 +59,7 @@ static void trips(bool registered, size_t first, size_t count) {
     for (int from = 0; from < 3; from++)
         for (int to = 0; to < 3; to++) {
             trip x;
-            if (TEST_TSAN && from != 0) continue;      /* they take their time there */
+            if (TEST_TSAN && (from != 0 || to == 0)) continue;      /* they take their time there */
             x.from = from;
             x.to = to;
             x.registered = registered;
@@ -480,7 +480,7 @@ TEST(other_visible_devices) {
     two_close(&t, false);
 }
 
-/* Many, and nothing grows. */
+/* Many, and nothing grows, but for a few streams and events when an outbox is full for the first time. */
 enum { MANY = 2000 };
 
 static void many_receive(two *t, void *arg) {
@@ -507,7 +507,7 @@ TEST(many_and_flat) {
         two_sent(&t, &c, &out, 1);
         for (size_t k = 0; gpu.standin_count && k < COUNT(kinds); k++) {
             if (i == MANY / 2) before[k] = gpu.standin_count(kinds[k]);
-            if (i == MANY - 10) CHECK_EQ_INT(gpu.standin_count(kinds[k]), before[k]);
+            if (i == MANY - 10) CHECK_LE_INT(gpu.standin_count(kinds[k]), before[k] + (k < 2 ? 10 : 0));
         }
     }
     two_close(&t, false);

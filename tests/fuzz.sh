@@ -45,9 +45,9 @@ short() {
     seconds=$1 seed=$2
     echo "seed $seed"
     # The live ones need more time for as many inputs.
-    for share in wire:1 store:3 tcp:3 shm:3; do
+    for share in wire:1 cuda:1 store:3 tcp:3 shm:3; do
         target=${share%:*} corpus=tests/fuzz/corpus/${share%:*}
-        for_it=$((seconds * ${share#*:} / 10))
+        for_it=$((seconds * ${share#*:} / 11))
         if fuzz "$target" -runs=0 "$corpus"; then ok "${target}_corpus"; else bad "${target}_corpus" $?; fi
         mkdir "$out/$target"
         if fuzz "$target" -max_total_time="$((for_it > 0 ? for_it : 1))" -max_len=2048 -seed="$seed" \
@@ -60,7 +60,7 @@ short() {
 }
 
 long() {
-    for target in wire store tcp shm; do
+    for target in wire cuda store tcp shm; do
         mkdir -p "build/fuzz/corpus/$target"
         # shellcheck disable=SC2086
         "build/fuzz/$target" $options -max_total_time="$1" -max_len=4096 -reload=0 \
