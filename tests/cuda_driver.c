@@ -203,6 +203,104 @@ TEST(a_device_that_is_anothers) {
     pair_close(&p);
 }
 
+/* ---- the n-th allocation fails, or the n-th call to the system ---- */
+
+static struct { int blocks, left; const char *call; } scarce;   /* left: until one fails; below 0: none does */
+
+static void *scarce_alloc(size_t size, size_t align, uint32_t tag, void *user) {
+    void *at = NULL;
+    (void)tag; (void)user;
+    if (!scarce.call && scarce.left >= 0 && scarce.left-- == 0) return NULL;
+    if (posix_memalign(&at, align < sizeof at ? sizeof at : align, size ? size : 1) != 0) return NULL;
+    scarce.blocks++;
+    return at;
+}
+
+static void scarce_free(void *at, size_t size, uint32_t tag, void *user) {
+    (void)size; (void)tag; (void)user;
+    scarce.blocks -= at != NULL;
+    free(at);
+}
+
+static int scarce_system(const char *call, int64_t *size) {
+    (void)size;
+    if (!scarce.call || strcmp(call, scarce.call) != 0) return 0;
+    return scarce.left >= 0 && scarce.left-- == 0 ? ENOMEM : 0;
+}
+
+static tprpc_context *scarce_context(const char *channels) {
+    tprpc_context_desc desc;
+    tprpc_context *ctx = NULL;
+    memset(&desc, 0, sizeof desc);
+    desc.transports = "shm";
+    desc.channels = channels;
+    desc.backends = tprpc_cuda_backends(&desc.backend_count);
+    desc.allocator.alloc = scarce_alloc;
+    desc.allocator.free = scarce_free;
+    REQUIRE_EQ_INT(tprpc_context_create(&desc, &ctx, NULL), TPRPC_OK);
+    return ctx;
+}
+
+/* Whatever fails, both operations end. Returns whether the pipe is still there. */
+static bool try_one(pair *p, const tprpc_tensor *out, tprpc_tensor *in, bool must) {
+    cargo c;
+    memset(&c, 0, sizeof c);
+    c.out.tensors = out;
+    c.in.tensors = in;
+    c.out.tensor_count = c.in.tensor_count = 1;
+    c.out.release = on_release;
+    c.out.release_user = &c.wrote;
+    if (tprpc_pipe_write(p->a, &c.out, on_written, &c.wrote) != TPRPC_OK) return !CHECK(!must);
+    bool there = tprpc_pipe_read_descriptor(p->b, on_described, &c.described) == TPRPC_OK;
+    if (there) WAIT(&p->s, c.described.runs, 1);
+    there = there && c.described.status == TPRPC_OK && tprpc_pipe_read(p->b, &c.in, on_read, &c.got) == TPRPC_OK;
+    if (there) WAIT(&p->s, c.got.runs, 1);
+    if (!there) tprpc_pipe_close(p->b);
+    if (!there) p->b = NULL;
+    WAIT(&p->s, c.wrote.runs, 1);
+    if (must) CHECK_EQ_INT(c.got.status, TPRPC_OK);
+    return there;
+}
+
+/* Until none fails any more. */
+static void scarcity(const char *channels, const char *call, int least) {
+    bool failed = true;
+    int n = 0;
+    gpu_load();
+    void *memory = gpu_alloc(0, SIZE), *host = malloc(SIZE);
+    const tprpc_tensor out = gpu_tensor(0, memory, SIZE, NULL, -1);
+    for (; failed; n++) {
+        pair p;
+        tprpc_tensor in = gpu_tensor(-1, host, SIZE, NULL, -1);
+        memset(&p, 0, sizeof p);
+        scarce.left = -1;
+        scarce.call = call;
+        p.s.ctx = scarce_context(channels);
+        p.s.also = scarce_context(channels);
+        pair_connect(&p, "shm://", 0);
+        scarce.left = n;
+        const bool there = try_one(&p, &out, &in, false);
+        failed = scarce.left < 0;
+        scarce.left = -1;
+        if (there) try_one(&p, &out, &in, !failed);
+        pair_close(&p);
+        CHECK_EQ_INT(scarce.blocks, 0);
+    }
+    CHECK_LE_INT(least, n - 1);            /* so often did one fail */
+    free(host);
+}
+
+TEST(no_memory_at_any_allocation) {
+    scarcity("cuda_xth,basic", NULL, 3);
+    scarcity("cuda_basic,basic", NULL, 3);
+}
+
+TEST(no_memory_to_share) {
+    static const char *const calls[] = {"memfd_create", "ftruncate", "fcntl", "mmap", "fstat", "fstatfs", "get_seals"};
+    tprpc_test_hook = scarce_system;
+    for (size_t i = 0; i < COUNT(calls); i++) scarcity("cuda_basic,basic", calls[i], 1);
+}
+
 /* ---- a kernel of the user's that faults takes its context with it ---- */
 
 static const char fault_ptx[] =
