@@ -455,6 +455,23 @@ perf_gpus() {
         --transport cuda-gather "$@"
 }
 
+# Each end uses its own device and no other: where that is taken by somebody else, there is an error.
+perf_gpu_exclusive() {
+    for side in --device --peer-device; do
+        name=perf_gpu_exclusive_${side#--}
+        STANDIN_EXCLUSIVE=1 LD_LIBRARY_PATH=build/standin timeout 60 build/tprpc-perf --test bw --size 4K --iters 4 \
+            $side cuda:1 >"$out" 2>"$said"
+        status=$?
+        if [ $status -ne 1 ] || ! grep -q 'cuDevicePrimaryCtxRetain: error 46' "$said"; then
+            bad "$name" "exit status $status"
+        else ok "$name"; fi
+        STANDIN_EXCLUSIVE=1 LD_LIBRARY_PATH=build/standin timeout 60 build/tprpc-perf --test bw --size 4K --iters 4 \
+            $side cuda:2 >"$out" 2>"$said"
+        status=$?
+        if [ $status -ne 0 ]; then bad "${name}_other" "exit status $status"; else ok "${name}_other"; fi
+    done
+}
+
 # Several sizes: an object for each, in turn.
 perf_gpu_sizes() {
     for test in rtt bw 'raw --transport cuda-peer'; do
@@ -482,6 +499,7 @@ perf_gpu_table() {
 perf_all shm
 perf_all tcp
 perf_gpus
+perf_gpu_exclusive
 perf_gpu_sizes
 perf_gpu_table
 perf_channels
