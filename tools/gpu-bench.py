@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 import platform
-import selectors
+import select
 import shutil
 import statistics
 import subprocess
@@ -130,7 +130,7 @@ class Peers:
     """Two processes that stay for the whole run and are asked once a round."""
 
     def __init__(self, kind, quick):
-        self.kind, self.processes, self.said, port = kind, [], [], take.free_port()
+        self.kind, self.processes, self.said, self.read, port = kind, [], [], b"", take.free_port()
         options = ["--quick"] if quick else []
         for rank in range(2):
             self.said.append(tempfile.TemporaryFile("w+", errors="replace"))
@@ -140,22 +140,34 @@ class Peers:
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=self.said[rank], text=True,
                 env=dict(os.environ, **QUIET)))
 
-    def answer(self, limit_s):
-        """The next line of rank 0, and None; or nothing, and why there is none."""
-        end = time.monotonic() + limit_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.processes[0].stdout, selectors.EVENT_READ)
-            while not selector.select(0.2):
+    def line(self, end):
+        """The next line of rank 0, or why there is none. It comes by the descriptor, which select knows."""
+        out = self.processes[0].stdout.fileno()
+        while b"\n" not in self.read:
+            if not select.select([out], [], [], 0.2)[0]:
                 if time.monotonic() > end:
-                    return {}, self.why(f"no answer after {limit_s} s")
+                    raise Failed(self.why("no answer in time"))
                 if any(process.poll() for process in self.processes):
-                    return {}, self.why("it ended")
-        line = self.processes[0].stdout.readline()
-        return (json.loads(line), None) if line else ({}, self.why("it ended"))
+                    raise Failed(self.why("it ended"))
+                continue
+            some = os.read(out, 65536)
+            if not some:
+                raise Failed(self.why("it ended"))
+            self.read += some
+        line, _, self.read = self.read.partition(b"\n")
+        return json.loads(line)
 
-    def ready(self):
-        """Waits until both have found each other, so that this disturbs no measurement."""
-        return self.answer(2 * ONE_LIMIT_S)
+    def answer(self):
+        """The figures of rank 0, and why there are no more, or None."""
+        figures, end = {}, time.monotonic() + 2 * ONE_LIMIT_S
+        try:
+            while True:
+                line = self.line(end)
+                if "end" in line:
+                    return figures, line["end"] and f"{PEERS[self.kind]}: {line['end'][:200]}"
+                figures.update(line)
+        except Failed as failure:
+            return figures, str(failure)
 
     def ask(self):
         try:
@@ -163,7 +175,7 @@ class Peers:
             self.processes[0].stdin.flush()
         except OSError:
             return {}, self.why("it ended")
-        return self.answer(2 * ONE_LIMIT_S)
+        return self.answer()
 
     def why(self, what):
         """What happened, and what the process said last that ended by itself."""
@@ -327,12 +339,12 @@ def curve_rows(sizes_of, two):
     return rows
 
 
-def charts_of(values, failures, sizes_of):
+def charts_of(values, sizes_of):
     """By chart, its curves: a label, and points of a size and a figure."""
     def curve(label, name, sizes):
         sources = [(size, f"{name} {size}") for size in sizes_of(sizes)]
         return {"label": label, "points": [[size, statistics.median(values[source])] for size, source in sources
-                                           if values.get(source) and source not in failures]}
+                                           if values.get(source)]}
     trips = [("tprpc", "rtt 0-1"), ("bare driver calls", "bare rtt 0-1"), ("PyTorch RPC", "rpc rtt"),
              ("NCCL", "nccl rtt")]
     copies = [("tprpc", "bw 0-1"), ("bare peer copy", "bare bw 0-1"), ("tprpc, outbox", "bw outbox 0-1"),
@@ -387,14 +399,14 @@ def measure_all(available, rounds, limit_s):
 
 
 class Sources(dict):
-    """Why a source has no figures: what its measurement said."""
+    """Why a source has no figures: what its measurement said. One that failed later has those of the rounds before."""
 
-    def __init__(self, values, failures, rounds):
+    def __init__(self, values, failures):
         super().__init__()
-        self.values_of, self.why, self.rounds = values, failures, rounds
+        self.values_of, self.why = values, failures
 
     def __contains__(self, source):
-        return len(self.values_of.get(source, ())) < self.rounds
+        return not self.values_of.get(source)
 
     def __missing__(self, source):
         names = [name for name in self.why if source.startswith(name + " ")]
@@ -402,7 +414,7 @@ class Sources(dict):
 
 
 def judged(rows, values, failures, rounds):
-    figures = bench.Figures(values, Sources(values, failures, rounds), rounds)
+    figures = bench.Figures(values, Sources(values, failures), rounds)
     return [bench.judge(row, figures) for row in rows]
 
 
@@ -451,7 +463,7 @@ def run(options):
         if two and not (options.only or here["stand_in"]):
             for kind in PEERS:
                 peers[kind] = Peers(kind, options.quick)
-                why = peers[kind].ready()[1]
+                why = peers[kind].answer()[1]    # they have found each other, so that this disturbs no measurement
                 measures[kind] = (lambda why=why: ({}, why)) if why else peers[kind].ask
         values, failures, done = measure_all(measures, rounds, LIMIT_S[options.quick])
     finally:
@@ -460,7 +472,7 @@ def run(options):
     add_shares(values, largest)
     report = {**here, "rounds": done, "rows": judged(rows, values, failures, done),
               "curves": judged(curves, values, failures, done), "failures": failures, "left_out": left_out,
-              "values": values, "charts": charts_of(values, failures, perf.sizes)}
+              "values": values, "charts": charts_of(values, perf.sizes)}
     return finish(options, report)
 
 

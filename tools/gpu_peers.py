@@ -4,9 +4,10 @@
 usage: tools/gpu_peers.py rpc|nccl RANK PORT [--quick]
 
 Rank 0 has cuda:0, rank 1 cuda:1. Rank 0 prints a line when both have met; then it takes a line "go" from its standard
-input, runs everything once, and answers with one line of JSON, figures by name; until its standard input ends. rpc is
-torch.distributed.rpc over TensorPipe with device maps; nccl is torch.distributed with the NCCL backend. Memory is
-written before a trip, and after it, in the order of the current streams, as tprpc-perf's ordered trips have it.
+input, runs everything once, and answers with a line of JSON for each figure, by its name, and one that has "end", and in
+it why there are no more, or null; until its standard input ends. rpc is torch.distributed.rpc over TensorPipe with
+device maps; nccl is torch.distributed with the NCCL backend. Memory is written before a trip, and after it, in the order
+of the current streams, as tprpc-perf's ordered trips have it.
 """
 import datetime
 import json
@@ -65,14 +66,13 @@ def wait_all():
 
 def rpc_round(quick):
     from torch.distributed import rpc
-    figures = {}
     for size, count in sizes_of(TRIPS, quick).items():
         tensor = empty(size, "cuda:0")
 
         def trip(tensor=tensor):
             tensor[:8].fill_(1)
             rpc.rpc_sync("one", echo, args=([tensor],))
-        figures[f"rtt {size}"] = timed(trip, count) * 1e6
+        tell(f"rtt {size}", timed(trip, count) * 1e6)
     for size, count in sizes_of(ONE_WAY, quick).items():
         tensor = empty(size, "cuda:0")
 
@@ -88,10 +88,9 @@ def rpc_round(quick):
         stream(2)
         begin = time.perf_counter()
         stream(count)
-        figures[f"bw {size}"] = size * count / (time.perf_counter() - begin) / 1e9
+        tell(f"bw {size}", size * count / (time.perf_counter() - begin) / 1e9)
     batch = [empty(BATCH_SIZE, "cuda:0") for _ in range(BATCH)]
-    figures["batch"] = timed(lambda: rpc.rpc_sync("one", sink, args=(batch,)), BATCHES) * 1e6
-    return figures
+    tell("batch", timed(lambda: rpc.rpc_sync("one", sink, args=(batch,)), BATCHES) * 1e6)
 
 
 def rpc_main(rank, port, quick):
@@ -110,7 +109,6 @@ def rpc_main(rank, port, quick):
 # Rank 1 runs the same loops, each operation turned round.
 
 def nccl_trips(rank, quick):
-    figures = {}
     device = f"cuda:{rank}"
     for size, count in sizes_of(TRIPS, quick).items():
         out, back = empty(size, device), empty(size, device)
@@ -125,12 +123,10 @@ def nccl_trips(rank, quick):
                 dist.recv(back, 0)
                 back[:8].fill_(1)
                 dist.send(out, 0)
-        figures[f"rtt {size}"] = timed(trip, count) * 1e6
-    return figures
+        tell(f"rtt {size}", timed(trip, count) * 1e6)
 
 
 def nccl_one_way(rank, quick):
-    figures = {}
     device = f"cuda:{rank}"
     ready = empty(8, device)
     for size, count in sizes_of(ONE_WAY, quick).items():
@@ -144,8 +140,7 @@ def nccl_one_way(rank, quick):
         stream(2)
         begin = time.perf_counter()
         stream(count)
-        figures[f"bw {size}"] = size * count / (time.perf_counter() - begin) / 1e9
-    return figures
+        tell(f"bw {size}", size * count / (time.perf_counter() - begin) / 1e9)
 
 
 def nccl_batch(rank):
@@ -155,11 +150,13 @@ def nccl_batch(rank):
     def batch():
         for work in dist.batch_isend_irecv([dist.P2POp(move, tensor, 1 - rank) for tensor in tensors]):
             work.wait()
-    return {"batch": timed(batch, BATCHES) * 1e6}
+    tell("batch", timed(batch, BATCHES) * 1e6)
 
 
 def nccl_round(rank, quick):
-    return {**nccl_trips(rank, quick), **nccl_one_way(rank, quick), **nccl_batch(rank)}
+    nccl_trips(rank, quick)
+    nccl_one_way(rank, quick)
+    nccl_batch(rank)
 
 
 def nccl_main(rank, port, quick):
@@ -173,7 +170,7 @@ def nccl_main(rank, port, quick):
         nonlocal number
         store.set(f"round {number}", "go")
         number += 1
-        return nccl_round(rank, quick)
+        nccl_round(rank, quick)
     if rank == 0:
         serve(go)
         store.set(f"round {number}", "over")
@@ -186,11 +183,20 @@ def nccl_main(rank, port, quick):
 
 # ---- both -----------------------------------------------------------------------------------------------------------
 
+def tell(name, figure):
+    print(json.dumps({name: figure}), flush=True)    # nobody listens to rank 1
+
+
 def serve(run):
-    print(json.dumps({"ready": True}), flush=True)
+    tell("end", None)
     for line in sys.stdin:
-        if line.strip() == "go":
-            print(json.dumps(run()), flush=True)
+        why = None
+        try:
+            if line.strip() == "go":
+                run()
+        except Exception as error:       # whatever it is: it is told, and what was measured before stays
+            why = f"{type(error).__name__}: {error}"
+        tell("end", why)
 
 
 def main():
