@@ -30,6 +30,11 @@ NVCC       := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/n
 NVCC_FLAGS  = -std=c++17 -O2 -g -fmad=false -Xcompiler=-ffp-contract=off,-Wall,-Wextra,-Wshadow,-pthread
 CUDA_FLAGS := $(addprefix -isystem ,$(patsubst %/cuda.h,%,$(wildcard $(CUDA_HOME)/include/cuda.h)))
 
+# With pmix:// where its header is. Looked up when used, for `make test` may install it. Not for coverage: tests/pmix.sh,
+# which needs a launcher, is not counted.
+PMIX = $(shell for d in /usr/include /usr/local/include /usr/lib/*/pmix2/include; do [ ! -f $$d/pmix.h ] || \
+         { echo "-DTPRPC_WITH_PMIX -idirafter $$d"; break; }; done)
+
 # No floating-point contraction: the demo compares fields bit for bit.
 PLAIN = -O2 -g -ffp-contract=off
 ASAN  = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -204,7 +209,7 @@ $(1)/tests/in_cuda_abi.o: C_FLAGS += $$(CUDA_FLAGS)
 
 $(1)/tests/impl.o: tests/impl.c $$(HEADERS) | $$(SETUP)
 	@mkdir -p $$(@D)
-	$(2) $$(C_FLAGS) $(4) -c $$< -o $$@
+	$(2) $$(C_FLAGS) $(4) $(if $(filter %/coverage,$(1)),,$$(PMIX)) -c $$< -o $$@
 
 $(1)/tests/%_cpp.o: tests/%_cpp.cpp $$(HEADERS) | $$(SETUP)
 	@mkdir -p $$(@D)
@@ -259,7 +264,7 @@ build/coverage/fuzz/%: tests/fuzz/%.c $(HEADERS) | $(SETUP)
 
 build/tprpc.o: $(HEADERS) | $(SETUP)
 	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) $(PLAIN) -DTPRPC_IMPLEMENTATION -x c -c tprpc.h -o $@
+	$(CC) $(C_FLAGS) $(PLAIN) $(PMIX) -DTPRPC_IMPLEMENTATION -x c -c tprpc.h -o $@
 
 build/libtprpc.a: build/tprpc.o
 	rm -f $@

@@ -43,6 +43,7 @@
 //   >>backends    the registry; contexts are created here
 //   >>pipe        agreement with the other end, and the messages
 //   >>store       where workers find each other
+//   >>trace       a timeline of calls, for people
 //   >>agent       calls and requests
 //   >>group       who is in the group: joining and leaving it
 //   >>report      what a person reads
@@ -182,8 +183,20 @@
 //   file://path        a file that all can write; changes are made under a file lock
 //   env://             tcp:// of MASTER_ADDR and MASTER_PORT, with RANK and WORLD_SIZE, as torchrun and others set
 //                      them. Where torchrun's own store is at MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE is True), rank
-//                      0 cannot serve there: give all workers another MASTER_PORT
+//                      0 cannot serve there, and the port after it is taken
+//   pmix://            tcp:// of an address that the launcher's PMIx server passes on, with rank and size, so that
+//                      `mpirun -np 8 ./worker` or `srun --mpi=pmix ./worker` form a group with no address given. Rank 0
+//                      serves: on loopback where all ranks are on one host, else (which needs `insecure`) on `address`
+//                      or the first interface that is not loopback. pmix://NAME is for a second group of the same
+//                      processes, beside the first or after it. It needs TPRPC_WITH_PMIX, and libpmix.so.2 where it
+//                      runs. PMIx is begun and ended within the start, which blocks until rank 0 has started, or
+//                      start_timeout_ms
 //   local://           in the memory of this process; hand its pointer to other contexts
+//
+// Where the server of a tcp:// store dies, operations that it had not answered fail with PEER; they may have been done
+// or not. Later ones connect again and wait for its return until the store's timeout_ms, as at the start. What it held
+// is lost with it, unless it is set again: workers of a dynamic group go on calling those they know, and find others
+// once these have joined anew. leave does not wait for a server that has gone.
 //
 // A store of your own is a table of three functions. Operations are asynchronous, with a done callback;
 // tprpc_store_wait is for threads that may wait. An agent opens its store by itself, from init_method, unless it is
@@ -197,22 +210,138 @@
 // start_timeout_ms. In a dynamic group (world_size 0) a worker is ready when it is known to the store, and others are
 // looked up by name.
 //
+// A dynamic group's workers come and go while others call: each has an id, the least that was free. A worker that died
+// stays in the group until another one removes it (tprpc_agent_remove_worker); then its name and its id may come again,
+// at another address. (To delete its key tprpc/name/NAME in the store frees the name alone.) Its callers' pipes end
+// with it, and the next call looks it up. A worker that dies while it joins or leaves holds up others that do so for
+// 3 s at most; calls go on. In a static group a rank cannot come a second time. A store is for one group at a time: who
+// comes for one of another kind or size is INVALID, and so are those of a static group that is not complete yet; a
+// static group that has left leaves nothing behind, and a dynamic one can be joined again.
+//
 // A call goes to a worker and a method by name; tprpc_resolve looks both up once for tprpc_call_id, which is for the
 // hot path. Synchronous: wait for its future. Asynchronous: on_done, which needs no future. One-way:
 // TPRPC_CALL_ONE_WAY, whose outcome is that the message left. If a call is refused at once, its status says why, and
-// options.error gets the sentence. A call runs at most once; TPRPC_CALL_IDEMPOTENT permits a retry, and none is made in
-// this version. Calls have no order among each other, except those with the same lane (not 0) to one worker: their
-// handlers start in order.
+// options.error gets the sentence. A call runs at most once, unless it is TPRPC_CALL_IDEMPOTENT (see ERRORS AND
+// DEATHS). Calls have no order among each other, except those with the same lane (not 0) to one worker: their handlers
+// start in order.
 //
 // A handler answers with tprpc_reply or tprpc_fail, or keeps the request (tprpc_request_keep) and answers later, from
 // any thread, as examples/late_reply.c does. One that does neither fails the call with a sentence that says so. An
 // answer that comes twice, or after the caller has given up, is INVALID and does no harm; tprpc_request_cancelled
-// tells a long job that nobody waits any more.
+// tells a long job that nobody waits any more. A blocking handler that ends its thread (pthread_exit) fails its call
+// likewise, and another thread of the agent's takes its place; threads that drive a loop must not be ended.
 //
-// leave is graceful: in a static group it waits until all leave and serves them meanwhile. destroy is not: it ends
-// what is open with CLOSED, runs the last callbacks on the calling thread, and nothing runs after it. Join your own
-// jobs that hold requests before you destroy the agent, and destroy agents before their context. unregister is for hot
-// reload: after it returned no code of that method runs.
+// A handler may itself call and wait. Such waits nest up to limits.nesting, on each thread that runs handlers; deeper,
+// a wait is refused with LIMIT, the log says so, and tprpc_future_error has the sentence. A thread of worker_threads
+// that waits runs other blocking handlers meanwhile, where no thread is free for them; an engine's jobs (submit) must
+// see to that themselves.
+//
+// Callers are held up before they make a worker grow. More than limits.peer_calls requests of one caller, or more than
+// limits.pending_calls in all, and they are refused with LIMIT. Of the library's memory, the requests of one caller may
+// hold limits.peer_bytes and those of all limits.served_bytes, from when they come until they are answered: a request
+// whose tensors do not fit waits until others were answered, callers in turn and each one's in order, and meanwhile its
+// tensors stay where they are, at the caller. One that is larger than the limit comes in when no other tensors are
+// held. What came with the requests' frames (bodies, small tensors) is there already: where that alone would be more
+// than a limit, a request is refused with LIMIT. Tensors that `place` puts into the user's memory, or that go to
+// devices, do not count. Handlers that keep requests until others have come (a barrier, a call back that brings tensors
+// of its own) need limits that hold them all.
+//
+// leave is graceful: in a static group it waits until all leave and nothing runs anywhere, and serves the others
+// meanwhile; rank 0, which serves the store, goes last. destroy is not, and at once: it ends what is open with CLOSED,
+// runs the last callbacks on the calling thread, and nothing runs after it. Join your own jobs that hold requests
+// before you destroy the agent, and destroy agents before their context. unregister is for hot reload: after it
+// returned no code of that method runs.
+//
+// What an agent does; where that is set or done (in tprpc_agent_desc, or by tprpc_agent_...); what it does unless told;
+// and the tests, in tests/, that show it:
+//
+//   threads for blocking handlers               worker_threads                 0, inline     agent_limits
+//   transports and channels allowed             transports, channels           all           agent_maps
+//   how long a call, a start, a leave may take  timeout_ms, start_timeout_ms   60 s each     agent, agent_group
+//   where the group meets                       init_method, store             -             store, agent_store
+//   devices; maps, exchanged and checked        devices; ..._set_device_map    all; none     agent_maps
+//   memory of a device, streams of a call       converters; options.streams    the library's agent_devices
+//   bytes copied, borrowed, given, placed       message.release, .flags; place copied        agent, agent_give
+//   workers by name, by id; all; oneself        ..._get_worker, _list_workers  -             agent_members
+//   a pipe to each, made again after a pause    -                              up to 1.28 s  agent_retry
+//   calls that may be sent again                TPRPC_CALL_IDEMPOTENT          sent once     agent_retry
+//   a timeout names method, worker and time     options.timeout_ms             the agent's   agent, agent_edges
+//   late answers are dropped and counted        stats.late_replies             -             agent
+//   waits for one, any, all; on_done; cancel    tprpc_future_...               -             agent, agent_edges
+//   calls to one worker that start in order     options.lane                   0, no order   agent
+//   handlers inline, as jobs, on threads        TPRPC_METHOD_BLOCKING          inline        agent, agent_limits
+//   answers later, from any thread              tprpc_request_keep             -             agent, agent_limits
+//   calls within handlers                       limits.nesting                 16 deep       agent_admission
+//   callers held up before they make it grow    limits.peer_..., served_bytes  see LIMITS    agent_admission
+//   counts, times, bytes by peer; Prometheus    ..._get_stats; metrics         counts alone  agent_metrics
+//   leaving together; at once                   ..._leave; _destroy            -             agent_leave, agent_end
+//   groups that change; removal of the dead     world_size; ..._remove_worker  dynamic       agent_members
+//   timelines across processes                  trace; ..._flush_trace         none          agent_trace, traces.sh
+//   launched by torchrun, mpirun, srun          env://, pmix://                -             store, pmix.sh
+//   several hosts; links that go away           address; silence_ms            30 s          netns, agent_address
+//
+//
+// DEVICES
+//
+// A tensor of a call is on a device: the host, or one whose kind a converter of the context serves. Where it goes is
+// said, in this order, by the tensor's `target`; by the device map of the caller, tprpc_agent_set_device_map, which
+// holds pairs for each worker, a device here and one there; else it goes to the device of the same kind and index. The
+// reply's tensors go back by the same map reversed, unless the handler gave them a target: one on to[i] there comes to
+// from[i] here. So a handler that answers with what it got sends it back to where it was. CUDA to host, host to CUDA
+// and host to host are maps like others; for host to host nothing but the host is needed.
+//
+// Maps are exchanged and checked when the group starts: each worker publishes in the store which devices it has, and
+// its maps. A worker that is not there (NO_WORKER), a device that is not there, two devices mapped to one (INVALID):
+// then start fails on every worker of a static group, with the sentence of the one whose map it is (or, where the store
+// is gone before that was read, with the store's). An entry for every worker (NULL) must fit all the others; give those
+// that have no such device an entry of their own. In a dynamic group two devices mapped to one fail start, and what
+// concerns a worker is checked when it is looked up: then the calls to it fail. Workers of older versions publish
+// nothing and are not checked; a tensor for a device that is not there is refused when it comes, as UNSUPPORTED.
+//
+// tprpc_agent_desc.devices limits which devices here calls may use: others are not published; tensors that come for
+// them (unless `place` says where they go), and those that this worker would send from them, are UNSUPPORTED. Without
+// it all devices may be used, and tprpc_agent_get_devices shows those of the maps. A reply whose tensors are said to be
+// on a device that its worker did not publish fails the call with PROTOCOL.
+//
+// Work on a device is ordered by streams: tprpc_call_options.streams and tprpc_request_stream say which. What a call
+// needs is held until its transfer needs it no longer, however the call ends: a converter's `prepare` is followed by
+// one `sent`, its `copy` and `allocate` by one `release`.
+//
+//
+// METRICS
+//
+// An agent counts its calls and requests, in all (tprpc_agent_get_stats), by method (tprpc_agent_get_methods) and by
+// peer and direction, with bytes, errors and pipes (tprpc_agent_get_peers). With tprpc_agent_desc.metrics it also
+// measures, by method, how long calls take, how long requests wait for their handler, and how long handlers take:
+// number, sum, average, maximum, and p50, p90 and p99 out of a histogram of 224 buckets, up to 1,006 s. That takes
+// 5.4 KiB for each method and loop, allocated when its name is first registered or called. All counts are of the time
+// since the agent was created; what a monitor wants of the last minute it gets from two readings of count and sum.
+//
+// tprpc_agent_each_metric gives the same as pairs of a name and a value, for a log or an overlay, and
+// tprpc_agent_prometheus as a page for Prometheus: serve it under text/plain; version=0.0.4, a page for each agent.
+//
+//
+// TRACES
+//
+// Where tprpc_agent_desc.trace is set, an agent keeps a timeline of its calls, for ui.perfetto.dev or chrome://tracing.
+// It is the beginning of a path: the worker's name and ".json" follow, so all workers may be given the same ("traces/",
+// or "run7-"). In the name, what is no letter, digit, '.', '-' or '_' becomes %XX; a file that is there is replaced.
+//
+// Of each call the caller's file has when it was begun and sent, and its outcome; the other's when it was received, how
+// long it waited in a queue, its handler, and the answer. Each is a slice of the thread that did it; arrows lead from
+// one to the next, through both processes, back to the caller. For that merge the files, as either of these does:
+//
+//     tools/merge-traces.py traces/*.json > trace.json      keeps apart what runs in one process, or on another host
+//     jq -s add traces/*.json > trace.json
+//
+// Times are the context's clock: by default that of the host, one for all of its processes. Hosts have different ones:
+// merge-traces.py moves the files of another host by what the calls between them allow.
+//
+// Events are kept in memory, 64 bytes each, two for a call begun here and three for one that comes in; they are
+// formatted and written only in tprpc_agent_flush_trace, at the end of leave, and in destroy. If more than trace_events
+// come meanwhile on a loop, the oldest are lost: the file says how many, and so does the log. So flush now and then,
+// where a pause does no harm, or when something has gone wrong and the last moments are wanted; after each flush the
+// file is whole, whatever becomes of the process. A trace makes a call and its answer some 0.3 us slower in all.
 //
 //
 // ERRORS AND DEATHS
@@ -225,9 +354,24 @@
 //
 // A peer's death on this host is seen at once: its socket closes, and its process is watched beside, for a forked child
 // can keep a socket open (over tcp the pipe then ends 100 ms after the last byte that came). On other hosts TCP
-// keep-alive, and a look at unacknowledged data, take 30 s; a peer that stands in a debugger is not dead. Everything in
+// keep-alive, and a look at unacknowledged data, take 30 s (or .silence_ms, of a context), also where a link goes away
+// without a word; a peer that stands in a debugger is not dead, for its kernel answers. Everything in
 // flight to it then fails once, with PEER or UNREACHABLE, and the next call connects anew. (A tcp:// store does not
 // watch processes: a connection that a dead client's child holds stays until the child ends; nothing waits for it.)
+//
+// Where connecting fails, the next attempt follows no sooner than 5 to 10 ms later; that doubles with each failure in a
+// row up to 1.28 s, and ends with the first pipe that opens. Calls begun meanwhile are queued, within their timeouts
+// and limits.inflight_bytes, and share the outcome of that attempt: they have not been sent, so waiting is safe for
+// all.
+//
+// A call that is TPRPC_CALL_IDEMPOTENT is sent again when it fails with PEER or UNREACHABLE, or the other end refuses
+// it with LIMIT: at once after the first loss of a pipe, then after pauses as above, until its timeout, whose error
+// names the last cause. Once it was sent, it also waits for a worker that the store does not know any more (NO_WORKER),
+// who may be replaced. Its handler may run more than once, also at the same time where the first one does not know yet
+// that its caller is cut off; `place` of its reply may be asked again, after on_unplaced. Its message is kept until the
+// outcome: what is copied is copied once, what is lent is released after it; TPRPC_MESSAGE_GIVE is lending here.
+// One-way and idempotent: it is sent again until it has left; whether it was refused then, nobody tells. stats has
+// calls_retried. Calls without the flag are never sent twice.
 //
 // Nothing that a peer, the network or the system does aborts the process.
 //
@@ -273,16 +417,18 @@
 //   TPRPC_STATIC            all functions are static: where the implementation is, is where it is used. In all files
 //   TPRPC_DLL               functions are exported from a shared library. In all files
 //   TPRPC_API               what stands before each public function, instead of what these two choose. In all files
-//   TPRPC_NO_TCP            without tcp, and without tcp:// and env:// stores
+//   TPRPC_NO_TCP            without tcp, and without tcp://, env:// and pmix:// stores
 //   TPRPC_NO_SHM            without shm
 //   TPRPC_NO_XTH            without xth
 //   TPRPC_NO_CMA            without cma
 //   TPRPC_NO_BULK           without bulk
 //   TPRPC_NO_MPT            without mpt
 //   TPRPC_NO_THREADS        no threads: contexts are polled; `threads` and worker_threads are UNSUPPORTED
-//   TPRPC_NO_DLOPEN         no dlopen: what is loaded at run time is missing (nothing is, in this version)
-//   TPRPC_NO_FILES          no files: no file:// stores; a socket's owner is asked of sock_diag alone
-//   TPRPC_NO_GETENV         no environment: no env:// stores
+//   TPRPC_NO_DLOPEN         no dlopen: what is loaded at run time is missing: no pmix:// stores
+//   TPRPC_NO_FILES          no files: no file:// stores, no traces; a socket's owner is asked of sock_diag alone
+//   TPRPC_NO_GETENV         no environment: no env:// and pmix:// stores
+//   TPRPC_WITH_PMIX         with pmix:// stores: includes <pmix.h> (Debian: libpmix-dev, and -idirafter with what
+//                           `pkg-config --variable=includedir pmix` says), loads libpmix.so.2 when one is opened
 //   _GNU_SOURCE             the implementation defines it; if a system header comes before, do it yourself
 //
 //
@@ -294,12 +440,17 @@
 //   tensors and payloads of a message, their number   limits.tensors                        4,096 (at most 65,535)
 //   dimensions of a tensor                            TPRPC_MAX_DIMS                        8
 //   the library's own memory                          limits.memory_bytes                   4 GiB
-//   copied bytes that wait to leave, of a pipe        limits.inflight_bytes                 256 MiB
+//   copied bytes that wait to leave, of a pipe;       limits.inflight_bytes                 256 MiB each
+//   that idempotent calls to a worker keep
 //   pipes of a context                                limits.pipes                          16,384
 //   incoming connections that are no pipes yet        limits.handshakes                     1,024
 //   calls of an agent that are pending, either way,   limits.pending_calls                  4,194,304
 //   on each loop
-//   waits within callbacks                            limits.nesting                        16
+//   requests of one caller that an agent serves       limits.peer_calls                     1,048,576
+//   the library's memory that they hold               limits.peer_bytes                     half of memory_bytes
+//   that the requests of all callers hold             limits.served_bytes                   3/4 of memory_bytes
+//   waits within callbacks, on one thread             limits.nesting                        16
+//   a worker that was not reached is tried again      -                                     10 ms, doubling to 1.28 s
 //   a wait spins before it sleeps                     tprpc_context_desc.spin_us            50 us
 //   a pipe is connected and agreed                    tprpc_pipe_desc.timeout_ms            10 s
 //   a peer that connects has said who it is           -                                     10 s
@@ -307,17 +458,28 @@
 //   a call                                            timeout_ms of agent and call          60 s
 //   start and leave                                   tprpc_agent_desc.start_timeout_ms     60 s
 //   a store's operation, and to reach its server      tprpc_store_desc.timeout_ms           60 s
-//   a silent TCP peer is dead after                   -                                     30 s
+//   one attempt to reach a store's server             -                                     3 s
+//   a silent TCP peer is dead after                   tprpc_context_desc.silence_ms         30 s, found within 1 s
 //   names of workers and methods, in bytes            -                                     1 to 128
+//   entries of an agent's device maps                 tprpc_agent_set_device_map            1,024
+//   devices of an agent, and the runs they make       tprpc_agent_desc.devices              64, 16
 //   where an agent finds its group, in bytes          init_method, address                  255 each
 //   threads of an agent for blocking handlers         tprpc_agent_desc.worker_threads       1,024
+//   events of a trace until they are written, of      tprpc_agent_desc.trace_events         65,536 (at most 16,777,216)
+//   each loop
+//   a trace's path, the worker's name included        tprpc_agent_desc.trace                1,023
 //   what tprpc_fail says, in bytes                    -                                     199
+//   names of methods that an agent counts apart       -                                     4,096, later ones in all
+//                                                                                           alone
+//   callers that it counts apart                      -                                     65,536, likewise
 //   keys of a store, in bytes                         -                                     1 to 255
 //   values of a store, in bytes                       -                                     65,536
 //   gets of one store client that wait                -                                     4,096
 //   workers of a static group                         tprpc_agent_desc.world_size           1,048,576
+//   workers of a dynamic group                        -                                     262,144
+//   who changes a dynamic group is taken over after   -                                     3 s
 //   addresses of a listener                           tprpc_listener_desc.addresses         16
-//   a name after shm://, in bytes                     -                                     100
+//   a name after shm://, after pmix://, in bytes      -                                     100, 153
 //   loops of a context                                tprpc_context_desc.threads            64
 //   backends of a context, ours included              tprpc_context_desc.backends           31
 //   channels among them, ours included                -                                     16
@@ -435,6 +597,11 @@ typedef struct tprpc_limits {        // 0: the default, which the manual's table
                                      // (default: 4,194,304)
     uint32_t handshakes;             // incoming connections not yet pipes (default: 1,024)
     uint32_t nesting;                // waits inside callbacks, one in the other (default: 16)
+    uint32_t peer_calls;             // requests of one caller that an agent serves (default: 1,048,576)
+    uint64_t peer_bytes;             // memory of the library's that they hold, in host tensors too; see AGENTS in the
+                                     // manual (default: half of memory_bytes)
+    uint64_t served_bytes;           // likewise the requests of all callers of an agent (default: three quarters of
+                                     // memory_bytes)
 } tprpc_limits;
 
 typedef struct tprpc_context_desc {
@@ -458,6 +625,8 @@ typedef struct tprpc_context_desc {
     int64_t       (*clock_us)(void *user);                                  // (default: the monotonic clock)
     void           *user;            // for the hooks above but allocator's (default: NULL)
     tprpc_limits    limits;          // (default: as each field says)
+    int64_t         silence_ms;      // a TCP peer that answers nothing for so long, idle or with data under way, is
+                                     // dead; 2,000 to 3,600,000, or TPRPC_FOREVER: none is (default: 30,000)
 } tprpc_context_desc;
 
 // TPRPC_VERSION of the implementation that was linked. Any thread.
@@ -541,7 +710,7 @@ typedef struct tprpc_tensor {        // memory on one device
     size_t       size;               // bytes
     tprpc_device device;
     void        *stream;             // TPRPC_CUDA: a CUstream; data is ready in its order
-    tprpc_device target;             // where the receiver is asked to place it
+    tprpc_device target;             // where the receiver is asked to place it; DEFAULT in a call's message that came
     int32_t      dtype, ndim;
     int64_t      shape[TPRPC_MAX_DIMS];
     int64_t      strides[TPRPC_MAX_DIMS];   // in elements; all 0: contiguous. Transfers refuse others by name
@@ -710,17 +879,22 @@ typedef struct tprpc_store_table {
 } tprpc_store_table;
 
 typedef struct tprpc_store_desc {
-    const char *url;                 // "tcp://host:port", "file://path", "env://", "local://" (default: none)
-    bool        serve;               // tcp: this process serves it (default: false; env:// serves where RANK is 0)
+    const char *url;                 // "tcp://host:port", "file://path", "env://", "pmix://", "local://" (default:
+                                     // none)
+    bool        serve;               // tcp: this process serves it (default: false; env:// and pmix:// serve where the
+                                     // rank is 0)
     bool        insecure;            // allow an address other than loopback (default: false)
     int64_t     timeout_ms;          // to reach the server (default: 60,000)
     const tprpc_store_table *table;  // a store of the user's instead of url (default: NULL)
     void       *user;                // for the table (default: NULL)
+    const char *address;             // pmix://: interface or address where rank 0 serves (default: loopback where all
+                                     // ranks are on one host, else the first interface that is not loopback)
 } tprpc_store_desc;
 
 // Opens a store on a context, which must be polled (or threaded) for it to make progress. "local://" lives in memory
 // and is handed to other contexts of this process by its pointer. Errors: INVALID, UNREACHABLE (address in use),
-// UNSUPPORTED, MEMORY. That a server is not there yet is no error: operations wait for it until timeout_ms.
+// UNSUPPORTED, MEMORY; of "pmix://", which waits until rank 0 serves, also TIMEOUT and SYSTEM. That a server is not
+// there yet, or not any more, is no error: operations wait for it until timeout_ms.
 TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
                                         tprpc_error *error);
 
@@ -785,14 +959,16 @@ typedef tprpc_status (*tprpc_place)(tprpc_placement *placement, void *user);
 typedef void (*tprpc_unplaced)(const tprpc_placement *placement, void *user);
 
 enum { TPRPC_METHOD_BLOCKING = 1 };                       // run by submit or on the agent's worker threads
-enum { TPRPC_CALL_ONE_WAY = 1, TPRPC_CALL_IDEMPOTENT = 2 };
+enum { TPRPC_CALL_ONE_WAY = 1, TPRPC_CALL_IDEMPOTENT = 2 };   // IDEMPOTENT: may be sent, and served, more than once
 
 typedef struct tprpc_agent_desc {
     tprpc_context *context;          // (default: NULL, a private polled one)
     const char    *name;             // unique in the group, 1 to 128 bytes of UTF-8 (default: none, which is INVALID)
-    const char    *init_method;      // "tcp://host:port", "file://path", "env://" (default: none; then store is set)
-    int32_t        rank, world_size; // world_size 0: what init_method gives (env://: WORLD_SIZE); where it gives none,
-                                     // a dynamic group. rank is read only when world_size is not 0 (default: 0, 0)
+    const char    *init_method;      // "tcp://host:port", "file://path", "env://", "pmix://" (default: none; then store
+                                     // is set)
+    int32_t        rank, world_size; // world_size 0: what init_method gives (env://: WORLD_SIZE, pmix://: the job's
+                                     // size); where it gives none, a dynamic group. rank is read only when world_size
+                                     // is not 0 (default: 0, 0)
     tprpc_store   *store;            // instead of init_method; outlives the agent (default: NULL)
     bool           serve_store;      // a dynamic group's tcp://: this worker serves it; a static group's is served by
                                      // rank 0 (default: false)
@@ -804,6 +980,17 @@ typedef struct tprpc_agent_desc {
     int32_t        worker_threads;   // for blocking handlers (default: 0, inline)
     int64_t        timeout_ms;       // of calls (default: 60,000)
     int64_t        start_timeout_ms; // of start and of leave (default: 60,000)
+    bool           metrics;          // measure how long each method's calls, requests' waits and handlers take, which
+                                     // costs a call 0.13 us, both ends together (default: false, all is but counted)
+    const char    *trace;            // where a timeline of calls is written to: what stands before this worker's name
+                                     // in the file's path, say a folder with its / (default: NULL, nowhere)
+    int32_t        trace_events;     // of each loop, kept until they are written (default: 65,536)
+    const char    *transports;       // of the private context: allowed, in order of preference; INVALID with `context`,
+                                     // which has its own (default: NULL, all that are viable)
+    const char    *channels;         // likewise (default: NULL, all that are viable)
+    const tprpc_device *devices;     // the devices here that calls may use, beside the host: see the manual's DEVICES
+                                     // (default: NULL, all that the context's converters have)
+    size_t         device_count;     // (default: 0)
 } tprpc_agent_desc;
 
 typedef struct tprpc_method_desc {
@@ -833,8 +1020,9 @@ typedef struct tprpc_call_options {
 // Creates an agent, which is local: register; then start or wait_ready joins the group; leave is graceful.
 //   desc        copied, strings too; desc_size, version: sizeof(tprpc_agent_desc) and TPRPC_VERSION of the caller.
 //   out         the agent, destroyed by the caller before its context.
-// Errors: INVALID (names, sizes, an init_method that is none), UNSUPPORTED (a secret without TLS), MEMORY, LIMIT, and a
-// private context's. Any thread.
+// Errors: INVALID (names, sizes, an init_method that is none, devices that are not there), UNSUPPORTED (a secret
+// without TLS, devices of a kind without a converter), MEMORY, LIMIT, what the system says of the trace's file, with
+// its path, and a private context's: INVALID for an unknown transport or channel lists the known ones. Any thread.
 TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size_t desc_size, int32_t version,
                                               tprpc_agent **out, tprpc_error *error);
 static inline tprpc_status tprpc_agent_create(const tprpc_agent_desc *desc, tprpc_agent **out, tprpc_error *error) {
@@ -857,25 +1045,81 @@ TPRPC_API tprpc_status tprpc_agent_register(tprpc_agent *agent, const tprpc_meth
 TPRPC_API tprpc_status tprpc_agent_unregister(tprpc_agent *agent, const char *method, tprpc_error *error);
 
 // Joins the group: on_ready (NULL allowed) runs on the callback thread, with an error that names who is missing after
-// start_timeout_ms. The store's host is looked up here, which may block. INVALID when started before.
+// start_timeout_ms. The store's host is looked up here, which may block, and pmix:// waits until rank 0 has started.
+// INVALID when started before.
 TPRPC_API tprpc_status tprpc_agent_start(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error);
 
 // Starts, if that was not done, and waits at most timeout_ms (0: start_timeout_ms) until all workers are there.
 TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error);
 
-// Leaves when all workers of a static group do: waits at most timeout_ms (0: start_timeout_ms) until every one has said
-// that it leaves and no call of its own is running; meanwhile calls are served. TIMEOUT names who is missing. After it
-// calls fail with CLOSED. A dynamic group's worker waits for its own calls alone and takes its name out of the store;
-// calls that reach it after that fail with NO_WORKER. When the store cannot do that, leave has its error.
+// Leaves when all workers of a static group do: waits at most timeout_ms (0: start_timeout_ms) until all have called it
+// and agree that nothing is running or queued anywhere: calls, handlers (of one-way calls too), requests that were kept
+// while someone waits for their answer, callbacks. Meanwhile calls are served, and handlers may make more. TIMEOUT
+// names who is missing, or who still runs what. A dynamic group's worker waits for its own calls, goes out of the
+// store, and waits for what it serves; calls that reach it after that fail with NO_WORKER, and leave of one that was
+// removed succeeds. After leave, however it ended, calls fail with CLOSED. When the store fails, leave has its error.
+// INVALID in callbacks and handlers. In a polled context: on the callback thread, or while that polls.
 TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms, tprpc_error *error);
 
+typedef enum tprpc_worker_state {    // of another worker, as this one has it
+    TPRPC_WORKER_UNUSED = 0,         // nothing was called there: the first call connects
+    TPRPC_WORKER_CONNECTING,
+    TPRPC_WORKER_CONNECTED,
+    TPRPC_WORKER_LOST,               // the connection failed: the next call connects again
+    TPRPC_WORKER_SELF
+} tprpc_worker_state;
+typedef struct tprpc_worker_info {
+    char     name[132];
+    uint32_t id;                     // its rank; in a dynamic group the least that was free when it joined
+    uint32_t index;                  // tprpc_method_id.worker here; UINT32_MAX: nothing was called there
+    int32_t  state;                  // TPRPC_WORKER_*
+    uint32_t process;                // its process id, where it runs; 0: it did not say
+    uint32_t url_count;
+    char     urls[8][112];           // where it listens, "tcp://host:port"
+} tprpc_worker_info;
+
+// The three below show who is in the group (`size`: sizeof(tprpc_worker_info) of the caller). In a static group all are
+// known once it is ready; in a dynamic one the store is asked, at most timeout_ms (0: start_timeout_ms), driving the
+// loop meanwhile as tprpc_future_wait does. Errors: NO_WORKER, PROTOCOL (an entry that is another's), LIMIT (waits
+// nested too deep), INVALID and CLOSED (not in the group), the store's. Any thread.
+
+// The worker of that name; NULL: this one, which asks nobody.
+TPRPC_API tprpc_status tprpc_agent_get_worker(tprpc_agent *agent, const char *worker, int64_t timeout_ms,
+                                              tprpc_worker_info *out, size_t size, tprpc_error *error);
+// The worker of that id.
+TPRPC_API tprpc_status tprpc_agent_get_worker_by_id(tprpc_agent *agent, uint32_t id, int64_t timeout_ms,
+                                                    tprpc_worker_info *out, size_t size, tprpc_error *error);
+// All of them, this one included, in no order: up to *count into `out` (NULL where *count is 0), *count set to how many
+// there are (LIMIT when they did not fit). Workers of a dynamic group that died are in it until they are removed.
+TPRPC_API tprpc_status tprpc_agent_list_workers(tprpc_agent *agent, int64_t timeout_ms, tprpc_worker_info *out,
+                                                size_t *count, size_t size, tprpc_error *error);
+
+// Takes a worker that died out of a dynamic group, within timeout_ms (0: start_timeout_ms): its name and id are free.
+// Whether it died is not asked: one that lives goes on serving those that are connected to it, is found by nobody else,
+// and is not told. Calls to it that are under way here fail with PEER. NO_WORKER: it is not there. INVALID: a static
+// group, which no other worker can join in its place; oneself; in callbacks.
+TPRPC_API tprpc_status tprpc_agent_remove_worker(tprpc_agent *agent, const char *worker, int64_t timeout_ms,
+                                                 tprpc_error *error);
+
 // Says where tensors of a call to `worker` go that leave it to the map (their target is DEFAULT): from[i] here to to[i]
-// there. Adds to what was there, entry by entry: a later entry for the same device replaces the earlier. NULL worker:
-// every worker that has no entry of its own for that device. Before start, any thread. Devices here are known and
-// checked, those there when a tensor comes. A reply's tensors are not mapped: they go where the handler says. Errors,
-// by which no entry is taken: INVALID, UNSUPPORTED (a kind that no converter of this context serves), MEMORY.
+// there; and those of its reply back, to[i] there to from[i] here. Adds to what was there, entry by entry: a later
+// entry for the same device replaces the earlier. NULL worker: every worker that has no entry of its own for that
+// device. Before start, any thread; later it is INVALID, and calls that run go by the map as it was. Devices here are
+// known and checked; workers and their devices when this agent starts, or in a dynamic group when it looks the worker
+// up, as the manual's DEVICES says. Errors, by which no entry is taken: INVALID, UNSUPPORTED (a kind that no converter
+// of this context serves), LIMIT (over 1,024 entries in all), MEMORY.
 TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char *worker, const tprpc_device *from,
                                                   const tprpc_device *to, size_t count, tprpc_error *error);
+
+// Tells which devices here calls use, beside the host: those of the descriptor, or where it gave none, those of this
+// worker's maps and of the others' maps to it, as far as they are known; at most 64. Fills the first `capacity` of
+// `out`. Returns how many there are. Any thread.
+TPRPC_API size_t tprpc_agent_get_devices(tprpc_agent *agent, tprpc_device *out, size_t capacity);
+
+// Writes what the trace holds to its file, which is whole after it, and waits for that; leave and destroy do it, too.
+// OK and nothing done where nothing is traced. Errors: the system's; what was to be written is lost then, as the next
+// one that succeeds notes in the file. Any thread.
+TPRPC_API tprpc_status tprpc_agent_flush_trace(tprpc_agent *agent, tprpc_error *error);
 
 typedef struct tprpc_stats {
     uint64_t client_active_calls;    // begun here and not ended
@@ -890,12 +1134,59 @@ typedef struct tprpc_stats {
     uint64_t memory_bytes;           // of the context, allocated now, as limits.memory_bytes counts it
     uint32_t workers, pipes;         // known; open, both directions
     uint64_t tensor_bytes_adopted;   // of tensor_bytes_received: the senders' own memory, given and not copied
+    uint32_t thread_pool_size, num_idle_threads;   // worker_threads; those of them without a job
+    uint64_t queued_jobs;            // blocking handlers that wait for such a thread, or for the engine's
+    uint64_t calls_retried;          // how often a call was sent again, of those marked idempotent
 } tprpc_stats;
 // Fills `out` (`size`: sizeof *out of the caller). Any thread.
 TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *out, size_t size);
 // The pipe that calls to `worker` go over. NO_WORKER; UNREACHABLE when none is open. Any thread.
 TPRPC_API tprpc_status tprpc_agent_get_peer_info(tprpc_agent *agent, const char *worker, tprpc_pipe_info *out,
                                                  size_t size);
+
+typedef struct tprpc_times {         // how long things of one kind took, since the agent was created; zeros where
+                                     // tprpc_agent_desc.metrics is not set
+    uint64_t count, sum_us, max_us;
+    uint64_t p50_us, p90_us, p99_us; // that many percent took no longer; less than an eighth above the exact value
+    double   average_us;             // of many: also of what is shorter than the clock's microsecond
+} tprpc_times;
+
+typedef struct tprpc_method_stats {  // by a method's name, since the agent was created, also while it is not registered
+    const char *name;                // valid until the agent is destroyed
+    uint64_t client_active_calls;    // begun here, to whichever worker, and not ended
+    uint64_t calls, calls_failed, calls_timed_out, calls_cancelled;   // begun here
+    uint64_t server_active_calls;    // requests here not answered
+    uint64_t requests, requests_failed;   // received here
+    tprpc_times call_time;           // of calls: from the call to its outcome
+    tprpc_times queue_time;          // of requests: from when they are whole until their handler begins
+    tprpc_times handler_time;        // from then until the handler has returned; of a kept request until it is
+                                     // answered, if that is later
+} tprpc_method_stats;
+// Fills `out` (`size`: sizeof *out of the caller). NO_METHOD: a name that was neither called nor registered here. Any
+// thread.
+TPRPC_API tprpc_status tprpc_agent_get_method_stats(tprpc_agent *agent, const char *method, tprpc_method_stats *out,
+                                                    size_t size);
+// The same for all names, in the order of their first use: fills the first `capacity` of `out` (`size`: sizeof *out of
+// the caller). Returns how many there are; 0 for a size that is none. Any thread.
+TPRPC_API size_t tprpc_agent_get_methods(tprpc_agent *agent, tprpc_method_stats *out, size_t capacity, size_t size);
+
+typedef struct tprpc_flow {          // calls in one direction, since the agent was created, and the pipes they go over
+    uint64_t active_calls;           // not ended
+    uint64_t calls, errors;          // begun; failed, for whatever reason
+    uint64_t pipes, pipes_open;      // ever; now
+    uint64_t bytes_sent, bytes_received;  // from here and to here, of calls and replies alike, on the wire
+    uint64_t tensor_bytes_sent, tensor_bytes_received;
+} tprpc_flow;
+
+typedef struct tprpc_peer_stats {    // of a worker that is known here, or that has called here
+    const char *name;                // valid until the agent is destroyed
+    tprpc_flow to, from;             // calls begun here, over pipes that this agent opened; its calls, over its pipes
+} tprpc_peer_stats;
+// Fills `out` (`size`: sizeof *out of the caller). NO_WORKER: neither known nor heard of. Any thread.
+TPRPC_API tprpc_status tprpc_agent_get_peer_stats(tprpc_agent *agent, const char *worker, tprpc_peer_stats *out,
+                                                  size_t size);
+// The same for all, in the order in which they became known: as tprpc_agent_get_methods.
+TPRPC_API size_t tprpc_agent_get_peers(tprpc_agent *agent, tprpc_peer_stats *out, size_t capacity, size_t size);
 
 // Calls `method` on `worker`. message NULL: an empty one; options NULL: defaults; out (NULL allowed): a future that
 // the caller releases, {NULL, 0} on an error, which the functions of futures take. on_done runs on the callback
@@ -922,7 +1213,7 @@ TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t
 TPRPC_API tprpc_status tprpc_future_wait_all(const tprpc_future *futures, size_t count, int64_t timeout_ms);
 // The reply, valid until the future is released; NULL before there is one or when the call failed.
 TPRPC_API const tprpc_message *tprpc_future_reply(tprpc_future future);
-// Copies the outcome to *error and returns it; PENDING before there is one.
+// Copies the outcome to *error and returns it; PENDING before there is one (where a wait is refused, *error says why).
 TPRPC_API tprpc_status tprpc_future_error(tprpc_future future, tprpc_error *error);
 // Ends the call with CANCELLED and tells the peer; queues on_done, never inline. INVALID when it has ended.
 TPRPC_API tprpc_status tprpc_future_cancel(tprpc_future future);
@@ -957,7 +1248,17 @@ TPRPC_API void        *tprpc_request_stream(tprpc_request request, tprpc_device 
 // another, a line each; at most `size` bytes with the final 0. Returns the bytes of a whole report, without it.
 // Any thread.
 TPRPC_API size_t tprpc_agent_report(tprpc_agent *agent, char *out, size_t size);
-// The same for one pipe's info.
+// All figures as pairs of a name and a value: "agent." and a field of tprpc_stats ("agent.client_active_calls");
+// "method.", its name, a dot and a field ("method.echo.calls", "method.echo.call_time.p50_us"); "peer.", its name and
+// likewise ("peer.bob.to.bytes_sent"). each runs on the calling thread, without a lock; the name is valid meanwhile.
+// Any thread.
+TPRPC_API void   tprpc_agent_each_metric(tprpc_agent *agent, void (*each)(const char *name, double value, void *user),
+                                         void *user);
+// The same as a page for Prometheus, in its text format 0.0.4: names begin with tprpc_, labels say which worker (this
+// one), method, peer and direction (to, from), times are summaries in seconds. At most `size` bytes with the final 0.
+// Returns the bytes of the whole page, without it, which by the next call may be a little more. Any thread.
+TPRPC_API size_t tprpc_agent_prometheus(tprpc_agent *agent, char *out, size_t size);
+// As tprpc_agent_report, for one pipe's info.
 TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_t size);
 
 // ---- backends: what one's own transports, channels and converters are made of ---------------------------------------
@@ -1533,12 +1834,52 @@ TPR_UNUSED static int tpr_os_thread_start(tpr_os_thread *thread, void (*run)(voi
 }
 
 TPR_UNUSED static void tpr_os_thread_join(tpr_os_thread *thread) { pthread_join(thread->id, NULL); }
+
+// Starts another thread in the place of the calling one, which nobody joins then.
+TPR_UNUSED static int tpr_os_thread_replace(tpr_os_thread *thread) {
+    const pthread_t old = thread->id;
+    if (tpr_os_thread_start(thread, thread->run, thread->arg) != 0) return -1;
+    pthread_detach(old);
+    return 0;
+}
+#endif
+
+// Runs run(arg), which may end the calling thread (pthread_exit): then, and only then, ended(arg) follows it.
+#ifdef TPRPC_NO_THREADS
+TPR_UNUSED static void tpr_os_run(void (*run)(void *), void (*ended)(void *), void *arg) {
+    (void)ended;
+    run(arg);
+}
+#else
+TPR_UNUSED static void tpr_os_run(void (*run)(void *), void (*ended)(void *), void *arg) {
+    pthread_cleanup_push(ended, arg);
+    run(arg);
+    pthread_cleanup_pop(0);
+}
 #endif
 
 TPR_UNUSED static int64_t tpr_os_now_us(void) {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+TPR_UNUSED static int64_t tpr_os_now_ns(void) {   // the same clock
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
+}
+
+// The running thread's number, as tools for processes show it; -1: it cannot be told.
+TPR_COLD TPR_UNUSED static int32_t tpr_os_thread_number(void) {
+    if (TPR_OS_HOOKED("gettid", TPR_OS_NO_SIZE)) return -1;
+    return (int32_t)syscall(SYS_gettid);
+}
+
+// The running thread's name, in 16 bytes with the final 0; empty where it cannot be told.
+TPR_COLD TPR_UNUSED static void tpr_os_thread_name(char out[16]) {
+    out[0] = 0;
+    if (TPR_OS_HOOKED("prctl", TPR_OS_NO_SIZE) || prctl(PR_GET_NAME, out, 0, 0, 0) != 0) out[0] = 0;
 }
 
 // ---- the process
@@ -1942,13 +2283,23 @@ TPR_UNUSED static int tpr_os_route(const tpr_os_address *to, tpr_os_address *fro
     return code;
 }
 
-// The first address of a network interface, IPv4 before IPv6. -1 with ENODEV when there is none of that name.
+static bool tpr_os_leads_out(const struct ifaddrs *i) {
+    struct sockaddr_in6 in6;
+    const unsigned up = IFF_UP | IFF_RUNNING;
+    if ((i->ifa_flags & up) != up || (i->ifa_flags & IFF_LOOPBACK)) return false;
+    if (i->ifa_addr->sa_family != AF_INET6) return true;
+    memcpy(&in6, i->ifa_addr, sizeof in6);
+    return !IN6_IS_ADDR_LINKLOCAL(&in6.sin6_addr);
+}
+
+// The first address of a network interface, IPv4 before IPv6. -1 with ENODEV when there is none of that name. NULL: of
+// any that is up and not loopback, and then not one that is good on its link alone.
 TPR_UNUSED static int tpr_os_interface(const char *name, tpr_os_address *out) {
     struct ifaddrs *list = NULL;
     bool found = false;
     if (TPR_OS_HOOKED("getifaddrs", TPR_OS_NO_SIZE) || getifaddrs(&list) != 0) return -1;
     for (struct ifaddrs *i = list; i; i = i->ifa_next) {
-        if (!i->ifa_addr || strcmp(i->ifa_name, name) != 0) continue;
+        if (!i->ifa_addr || (name ? strcmp(i->ifa_name, name) != 0 : !tpr_os_leads_out(i))) continue;
         int family = i->ifa_addr->sa_family;
         if (family != AF_INET && (family != AF_INET6 || found)) continue;
         memset(out, 0, sizeof *out);
@@ -1995,13 +2346,17 @@ TPR_UNUSED static int tpr_os_socket_error(int fd) {
     return getsockopt(fd, SOL_SOCKET, SO_ERROR, &code, &size) == 0 ? code : errno;
 }
 
-TPR_UNUSED static void tpr_os_tcp_options(int fd, int keepalive_s) {
-    int interval = keepalive_s / 3 ? keepalive_s / 3 : 1;
+// silence_ms: how long an idle peer may leave probes unanswered until it is dead (negative: for ever). The last probe
+// has its interval, too: with three of them it is idle + 3 intervals. The kernel counts in seconds.
+TPR_UNUSED static void tpr_os_tcp_options(int fd, int64_t silence_ms) {
+    int seconds = (int)((silence_ms + 999) / 1000), interval = seconds / 5 ? seconds / 5 : 1;
+    int probes = seconds > 3 ? 3 : seconds > 2 ? 2 : 1, idle = seconds - probes * interval;
     tpr_os_set_option(fd, "nodelay", IPPROTO_TCP, TCP_NODELAY, 1);
+    if (silence_ms < 0) return;
     tpr_os_set_option(fd, "keepalive", SOL_SOCKET, SO_KEEPALIVE, 1);
-    tpr_os_set_option(fd, "keepidle", IPPROTO_TCP, TCP_KEEPIDLE, interval);
+    tpr_os_set_option(fd, "keepidle", IPPROTO_TCP, TCP_KEEPIDLE, idle > 0 ? idle : 1);
     tpr_os_set_option(fd, "keepintvl", IPPROTO_TCP, TCP_KEEPINTVL, interval);
-    tpr_os_set_option(fd, "keepcnt", IPPROTO_TCP, TCP_KEEPCNT, 3);
+    tpr_os_set_option(fd, "keepcnt", IPPROTO_TCP, TCP_KEEPCNT, probes);
 }
 
 TPR_UNUSED static size_t tpr_os_spans(const tprpc_span *spans, size_t count, struct iovec *out, int64_t limit) {
@@ -2153,36 +2508,29 @@ TPR_UNUSED static void tpr_os_let_read(void) {
 // Not under gcc's sanitizers, which do not see these stores. Clang's do.
 #if defined(__SSE2__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #include <emmintrin.h>
-enum { TPR_OS_LINE = 64, TPR_OS_LANE = 4096, TPR_OS_LANES = 4 };
+enum { TPR_OS_LINE = 64 };
 
-static inline void tpr_os_copy_line(uint8_t *to, const uint8_t *from) {
-    __m128i *out = (__m128i *)(void *)to;
-    const __m128i *in = (const __m128i *)(const void *)from;
-    const __m128i a = _mm_loadu_si128(in), b = _mm_loadu_si128(in + 1), c = _mm_loadu_si128(in + 2),
-                  d = _mm_loadu_si128(in + 3);
-    tpr_atomic_prefetch(from + 4 * TPR_OS_LINE);
-    _mm_stream_si128(out, a);
-    _mm_stream_si128(out + 1, b);
-    _mm_stream_si128(out + 2, c);
-    _mm_stream_si128(out + 3, d);
-}
-
-// Copies a piece of what is larger than the caches: by stores that do not fetch what they overwrite, to four pages by
-// turns, so that the memory's banks work side by side. 64 MiB at 9.8 GB/s, by memcpy at 5.5; but what is read at once
-// and would still be in the cache is the slower for it, up to 16 MiB (2-core x86-64 VM, Xeon with 2 MiB a core).
+// Copies a piece of what is larger than the caches, by stores that do not fetch what they overwrite: 64 MiB at 5.7 to
+// 7.9 GB/s, by memcpy at 3.4 to 4.5 (2-core VM, EPYC of Zen 3); but what is read at once and would still be in the
+// cache is the slower for it, up to 16 MiB. In one stream: four by turns, a page apart, take a seventh less time on a
+// Xeon, and four times as much there.
 TPR_UNUSED static void tpr_os_copy_large(void *to, const void *from, size_t size) {
     uint8_t *out = (uint8_t *)to;
     const uint8_t *in = (const uint8_t *)from;
     size_t head = (TPR_OS_LINE - (uintptr_t)out % TPR_OS_LINE) % TPR_OS_LINE;
     if (head > size) head = size;
     memcpy(out, in, head);
-    for (out += head, in += head, size -= head; size >= (size_t)TPR_OS_LANE * TPR_OS_LANES;) {
-        for (size_t at = 0; at < TPR_OS_LANE; at += TPR_OS_LINE)
-            for (size_t lane = 0; lane < TPR_OS_LANES; lane++)
-                tpr_os_copy_line(out + lane * TPR_OS_LANE + at, in + lane * TPR_OS_LANE + at);
-        out += (size_t)TPR_OS_LANE * TPR_OS_LANES;
-        in += (size_t)TPR_OS_LANE * TPR_OS_LANES;
-        size -= (size_t)TPR_OS_LANE * TPR_OS_LANES;
+    for (out += head, in += head, size -= head; size >= TPR_OS_LINE;
+         out += TPR_OS_LINE, in += TPR_OS_LINE, size -= TPR_OS_LINE) {
+        __m128i *line = (__m128i *)(void *)out;
+        const __m128i *of = (const __m128i *)(const void *)in;
+        const __m128i a = _mm_loadu_si128(of), b = _mm_loadu_si128(of + 1), c = _mm_loadu_si128(of + 2),
+                      d = _mm_loadu_si128(of + 3);
+        tpr_atomic_prefetch(in + 4 * TPR_OS_LINE);
+        _mm_stream_si128(line, a);
+        _mm_stream_si128(line + 1, b);
+        _mm_stream_si128(line + 2, c);
+        _mm_stream_si128(line + 3, d);
     }
     memcpy(out, in, size);
     _mm_sfence();                      // such stores are not in order: before anyone is told that the bytes are there
@@ -2205,14 +2553,16 @@ TPR_UNUSED static int tpr_os_tcp_queued(int fd) {
 
 // For how long a peer has acknowledged nothing although a segment or a window probe was sent to it since, in ms; -1
 // when none was, or it cannot be told. A live peer that does not read answers each, but in the end is asked only every
-// 120 s: how long ago the last ACK came does not tell it from a dead one.
+// 120 s: how long ago the last ACK came does not tell it from a dead one. Where this host's own link is down nothing is
+// sent, and only the row of retransmissions that were due tells.
 TPR_UNUSED static int64_t tpr_os_tcp_silent_ms(int fd) {
     struct tcp_info info;
     socklen_t size = sizeof info;
     memset(&info, 0, sizeof info);
     if (TPR_OS_HOOKED("tcp_info", TPR_OS_NO_SIZE) || getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0)
         return -1;
-    bool asked = info.tcpi_probes > 0 || (info.tcpi_unacked > 0 && info.tcpi_last_ack_recv > info.tcpi_last_data_sent);
+    bool asked = info.tcpi_probes > 0 || (info.tcpi_unacked > 0 && (info.tcpi_retransmits > 0 ||
+                                          info.tcpi_last_ack_recv > info.tcpi_last_data_sent));
     return asked ? (int64_t)info.tcpi_last_ack_recv : -1;
 }
 
@@ -2435,6 +2785,112 @@ TPR_UNUSED static int tpr_os_file_write(int fd, const void *bytes, size_t size, 
 TPR_UNUSED static int tpr_os_file_truncate(int fd, int64_t size) {
     if (TPR_OS_HOOKED("ftruncate", TPR_OS_NO_SIZE)) return -1;
     return ftruncate(fd, (off_t)size);
+}
+#endif
+
+// ---- libraries that are loaded at run time, and the launcher's: PMIx
+
+#ifndef TPRPC_NO_DLOPEN
+#include <dlfcn.h>
+
+// Loads a library, for good: not every one survives being unloaded. NULL, with a sentence in `why`.
+TPR_UNUSED static void *tpr_os_library(const char *name, char *why, size_t size) {
+    bool refused = TPR_OS_HOOKED("dlopen", TPR_OS_NO_SIZE) != 0;
+    void *library = refused ? NULL : dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    const char *text = library ? "" : refused ? strerror(errno) : dlerror();
+    snprintf(why, size, "%s cannot be loaded: %s", name, text ? text : "?");
+    return library;
+}
+
+// Puts the address of a function into *out, which is a pointer to it. False: there is none of that name.
+TPR_UNUSED static bool tpr_os_symbol(void *library, const char *name, void *out) {
+    void *symbol = TPR_OS_HOOKED("dlsym", TPR_OS_NO_SIZE) ? NULL : dlsym(library, name);
+    memcpy(out, &symbol, sizeof symbol);
+    return symbol != NULL;
+}
+#endif
+
+#if defined(TPRPC_WITH_PMIX) && !defined(TPRPC_NO_DLOPEN)
+#include <pmix.h>
+
+// A session with the server of the launcher that started this process; the library has a thread meanwhile. The macros
+// of its header are not used: in some versions they call functions, which nobody has linked.
+typedef struct tpr_os_pmix {
+    pmix_proc_t self;
+    pmix_status_t (*init)(pmix_proc_t *self, pmix_info_t *info, size_t count);
+    pmix_status_t (*finalize)(const pmix_info_t *info, size_t count);
+    pmix_status_t (*put)(pmix_scope_t scope, const char *key, pmix_value_t *value);
+    pmix_status_t (*commit)(void);
+    pmix_status_t (*get)(const pmix_proc_t *from, const char *key, const pmix_info_t *info, size_t count,
+                         pmix_value_t **value);
+    const char *(*text)(pmix_status_t status);
+} tpr_os_pmix;
+
+// Begins a session, which tpr_os_pmix_end ends. False: there is none, and `why` is a sentence.
+static bool tpr_os_pmix_begin(tpr_os_pmix *p, char *why, size_t size) {
+    void *library = tpr_os_library("libpmix.so.2", why, size);
+    if (!library) return false;
+    memset(p, 0, sizeof *p);
+    snprintf(why, size, "libpmix.so.2 lacks a function");
+    if (!tpr_os_symbol(library, "PMIx_Init", &p->init) || !tpr_os_symbol(library, "PMIx_Finalize", &p->finalize) ||
+        !tpr_os_symbol(library, "PMIx_Put", &p->put) || !tpr_os_symbol(library, "PMIx_Commit", &p->commit) ||
+        !tpr_os_symbol(library, "PMIx_Get", &p->get) || !tpr_os_symbol(library, "PMIx_Error_string", &p->text))
+        return false;
+    pmix_status_t status = TPR_OS_HOOKED("pmix_init", TPR_OS_NO_SIZE) ? PMIX_ERROR : p->init(&p->self, NULL, 0);
+    if (status != PMIX_SUCCESS) snprintf(why, size, "PMIx_Init: %s", p->text(status));
+    return status == PMIX_SUCCESS;
+}
+
+static void tpr_os_pmix_end(tpr_os_pmix *p) {
+    (void)TPR_OS_HOOKED("pmix_finalize", TPR_OS_NO_SIZE);
+    p->finalize(NULL, 0);
+}
+
+// Asks for what a process (PMIX_RANK_WILDCARD: the launcher) has put under a key, at most timeout_s seconds. Returns
+// NULL, or why there is nothing. What comes is the caller's to free, a string in it too.
+static const char *tpr_os_pmix_get(tpr_os_pmix *p, uint32_t rank, const char *key, int timeout_s, pmix_value_t **out) {
+    pmix_proc_t from = p->self;
+    pmix_info_t limit;
+    memset(&limit, 0, sizeof limit);
+    snprintf(limit.key, sizeof limit.key, "%s", PMIX_TIMEOUT);
+    limit.value.type = PMIX_INT;
+    limit.value.data.integer = timeout_s;
+    from.rank = rank;
+    *out = NULL;
+    pmix_status_t status = TPR_OS_HOOKED("pmix_get", TPR_OS_NO_SIZE) ? PMIX_ERROR : p->get(&from, key, &limit, 1, out);
+    return status == PMIX_SUCCESS && *out ? NULL : p->text(status == PMIX_SUCCESS ? PMIX_ERR_NOT_FOUND : status);
+}
+
+static const char *tpr_os_pmix_number(tpr_os_pmix *p, const char *key, uint32_t *out) {
+    pmix_value_t *value;
+    const char *why = tpr_os_pmix_get(p, PMIX_RANK_WILDCARD, key, 10, &value);
+    if (why) return why;
+    bool number = value->type == PMIX_UINT32;
+    if (number) *out = value->data.uint32;
+    free(value);
+    return number ? NULL : "not a number";
+}
+
+// Reads a text that rank 0 has put, or waits for it. Text that does not fit is none.
+static const char *tpr_os_pmix_text(tpr_os_pmix *p, const char *key, int timeout_s, char *out, size_t size) {
+    pmix_value_t *value;
+    const char *why = tpr_os_pmix_get(p, 0, key, timeout_s, &value);
+    if (why) return why;
+    bool text = value->type == PMIX_STRING && value->data.string;
+    bool fits = text && (size_t)snprintf(out, size, "%s", value->data.string) < size;
+    if (text) free(value->data.string);
+    free(value);
+    return fits ? NULL : "not a text";
+}
+
+static const char *tpr_os_pmix_put(tpr_os_pmix *p, const char *key, char *text) {
+    pmix_value_t value;
+    memset(&value, 0, sizeof value);
+    value.type = PMIX_STRING;
+    value.data.string = text;
+    pmix_status_t status = TPR_OS_HOOKED("pmix_put", TPR_OS_NO_SIZE) ? PMIX_ERROR : p->put(PMIX_GLOBAL, key, &value);
+    if (status == PMIX_SUCCESS) status = p->commit();
+    return status == PMIX_SUCCESS ? NULL : p->text(status);
 }
 #endif
 
@@ -2841,6 +3297,54 @@ static void tpr_base_slab_clear(tpr_base_slab *slab) {
     tpr_base_free(slab->memory, slab->chunks, slab->chunk_capacity * sizeof *slab->chunks, tag);
     slab->chunks = NULL;
     slab->chunk_count = slab->chunk_capacity = slab->free_head = slab->used = 0;
+}
+
+// ---- histograms: durations in microseconds
+
+enum { TPR_BASE_HISTOGRAM_BUCKETS = 224 };   // the last one has all from 1,006 s on
+typedef struct tpr_base_histogram {
+    uint64_t count, sum, most, buckets[TPR_BASE_HISTOGRAM_BUCKETS];
+} tpr_base_histogram;
+
+// The bucket of a duration: up to 15 us each has its own, then eight share every power of two.
+static inline uint32_t tpr_base_histogram_at(uint64_t us) {
+    if (us < 16) return (uint32_t)us;
+    uint32_t shift = 60 - (uint32_t)__builtin_clzll((unsigned long long)us);   // leaves 8 to 15
+    uint32_t at = shift * 8 + (uint32_t)(us >> shift);
+    return at < TPR_BASE_HISTOGRAM_BUCKETS ? at : TPR_BASE_HISTOGRAM_BUCKETS - 1;
+}
+
+// The longest duration of a bucket, but for the last one, which has no end.
+static inline uint64_t tpr_base_histogram_end(uint32_t at) {
+    return at < 16 ? at : ((uint64_t)(at % 8 + 9) << (at / 8 - 1)) - 1;
+}
+
+static inline void tpr_base_histogram_add(tpr_base_histogram *histogram, int64_t us) {
+    uint64_t value = us > 0 ? (uint64_t)us : 0;   // a user's clock may go back
+    histogram->count++;
+    histogram->sum += value;
+    if (value > histogram->most) histogram->most = value;
+    histogram->buckets[tpr_base_histogram_at(value)]++;
+}
+
+static void tpr_base_histogram_merge(tpr_base_histogram *to, const tpr_base_histogram *from) {
+    to->count += from->count;
+    to->sum += from->sum;
+    if (from->most > to->most) to->most = from->most;
+    for (uint32_t i = 0; i < TPR_BASE_HISTOGRAM_BUCKETS; i++) to->buckets[i] += from->buckets[i];
+}
+
+// What `percent` of the durations were not longer than: the end of the bucket that the exact one is in, which is less
+// than an eighth more, or the longest of all.
+static uint64_t tpr_base_histogram_percentile(const tpr_base_histogram *histogram, uint32_t percent) {
+    uint64_t rank = histogram->count / 100 * percent + (histogram->count % 100 * percent + 99) / 100, seen = 0;
+    for (uint32_t at = 0; at < TPR_BASE_HISTOGRAM_BUCKETS - 1; at++) {
+        seen += histogram->buckets[at];
+        if (seen < rank) continue;
+        uint64_t end = tpr_base_histogram_end(at);
+        return end < histogram->most ? end : histogram->most;
+    }
+    return histogram->most;
 }
 
 // ---- bytes and names
@@ -3515,17 +4019,109 @@ static bool tpr_wire_get_intro(const void *in, size_t size, char *name, uint32_t
     return !r.failed && tpr_base_name_fault(name, strlen(name), capacity - 1) == NULL;
 }
 
-// What a worker publishes in the store: its name, a word that tells it from another of that name, its addresses, and
-// its process as in a hello (0 where an older one did not say).
-enum { TPR_WIRE_NAME = 129, TPR_WIRE_ADDRESSES = 8 };
+// Device maps: behind an INTRO the caller's for the worker it calls, whose replies go back by it; and in the store all
+// of a worker's, with the outcome of its check of them.
+enum { TPR_WIRE_MAPS = 1024, TPR_WIRE_MAP_BYTES = 20 };
+enum { TPR_WIRE_MAPPED_BYTES = 4 + 4 + 243 + 4 + 1024 * 20 };   // of all in the store, at most
+typedef struct tpr_wire_map { uint32_t rank; tprpc_device from, to; } tpr_wire_map;   // rank UINT32_MAX: every worker
+
+static void tpr_wire_write_maps(tpr_wire_writer *w, const tpr_wire_map *maps, uint32_t count) {
+    tpr_wire_write_u32(w, count);
+    for (uint32_t i = 0; i < count; i++) {
+        tpr_wire_write_u32(w, maps[i].rank);
+        tpr_wire_write_u32(w, (uint32_t)maps[i].from.kind);
+        tpr_wire_write_u32(w, (uint32_t)maps[i].from.index);
+        tpr_wire_write_u32(w, (uint32_t)maps[i].to.kind);
+        tpr_wire_write_u32(w, (uint32_t)maps[i].to.index);
+    }
+}
+
+// Their number, or 0 and the reader failed; then as many calls of tpr_wire_read_map do not fail.
+static uint32_t tpr_wire_read_maps(tpr_wire_reader *r) {
+    uint32_t count = tpr_wire_read_u32(r);
+    if (count > TPR_WIRE_MAPS || (size_t)(r->end - r->at) < (size_t)count * TPR_WIRE_MAP_BYTES) r->failed = true;
+    return r->failed ? 0 : count;
+}
+
+static tpr_wire_map tpr_wire_read_map(tpr_wire_reader *r) {
+    tpr_wire_map map;
+    map.rank = tpr_wire_read_u32(r);
+    map.from.kind = (int32_t)tpr_wire_read_u32(r);
+    map.from.index = (int32_t)tpr_wire_read_u32(r);
+    map.to.kind = (int32_t)tpr_wire_read_u32(r);
+    map.to.index = (int32_t)tpr_wire_read_u32(r);
+    return map;
+}
+
+// Leaves `maps` at those behind an INTRO that was read before. False: they are broken; a caller without any gives 0.
+static bool tpr_wire_get_intro_maps(const void *in, size_t size, tpr_wire_reader *maps, uint32_t *count) {
+    *maps = tpr_wire_reader_of(in, size);
+    tpr_wire_read_u32(maps);
+    tpr_wire_read_bytes(maps, 128);
+    *count = maps->failed || maps->at == maps->end ? 0 : tpr_wire_read_maps(maps);
+    return !maps->failed;
+}
+
+static size_t tpr_wire_put_mapped(uint8_t *out, size_t size, const tprpc_error *outcome, const tpr_wire_map *maps,
+                                  uint32_t count) {
+    tpr_wire_writer w = tpr_wire_writer_of(out, size);
+    tpr_wire_write_u32(&w, (uint32_t)outcome->status);
+    tpr_wire_write_text(&w, outcome->text);
+    tpr_wire_write_maps(&w, maps, count);
+    return w.failed ? 0 : (size_t)(w.at - out);
+}
+
+static bool tpr_wire_get_mapped(const void *in, size_t size, tprpc_error *outcome, tpr_wire_reader *maps,
+                                uint32_t *count) {
+    *maps = tpr_wire_reader_of(in, size);
+    memset(outcome, 0, sizeof *outcome);
+    uint32_t status = tpr_wire_read_u32(maps);
+    tpr_wire_read_text(maps, outcome->text, sizeof outcome->text);
+    *count = tpr_wire_read_maps(maps);
+    if (status > (uint32_t)TPRPC_ERROR_SYSTEM || status == (uint32_t)TPRPC_PENDING) maps->failed = true;
+    if (!maps->failed) outcome->status = (tprpc_status)status;
+    return !maps->failed;
+}
+
+// What a worker publishes in the store: its name, a word that tells it from another of that name, its addresses, its
+// process as in a hello, what it knows of groups (both 0 where an older one did not say), and its devices (which an
+// older one did not say).
+enum { TPR_WIRE_NAME = 129, TPR_WIRE_ADDRESSES = 8, TPR_WIRE_RUNS = 16, TPR_WIRE_ENTRY = 1400 };   // bytes at most
+enum { TPR_WIRE_LEVEL = 1 };           // 1: it leaves by rounds
+typedef struct tpr_wire_run { int32_t kind; uint32_t first, count; } tpr_wire_run;   // devices of a kind, in a row
 typedef struct tpr_wire_worker {
     char     name[TPR_WIRE_NAME];
     uint64_t nonce;
     uint32_t rank, address_count;
     char     addresses[TPR_WIRE_ADDRESSES][TPR_WIRE_ADDRESS];
     uint64_t space;
-    uint32_t process;
+    uint32_t process, level;
+    uint32_t tells_devices, has_maps; // has_maps: they are in the store under a key of their own
+    uint32_t run_count;
+    tpr_wire_run runs[TPR_WIRE_RUNS]; // beside the host
 } tpr_wire_worker;
+
+static void tpr_wire_write_devices(tpr_wire_writer *w, const tpr_wire_worker *worker) {
+    tpr_wire_write_u32(w, worker->has_maps);
+    tpr_wire_write_u32(w, worker->run_count);
+    for (uint32_t i = 0; i < worker->run_count; i++) {
+        tpr_wire_write_u32(w, (uint32_t)worker->runs[i].kind);
+        tpr_wire_write_u32(w, worker->runs[i].first);
+        tpr_wire_write_u32(w, worker->runs[i].count);
+    }
+}
+
+static void tpr_wire_read_devices(tpr_wire_reader *r, tpr_wire_worker *out) {
+    out->tells_devices = 1;
+    out->has_maps = tpr_wire_read_u32(r);
+    out->run_count = tpr_wire_read_u32(r);
+    if (out->run_count > TPR_WIRE_RUNS) r->failed = true;
+    for (uint32_t i = 0; i < out->run_count && !r->failed; i++) {
+        out->runs[i].kind = (int32_t)tpr_wire_read_u32(r);
+        out->runs[i].first = tpr_wire_read_u32(r);
+        out->runs[i].count = tpr_wire_read_u32(r);
+    }
+}
 
 static size_t tpr_wire_put_worker(uint8_t *out, size_t size, const tpr_wire_worker *worker) {
     tpr_wire_writer w = tpr_wire_writer_of(out, size);
@@ -3536,6 +4132,8 @@ static size_t tpr_wire_put_worker(uint8_t *out, size_t size, const tpr_wire_work
     for (uint32_t i = 0; i < worker->address_count; i++) tpr_wire_write_text(&w, worker->addresses[i]);
     tpr_wire_write_u64(&w, worker->space);
     tpr_wire_write_u32(&w, worker->process);
+    tpr_wire_write_u32(&w, worker->level);
+    if (worker->tells_devices) tpr_wire_write_devices(&w, worker);
     return w.failed ? 0 : (size_t)(w.at - out);
 }
 
@@ -3552,8 +4150,83 @@ TPR_COLD static bool tpr_wire_get_worker(const void *in, size_t size, tpr_wire_w
     if (!r.failed && r.end - r.at >= 12) {
         out->space = tpr_wire_read_u64(&r);
         out->process = tpr_wire_read_u32(&r);
+        if (r.end - r.at >= 4) out->level = tpr_wire_read_u32(&r);
+        if (r.end - r.at >= 8) tpr_wire_read_devices(&r, out);
     }
     return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
+}
+
+// What kind of group a store holds: how many workers it has (0: it is dynamic), and the worker that says so.
+typedef struct tpr_wire_kind { uint64_t nonce; uint32_t world_size; char name[TPR_WIRE_NAME]; } tpr_wire_kind;
+
+static size_t tpr_wire_put_kind(uint8_t *out, size_t size, uint64_t nonce, uint32_t world_size, const char *name) {
+    tpr_wire_writer w = tpr_wire_writer_of(out, size);
+    tpr_wire_write_u64(&w, nonce);
+    tpr_wire_write_u32(&w, world_size);
+    tpr_wire_write_text(&w, name);
+    return w.failed ? 0 : (size_t)(w.at - out);
+}
+
+TPR_COLD static bool tpr_wire_get_kind(const void *in, size_t size, tpr_wire_kind *out) {
+    tpr_wire_reader r = tpr_wire_reader_of(in, size);
+    out->nonce = tpr_wire_read_u64(&r);
+    out->world_size = tpr_wire_read_u32(&r);
+    tpr_wire_read_text(&r, out->name, sizeof out->name);
+    return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
+}
+
+// The members of a dynamic group: a bit for each id that is taken, how often that or its lock changed, and who holds
+// the lock, or did last; holder 0: nobody.
+enum { TPR_WIRE_MEMBERS = 32768 };     // bytes of bits at most
+typedef struct tpr_wire_members {
+    uint64_t generation, holder;
+    char     name[TPR_WIRE_NAME];
+    tpr_base_bytes taken;
+} tpr_wire_members;
+
+static size_t tpr_wire_put_members(uint8_t *out, size_t size, const tpr_wire_members *members) {
+    tpr_wire_writer w = tpr_wire_writer_of(out, size);
+    tpr_wire_write_u64(&w, members->generation);
+    tpr_wire_write_u64(&w, members->holder);
+    tpr_wire_write_text(&w, members->name);
+    tpr_wire_write_bytes(&w, members->taken.data, members->taken.size);
+    return w.failed ? 0 : (size_t)(w.at - out);
+}
+
+TPR_COLD static bool tpr_wire_get_members(const void *in, size_t size, tpr_wire_members *out) {
+    tpr_wire_reader r = tpr_wire_reader_of(in, size);
+    out->generation = tpr_wire_read_u64(&r);
+    out->holder = tpr_wire_read_u64(&r);
+    tpr_wire_read_text(&r, out->name, sizeof out->name);
+    out->taken = tpr_wire_read_bytes(&r, TPR_WIRE_MEMBERS);
+    return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
+}
+
+// A word of a worker that leaves a static group: how many calls it has begun and requests it has got in all, and what
+// it still runs: calls, requests, and the method of one of them.
+typedef struct tpr_wire_leave {
+    uint64_t activity;
+    uint32_t calls, requests;
+    char     method[TPR_WIRE_NAME];
+} tpr_wire_leave;
+
+static size_t tpr_wire_put_leave(uint8_t *out, size_t size, const tpr_wire_leave *word) {
+    tpr_wire_writer w = tpr_wire_writer_of(out, size);
+    tpr_wire_write_u64(&w, word->activity);
+    tpr_wire_write_u32(&w, word->calls);
+    tpr_wire_write_u32(&w, word->requests);
+    tpr_wire_write_text(&w, word->method);
+    return w.failed ? 0 : (size_t)(w.at - out);
+}
+
+TPR_COLD static bool tpr_wire_get_leave(const void *in, size_t size, tpr_wire_leave *out) {
+    tpr_wire_reader r = tpr_wire_reader_of(in, size);
+    memset(out, 0, sizeof *out);
+    out->activity = tpr_wire_read_u64(&r);
+    out->calls = tpr_wire_read_u32(&r);
+    out->requests = tpr_wire_read_u32(&r);
+    tpr_wire_read_text(&r, out->method, sizeof out->method);
+    return !r.failed && (!out->method[0] || !tpr_base_name_fault(out->method, strlen(out->method), TPR_WIRE_NAME - 1));
 }
 
 // ---- stores: what the ends of a tcp:// store say to each other
@@ -4571,6 +5244,8 @@ static void tpr_loop_fini(tpr_loop *loop) {
 // Invariant: what is here is set while the context is created and constant after, but for the objects on its loops.
 
 enum { TPR_CONTEXT_BACKENDS = TPR_LOOP_SOURCES - 1, TPR_CONTEXT_LOOPS = 64, TPR_CONTEXT_LANES = 8 };
+// A live kernel leaves up to 1.4 s unanswered, to limit its rate, so less than 2 s would kill live peers.
+enum { TPR_CONTEXT_SILENCE_MS = 30000, TPR_CONTEXT_SILENCE_LEAST_MS = 2000, TPR_CONTEXT_SILENCE_MOST_MS = 3600000 };
 
 typedef struct tpr_context_backend {   // one backend of a context: viable, with an instance for each loop, or not, with
                                        // why
@@ -4607,6 +5282,7 @@ struct tprpc_context {
     tpr_context_backend backends[TPR_CONTEXT_BACKENDS];
     uint8_t       nonce[16];           // tells this context from every other
     uint64_t      process_space;
+    int64_t       silence_ms;          // TPRPC_FOREVER: none
 };
 
 enum { TPR_CONTEXT_TAG = 0x20787463 };   // "ctx "
@@ -4661,7 +5337,7 @@ static int64_t tpr_context_deadline(int64_t now_us, int64_t given_ms) {
 
 static void tpr_context_limits(tprpc_limits *limits) {
     static const tprpc_limits defaults = {UINT64_C(16) << 30, UINT64_C(1) << 20, UINT64_C(4) << 30, UINT64_C(256) << 20,
-                                          4096, 16384, 4194304, 1024, 16};
+                                          4096, 16384, 4194304, 1024, 16, 1048576, 0, 0};
     if (!limits->message_bytes) limits->message_bytes = defaults.message_bytes;
     if (!limits->metadata_bytes) limits->metadata_bytes = defaults.metadata_bytes;
     if (!limits->memory_bytes) limits->memory_bytes = defaults.memory_bytes;
@@ -4671,6 +5347,9 @@ static void tpr_context_limits(tprpc_limits *limits) {
     if (!limits->pending_calls) limits->pending_calls = defaults.pending_calls;
     if (!limits->handshakes) limits->handshakes = defaults.handshakes;
     if (!limits->nesting) limits->nesting = defaults.nesting;
+    if (!limits->peer_calls) limits->peer_calls = defaults.peer_calls;
+    if (!limits->peer_bytes) limits->peer_bytes = limits->memory_bytes / 2;
+    if (!limits->served_bytes) limits->served_bytes = limits->memory_bytes - limits->memory_bytes / 4;
 }
 
 #ifndef TPRPC_NO_THREADS
@@ -4872,8 +5551,7 @@ enum {
     TPR_TCP_EVENTS = 32,
     TPR_TCP_ACCEPTS = 16,              // of one listener in one progress
     TPR_TCP_RETRY_US = 100000,         // after an accept failed
-    TPR_TCP_KEEPALIVE_S = 30,          // a peer that is silent for so long is dead
-    TPR_TCP_CHECK_US = 5000000,        // between looks at connections that wait for an ACK
+    TPR_TCP_CHECK_US = 1000000,        // between looks at connections that wait for an ACK, at most
     TPR_TCP_EOF = -1, TPR_TCP_SILENT = -2   // causes that are no errno
 };
 
@@ -4919,7 +5597,7 @@ typedef struct tpr_tcp {
     uint32_t      hot_count, hot_first, first;   // who is first among the hot and among the poller's, in turn
     int64_t       looked_us;
     int64_t       quota;               // bytes that may be received before it is the next one's turn
-    int64_t       silence_us;          // TPR_TCP_KEEPALIVE_S, but in tests
+    int64_t       silence_us;          // how long a peer may be silent; INT64_MAX: for ever
     uint64_t      received;            // bytes, ever
     tpr_tcp_conn *hot[TPR_TCP_HOT];
     tpr_base_list sockets, broken, closed;
@@ -5278,13 +5956,17 @@ static size_t tpr_tcp_take_handles(void *conn, intptr_t *out, size_t capacity) {
 
 // ---- sending
 
+static int64_t tpr_tcp_check_us(const tpr_tcp *tcp) {
+    return tcp->silence_us / 4 < TPR_TCP_CHECK_US ? tcp->silence_us / 4 : (int64_t)TPR_TCP_CHECK_US;
+}
+
 // Something may stay without an ACK from here on. The timer runs only while that is so of any connection.
 static void tpr_tcp_suspect(tpr_tcp_conn *conn) {
     tpr_tcp *tcp = conn->socket.tcp;
     conn->unproven = true;
     conn->waiting_us = 0;
-    if (!tpr_timer_is_set(&tcp->check))
-        tpr_loop_timer(tcp->loop, &tcp->check, tpr_loop_clock(tcp->loop) + TPR_TCP_CHECK_US);
+    if (tcp->silence_us < INT64_MAX && !tpr_timer_is_set(&tcp->check))
+        tpr_loop_timer(tcp->loop, &tcp->check, tpr_loop_clock(tcp->loop) + tpr_tcp_check_us(tcp));
 }
 
 static size_t tpr_tcp_send(void *at, const tprpc_span *spans, size_t count, const intptr_t *handles,
@@ -5324,7 +6006,7 @@ static size_t tpr_tcp_send(void *at, const tprpc_span *spans, size_t count, cons
 // that found something unanswered: before, there was nothing to answer, and a probe may have been on its way only now.
 TPR_COLD static void tpr_tcp_check(tprpc_work *work) {
     tpr_tcp *tcp = TPR_CONTAINER(work, tpr_tcp, check);
-    int64_t now = tpr_loop_clock(tcp->loop);
+    int64_t now = tpr_loop_clock(tcp->loop), look = now + tpr_tcp_check_us(tcp), due;
     bool again = false;
     tpr_base_list *next;
     for (tpr_base_list *i = tcp->sockets.next; i != &tcp->sockets; i = next) {
@@ -5339,8 +6021,10 @@ TPR_COLD static void tpr_tcp_check(tprpc_work *work) {
         else if (!conn->waiting_us) conn->waiting_us = now;
         else if (now - conn->waiting_us >= tcp->silence_us && silent_ms >= tcp->silence_us / 1000)
             tpr_tcp_break(conn, TPR_TCP_SILENT);
+        due = conn->waiting_us ? conn->waiting_us + tcp->silence_us : look;
+        if (due > now && due < look) look = due;
     }
-    if (again) tpr_loop_timer(tcp->loop, work, now + TPR_TCP_CHECK_US);
+    if (again) tpr_loop_timer(tcp->loop, work, look);
 }
 
 // ---- connecting, listening
@@ -5367,7 +6051,7 @@ static tprpc_status tpr_tcp_connect(void *instance, const char *address, uint32_
     if (!self) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "connecting to tcp://%.100s: no memory", address);
     int fd = tpr_os_socket(to.at.ss_family), code = 0;
     if (fd >= 0) {
-        tpr_os_tcp_options(fd, TPR_TCP_KEEPALIVE_S);
+        tpr_os_tcp_options(fd, tcp->silence_us == INT64_MAX ? -1 : tcp->silence_us / 1000);
         if (tpr_os_connect(fd, &to) != 0 && errno != EINPROGRESS) code = errno;
     }
     if (fd < 0 || !tpr_tcp_socket_add(&self->socket, fd, TPR_OS_WRITABLE)) {
@@ -5430,7 +6114,7 @@ TPR_COLD static bool tpr_tcp_accept(tpr_tcp_listener *listener) {
         tpr_tcp_conn *conn = tpr_tcp_conn_new(tcp);   // first: what is not accepted is not lost
         int fd = conn ? tpr_os_accept(listener->socket.fd) : -1;
         if (fd >= 0 && tpr_tcp_socket_add(&conn->socket, fd, TPR_OS_READABLE)) {
-            tpr_os_tcp_options(fd, TPR_TCP_KEEPALIVE_S);
+            tpr_os_tcp_options(fd, tcp->silence_us == INT64_MAX ? -1 : tcp->silence_us / 1000);
             snprintf(conn->peer, sizeof conn->peer, "of unknown address");
             if (tpr_os_peer_address(fd, &from) == 0) tpr_os_address_text(&from, true, conn->peer, sizeof conn->peer);
             listener->owner->accepted(listener->owner, conn);
@@ -5558,8 +6242,8 @@ TPR_COLD static void tpr_tcp_lost(tpr_tcp_conn *conn) {
     else if (conn->cause == TPR_TCP_EOF)
         tprpc_error_set(&error, TPRPC_ERROR_PEER, 0, "tcp %s closed the connection", conn->peer);
     else if (conn->cause == TPR_TCP_SILENT)
-        tprpc_error_set(&error, TPRPC_ERROR_PEER, ETIMEDOUT, "tcp %s has acknowledged nothing for %d s", conn->peer,
-                        TPR_TCP_KEEPALIVE_S);
+        tprpc_error_set(&error, TPRPC_ERROR_PEER, ETIMEDOUT, "tcp %s has acknowledged nothing for %lld s", conn->peer,
+                        (long long)(conn->socket.tcp->silence_us / 1000000));
     else tprpc_error_set(&error, status, conn->cause, "tcp %s: %s", conn->peer, strerror(conn->cause));
     tpr_tcp_event(conn, TPRPC_EVENT_LOST, &error);
 }
@@ -5647,7 +6331,7 @@ static tprpc_status tpr_tcp_open(const tprpc_host *host, void *user, void **inst
     }
     tcp->loop = loop;
     tcp->quota = TPR_TCP_CHUNK;
-    tcp->silence_us = TPR_TCP_KEEPALIVE_S * INT64_C(1000000);
+    tcp->silence_us = host->context->silence_ms < 0 ? INT64_MAX : host->context->silence_ms * 1000;
     tcp->check.run = tpr_tcp_check;
     tpr_base_list_init(&tcp->sockets);
     tpr_base_list_init(&tcp->broken);
@@ -7371,11 +8055,17 @@ static void tpr_batch_run(tprpc_work *work) {
     if (queue->posted) tprpc_defer(queue->host->context, work);
 }
 
+// Whether there is memory to receive in; what is refused has none, and is aborted before this loop's worker has a turn.
+static bool tpr_batch_has_memory(const tpr_batch *batch) {
+    for (size_t i = 0; i < batch->count; i++) if (batch->buffers[i].size && !batch->buffers[i].data) return false;
+    return true;
+}
+
 // Puts workers to it: this loop's, and for a large one helpers on the next loops.
 static void tpr_batch_fetch(tpr_batch *batch) {
     tpr_batch_queue *queue = batch->end->queue;
     tprpc_context *ctx = queue->host->context;
-    uint32_t loops = batch->total < TPR_BATCH_SPREAD ? 1 : ctx->loop_count;
+    uint32_t loops = batch->total < TPR_BATCH_SPREAD || !tpr_batch_has_memory(batch) ? 1 : ctx->loop_count;
     batch->workers = 1;
     if (batch->total > TPR_BATCH_CHUNK) batch->end->first = batch;
     for (uint32_t i = 1; i < loops && i <= TPR_BATCH_HELPERS; i++) {
@@ -8272,6 +8962,7 @@ static tprpc_status tpr_backends_found(tprpc_context *ctx, const tprpc_context_d
     if (desc->let_read) tpr_os_let_read();
     ctx->env.nesting = ctx->limits.nesting;
     ctx->lanes = desc->lanes ? (uint32_t)desc->lanes : 1;
+    ctx->silence_ms = desc->silence_ms ? desc->silence_ms : (int64_t)TPR_CONTEXT_SILENCE_MS;
     ctx->ordered_channels = desc->channels != NULL;
     if (desc->log) {
         ctx->env.logger.lines =
@@ -8378,6 +9069,10 @@ TPRPC_API tprpc_status tprpc_context_create_for(const tprpc_context_desc *desc, 
     if (desc->lanes < 0 || desc->lanes > TPR_CONTEXT_LANES)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "lanes is %d, not 0 to %d", (int)desc->lanes,
                                TPR_CONTEXT_LANES);
+    if (desc->silence_ms && desc->silence_ms != TPRPC_FOREVER &&
+        (desc->silence_ms < TPR_CONTEXT_SILENCE_LEAST_MS || desc->silence_ms > TPR_CONTEXT_SILENCE_MOST_MS))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "silence_ms is %lld, neither %d to %d nor TPRPC_FOREVER",
+                               (long long)desc->silence_ms, TPR_CONTEXT_SILENCE_LEAST_MS, TPR_CONTEXT_SILENCE_MOST_MS);
     limits = desc->limits;
     tpr_context_limits(&limits);
     memset(&memory, 0, sizeof memory);
@@ -8846,17 +9541,23 @@ static const tpr_context_backend *tpr_pipe_converter(const tprpc_context *ctx, i
     return NULL;
 }
 
+// Gives back what converters hold for a message.
+static void tpr_pipe_keeps_free(tpr_loop *loop, tpr_pipe_keep *keeps, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) {
+        const tpr_pipe_keep *keep = &keeps[i];
+        const tprpc_backend *backend = keep->entry ? keep->entry->backend : NULL;
+        if (keep->prepared) backend->converter->sent(backend->user, loop->context, keep->keep);
+        if (keep->copy)
+            backend->converter->release(backend->user, loop->context, keep->device, keep->copy, keep->size,
+                                        keep->stream);
+    }
+    tpr_base_pool_free(&loop->pool, keeps, count * sizeof *keeps);
+}
+
 // Gives back what a write holds: its copy of the message, and what converters hold for it.
 static void tpr_pipe_write_let_go(tpr_pipe_write *write) {
     tprpc_pipe *pipe = write->pipe;
-    for (uint32_t i = 0; i < write->keep_count; i++) {
-        const tpr_pipe_keep *keep = &write->keeps[i];
-        const tprpc_backend *backend = keep->entry ? keep->entry->backend : NULL;
-        if (keep->prepared) backend->converter->sent(backend->user, pipe->ctx, keep->keep);
-        if (keep->copy)
-            backend->converter->release(backend->user, pipe->ctx, keep->device, keep->copy, keep->size, keep->stream);
-    }
-    tpr_base_pool_free(&pipe->loop->pool, write->keeps, write->keep_count * sizeof *write->keeps);
+    tpr_pipe_keeps_free(pipe->loop, write->keeps, write->keep_count);
     if (!write->copy) return;
     pipe->queued_bytes -= write->copy_size;
     tpr_base_pool_free(&pipe->loop->pool, write->copy, write->copy_size);
@@ -9733,15 +10434,14 @@ static uint32_t tpr_pipe_device_tensors(const tprpc_pipe *pipe, const tprpc_mess
     return count;
 }
 
-// Has converters prepare a write's tensors on devices, and copy those that were not lent. `message` is the write's own.
-static tprpc_status tpr_pipe_keep_devices(tpr_pipe_write *write, const tprpc_message *message, uint32_t count,
-                                          bool lent, tprpc_error *error) {
-    tprpc_pipe *pipe = write->pipe;
+// Has converters prepare a message's tensors on devices, and copy those that were not lent. `message` is the library's
+// own. *out: as many as count, to be freed also after an error; NULL: none.
+static tprpc_status tpr_pipe_keep_devices(tprpc_pipe *pipe, const tprpc_message *message, uint32_t count, bool lent,
+                                          tpr_pipe_keep **out, tprpc_error *error) {
     tpr_pipe_keep *keeps = (tpr_pipe_keep *)tpr_base_pool_alloc(&pipe->loop->pool, count * sizeof *keeps);
+    *out = keeps;
     if (!keeps) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to keep %u tensors", (unsigned)count);
     memset(keeps, 0, count * sizeof *keeps);
-    write->keeps = keeps;
-    write->keep_count = count;
     uint32_t used = 0;
     tprpc_status status = TPRPC_OK;
     for (size_t i = 0; i < message->tensor_count && used < count && status == TPRPC_OK; i++) {
@@ -9790,7 +10490,9 @@ static tprpc_status tpr_pipe_send(tprpc_pipe *pipe, tpr_pipe_write *write, const
     if (parked || devices || (!whole && !lent)) {
         message = tpr_pipe_write_copy(write, message, !lent, error);
         if (!message) return error->status;
-        tprpc_status kept = devices ? tpr_pipe_keep_devices(write, message, devices, lent, error) : TPRPC_OK;
+        tprpc_status kept = devices ? tpr_pipe_keep_devices(pipe, message, devices, lent, &write->keeps, error)
+                                    : TPRPC_OK;
+        write->keep_count = write->keeps ? devices : 0;
         if (kept != TPRPC_OK) return kept;
     } else if (TPR_UNLIKELY(pipe->queued_bytes && pipe->queued_bytes + tpr_pipe_copy_size(message, !lent || whole) >
                             pipe->ctx->limits.inflight_bytes)) {   // what cannot leave at once is queued, frame and all
@@ -12172,6 +12874,7 @@ enum {
     TPR_STORE_TAG = 0x726f7473,            // "stor"
     TPR_STORE_TIMEOUT_MS = 60000,          // of a store that is given none
     TPR_STORE_HELLO_US = 10000000,         // for the first bytes of a connection
+    TPR_STORE_ATTEMPT_US = 3000000,        // to connect, until it is tried anew: the kernel tries ever more seldom
     TPR_STORE_WAITS = 4096,                // waiting gets of one connection
     TPR_STORE_BUSY = 64,                   // other operations of one connection, before it is read no further
     TPR_STORE_UNSENT = 256 << 10,          // bytes of replies of one connection, likewise
@@ -12251,6 +12954,11 @@ struct tprpc_store {
     uint8_t        *buffer;
     int64_t         offset, wait_us, look_us;   // read so far; time to the next attempt to lock, and the next look
     tpr_base_list   active, waiting;       // to be done in order; gets whose key is not there
+
+    bool            away;                  // a client's: the server was lost and is not back
+    bool            any_port;              // a server's: it takes a free port where the URL says 0
+    char            real_name[96];         // and this is its URL then
+    uint32_t        launch_rank, launch_size;   // as the launcher of pmix:// says; size 0: it was none
 };
 
 struct tprpc_store_op {
@@ -12279,6 +12987,7 @@ struct tprpc_store_op {
     void           *user;
     tprpc_store_done callback;             // a user's, which gets `user`
     size_t          bytes;                 // of the struct with the request's strings
+    bool            hasty;                 // does not wait for a server that was lost
 };
 
 static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
@@ -13035,12 +13744,14 @@ static const tpr_store_kind tpr_store_server = {tpr_store_local_submit, tpr_stor
 
 // ---- tcp: a client
 
-// Ends what waits for the server.
-static void tpr_store_client_fail(tprpc_store *store, const tprpc_error *error) {
+// Ends what waits for the server, or of it what is hasty.
+static void tpr_store_client_fail(tprpc_store *store, bool hasty, const tprpc_error *error) {
     for (int sent = 0; sent < 2; sent++) {
         tpr_base_list *list = sent && store->conn ? &store->conn->ops : &store->unsent;
-        while (!tpr_base_list_empty(list)) {
-            tprpc_store_op *op = TPR_CONTAINER(list->next, tprpc_store_op, link);
+        for (tpr_base_list *i = list->next, *next; i != list; i = next) {
+            tprpc_store_op *op = TPR_CONTAINER(i, tprpc_store_op, link);
+            next = i->next;
+            if (hasty && !op->hasty) continue;
             tpr_base_list_remove(&op->link);
             tpr_store_finish(op, error->status, NULL, 0, error);
         }
@@ -13059,6 +13770,7 @@ static void tpr_store_client_retry(tprpc_store *store, const tprpc_error *error,
     tprpc_error late = *error;
     tpr_store_client_hang_up(store, error->status);
     tpr_store_why(store, error->text);
+    if (store->away) tpr_store_client_fail(store, true, &store->lost);
     store->state = last || now >= store->deadline_us ? TPR_STORE_IDLE : TPR_STORE_PAUSED;
     if (store->state == TPR_STORE_PAUSED) {
         int64_t pause = store->retry_us;
@@ -13070,7 +13782,7 @@ static void tpr_store_client_retry(tprpc_store *store, const tprpc_error *error,
         tpr_store_error(store, &late, TPRPC_ERROR_UNREACHABLE, "no server after %lld ms: %.110s",
                         (long long)store->timeout_ms, error->text);
     late.os_code = error->os_code;
-    tpr_store_client_fail(store, &late);
+    tpr_store_client_fail(store, false, &late);
 }
 
 static void tpr_store_client_send(tprpc_store *store) {
@@ -13137,6 +13849,7 @@ static void tpr_store_client_meet(tprpc_store *store) {
     tpr_timer_cancel(&store->home->wheel, &store->timer);
     tpr_store_why(store, "");
     store->state = TPR_STORE_READY;
+    store->away = false;
     tpr_store_client_send(store);
 }
 
@@ -13166,8 +13879,10 @@ TPR_COLD static void tpr_store_client_event(tprpc_conn_owner *owner, uint32_t ev
     tpr_store_error(store, &store->lost, lost ? TPRPC_ERROR_PEER : status, "lost its server: %.130s",
                     lost ? error->text : tprpc_status_name(status));
     if (lost) store->lost.os_code = error->os_code;
-    store->state = TPR_STORE_LOST;
-    tpr_store_client_fail(store, &store->lost);
+    // One that closed or died may come back: who asks next connects again. What is no store stays none.
+    store->state = lost ? TPR_STORE_IDLE : TPR_STORE_LOST;
+    store->away = lost;
+    tpr_store_client_fail(store, false, &store->lost);
     tpr_store_client_hang_up(store, TPRPC_ERROR_PEER);
 }
 
@@ -13175,13 +13890,15 @@ static void tpr_store_client_connect(tprpc_store *store) {
     tprpc_error error = TPR_ZERO;
     void *conn = NULL;
     store->state = TPR_STORE_CONNECTING;
+    store->last_id = 0;                // what was sent on another connection has ended
     store->conn = tpr_store_conn_new(store, tpr_store_client_event);
     if (!store->conn) {
         tprpc_error_set(&error, TPRPC_ERROR_MEMORY, 0, "no memory for a connection");
         tpr_store_client_retry(store, &error, false);
         return;
     }
-    tpr_store_set_timer(store, store->deadline_us);
+    int64_t until = tpr_loop_clock(store->home) + TPR_STORE_ATTEMPT_US;
+    tpr_store_set_timer(store, until < store->deadline_us ? until : store->deadline_us);
     if (store->transport->connect(store->instance, store->address, 0, &store->conn->owner, &conn, &error) == TPRPC_OK)
         store->conn->conn = conn;
     else tpr_store_client_retry(store, &error, false);
@@ -13251,7 +13968,7 @@ static tprpc_status tpr_store_tcp_address(tprpc_store *store, tprpc_error *error
     store->transport = found->backend->transport;
     store->instance = found->instances[store->home->index];
     if (!length || length >= sizeof host || !tpr_store_number(tpr_store_bytes(colon + 1, strlen(colon + 1)), &port) ||
-        port < 1 || port > 65535)
+        port < !store->any_port || port > 65535)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "store %.100s is not tcp://host:port", store->name);
     if (at[0] == '[' && length > 2 && at[length - 1] == ']') {
         at++;
@@ -13279,6 +13996,11 @@ static tprpc_status tpr_store_tcp_open(tprpc_store *store, bool serve, tprpc_err
     else if (serve)
         status = store->transport->listen(store->instance, store->address, &store->listen_owner, &store->listener,
                                           error);
+    if (store->listener && store->any_port) {
+        store->transport->address(store->listener, store->address, sizeof store->address);
+        snprintf(store->real_name, sizeof store->real_name, "tcp://%s", store->address);
+        store->name = store->real_name;
+    }
     tpr_loop_leave(store->home);
     return status;
 }
@@ -13489,6 +14211,12 @@ static tprpc_status tpr_store_env_number(const char *name, int64_t least, int64_
     return TPRPC_OK;
 }
 
+// Whether torchrun serves a store of its own, whose protocol is another, at MASTER_PORT.
+static bool tpr_store_env_shared(void) {
+    const char *own = tpr_os_env("TORCHELASTIC_USE_AGENT_STORE");
+    return own && strcmp(own, "True") == 0;
+}
+
 // What env:// stands for: the rank, the size of the world, and the tcp:// URL, which rank 0 serves. Any pointer may be
 // NULL.
 static tprpc_status tpr_store_env(int32_t *rank, int32_t *world_size, char *url, size_t size, tprpc_error *error) {
@@ -13503,20 +14231,22 @@ static tprpc_status tpr_store_env(int32_t *rank, int32_t *world_size, char *url,
     if (rank) *rank = at;
     if (world_size) *world_size = of;
     if (!url) return TPRPC_OK;
+    if (tpr_store_env_shared() && ++port > 65535)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "env://: torchrun's own store is at MASTER_PORT, and "
+                               "there is no port after 65535");
     bool bare = strchr(host, ':') && host[0] != '[';
     if ((size_t)snprintf(url, size, bare ? "tcp://[%s]:%d" : "tcp://%s:%d", host, port) < size) return TPRPC_OK;
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "env://: MASTER_ADDR is longer than a host's name");
 }
 
-// What to do when rank 0 cannot listen on MASTER_PORT because a launcher's own store does, whose protocol is another.
+// What to do when rank 0 cannot listen beside torchrun's store.
 static void tpr_store_env_taken(tprpc_error *error) {
-    const char *own = tpr_os_env("TORCHELASTIC_USE_AGENT_STORE");
     tprpc_error before;
-    if (!error || error->os_code != EADDRINUSE || !own || strcmp(own, "True") != 0) return;
+    if (!error || error->os_code != EADDRINUSE || !tpr_store_env_shared()) return;
     before = *error;
     tprpc_error_set(error, before.status, before.os_code,
-                    "%.110s: torchrun serves a store of its own there; give all workers another MASTER_PORT, or a "
-                    "tcp:// with a free port instead of env://", before.text);
+                    "%.110s: it is the port after MASTER_PORT, where torchrun serves a store of its own; give all "
+                    "workers another MASTER_PORT", before.text);
 }
 
 // ---- opening and closing
@@ -13596,7 +14326,7 @@ static tprpc_status tpr_store_open_kind(tprpc_store *store, const tprpc_store_de
 #endif
     }
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "\"%.100s\" is no store: tcp://host:port, file://path, "
-                           "env:// and "
+                           "env://, pmix:// and "
                            "local:// are", store->name);
 }
 
@@ -13626,6 +14356,136 @@ static tprpc_store *tpr_store_new(tprpc_context *ctx, const tprpc_store_desc *de
     tpr_base_list_init(&store->waiting);
     return store;
 }
+
+// any_port: of a server's tcp:// with port 0.
+static tprpc_status tpr_store_open_named(tprpc_context *ctx, const tprpc_store_desc *desc, const char *name, bool serve,
+                                         bool any_port, tprpc_store **out, tprpc_error *error) {
+    tprpc_store *store = tpr_store_new(ctx, desc, name);
+    if (!store) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the store %.100s", name);
+    store->any_port = any_port;
+    tprpc_status status = tpr_store_open_kind(store, desc, serve, error);
+    if (status != TPRPC_OK) {
+        tpr_store_free(store);
+        return status;
+    }
+    tpr_loop_enter(store->home);
+    tpr_base_list_add(&store->home->objects, &store->object.node);
+    tpr_loop_leave(store->home);
+    *out = store;
+    return TPRPC_OK;
+}
+
+// ---- pmix: a tcp:// store, of which the launcher's server tells the others where rank 0 serves it
+
+#if defined(TPRPC_WITH_PMIX) && !defined(TPRPC_NO_DLOPEN)
+enum { TPR_STORE_PMIX_NAP_US = 20000, TPR_STORE_PMIX_ASK_S = 10 };   // between questions, and for an answer
+
+typedef struct tpr_store_launch {
+    tpr_os_pmix pmix;
+    uint32_t    size, here;                // ranks of the job, and of those on this host
+    char        key[160], where[96];       // where: host:port
+} tpr_store_launch;
+
+// Where rank 0 serves: "host:0", or where it did for a group of the same name that was before, for others may still be
+// told that.
+static tprpc_status tpr_store_pmix_host(tpr_store_launch *launch, const tprpc_store_desc *desc, tprpc_error *error) {
+    const char *named = desc->address && desc->address[0] ? desc->address : NULL, *why = NULL;
+    tpr_os_address address;
+    if (!tpr_os_pmix_text(&launch->pmix, launch->key, 1, launch->where, sizeof launch->where)) return TPRPC_OK;
+    if (!named && launch->here == launch->size) {
+        why = tpr_os_resolve("127.0.0.1", 0, &address);
+    } else if (tpr_os_interface(named, &address) != 0) {
+        if (errno != ENODEV) return tpr_base_os_error(error, errno, "looking for", "an interface");
+        why = named ? tpr_os_resolve(named, 0, &address) : "no interface but loopback is up";
+    }
+    if (why)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "pmix://: the address \"%.80s\", where rank 0 would "
+                               "serve, is none: %s", named ? named : "", why);
+    tpr_os_address_text(&address, true, launch->where, sizeof launch->where);
+    return TPRPC_OK;
+}
+
+// Waits until rank 0 has said where it serves.
+static tprpc_status tpr_store_pmix_ask(tpr_store_launch *launch, int64_t timeout_ms, tprpc_error *error) {
+    const int64_t deadline = tpr_context_deadline(tpr_os_now_us(), timeout_ms);
+    uint32_t never = 0;
+    for (;;) {
+        int64_t left = deadline - tpr_os_now_us();
+        int seconds = (int)TPR_STORE_PMIX_ASK_S;
+        if (left < seconds * INT64_C(1000000)) seconds = (int)(left / 1000000) + 1;
+        const char *why = tpr_os_pmix_text(&launch->pmix, launch->key, seconds, launch->where, sizeof launch->where);
+        if (!why) return TPRPC_OK;
+        if (tpr_os_now_us() >= deadline)
+            return tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, "pmix://: rank 0 has not said within %lld ms where "
+                                   "it serves the store: %s", (long long)timeout_ms, why);
+        tpr_os_futex_wait(&never, 0, TPR_STORE_PMIX_NAP_US);
+    }
+}
+
+// With a session begun: opens the store, at rank 0 to serve it.
+static tprpc_status tpr_store_pmix_meet(tpr_store_launch *launch, tprpc_context *ctx, const tprpc_store_desc *desc,
+                                        tprpc_store **out, tprpc_error *error) {
+    const bool serve = launch->pmix.self.rank == 0;
+    char url[TPR_COUNT(launch->where) + 8];
+    const char *why = tpr_os_pmix_number(&launch->pmix, PMIX_JOB_SIZE, &launch->size);
+    if (!why) why = tpr_os_pmix_number(&launch->pmix, PMIX_LOCAL_SIZE, &launch->here);
+    if (why) return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "pmix://: the size of the job is not known: %s", why);
+    if (launch->here != launch->size && !desc->insecure)
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: the %u ranks are on several hosts: that "
+                               "needs a `secret` (TLS, which is not built in) or `insecure`", (unsigned)launch->size);
+    const int64_t timeout_ms = tpr_context_time(desc->timeout_ms, TPR_STORE_TIMEOUT_MS);
+    tprpc_status status =
+        serve ? tpr_store_pmix_host(launch, desc, error) : tpr_store_pmix_ask(launch, timeout_ms, error);
+    if (status != TPRPC_OK) return status;
+    snprintf(url, sizeof url, "tcp://%s", launch->where);
+    status = tpr_store_open_named(ctx, desc, url, serve, serve, out, error);
+    if (status != TPRPC_OK && serve && error && error->os_code == EADDRINUSE) {
+        tprpc_error before = *error;
+        tprpc_error_set(error, status, EADDRINUSE, "%.140s: a second group of these ranks needs a name of its own, as "
+                        "pmix://second", before.text);
+    }
+    if (status != TPRPC_OK) return status;
+    (*out)->launch_rank = launch->pmix.self.rank;
+    (*out)->launch_size = launch->size;
+    why = serve ? tpr_os_pmix_put(&launch->pmix, launch->key, (*out)->address) : NULL;
+    if (!why) return TPRPC_OK;
+    tprpc_store_close(*out);
+    *out = NULL;
+    return tprpc_error_set(error, TPRPC_ERROR_SYSTEM, 0, "pmix://: the launcher does not take the store's address: %s",
+                           why);
+}
+
+// Blocks until the address is known, at most the store's timeout. What follows the slashes tells groups of one job
+// apart.
+TPR_COLD
+static tprpc_status tpr_store_pmix_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
+                                        tprpc_error *error) {
+    tpr_store_launch launch;
+    char why[160];
+    memset(&launch, 0, sizeof launch);
+    if ((size_t)snprintf(launch.key, sizeof launch.key, "tprpc/%s", desc->url + 7) >= sizeof launch.key)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "\"%.80s\" has a name that is too long", desc->url);
+    if (!tpr_os_env("PMIX_NAMESPACE"))
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: no PMIx launcher, as mpirun or srun "
+                               "--mpi=pmix, started this process (PMIX_NAMESPACE is not set)");
+    if (!tpr_os_pmix_begin(&launch.pmix, why, sizeof why))
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: %s", why);
+    tprpc_status status = tpr_store_pmix_meet(&launch, ctx, desc, out, error);
+    tpr_os_pmix_end(&launch.pmix);
+    return status;
+}
+#else
+TPR_COLD
+static tprpc_status tpr_store_pmix_open(tprpc_context *ctx, const tprpc_store_desc *desc, tprpc_store **out,
+                                        tprpc_error *error) {
+    (void)ctx, (void)desc, (void)out;
+#ifndef TPRPC_WITH_PMIX
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: built without TPRPC_WITH_PMIX");
+#else
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "pmix://: built with TPRPC_NO_DLOPEN");
+#endif
+}
+#endif
 
 // ---- beginning an operation
 
@@ -13710,17 +14570,26 @@ static tprpc_status tpr_store_start(tprpc_store *store, tprpc_store_op *op, tprp
 
 // Begins an operation. Any thread, with or without the lock of a loop of ctx. `done` runs under the lock of that loop
 // of ctx, later; the operation is freed after it, unless it sets `kept`. *out is for cancelling, until done runs.
-TPR_COLD static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
-                                     const tprpc_store_request *request, void (*done)(tprpc_store_op *op, void *user),
-                                     void *user, tprpc_store_op **out, tprpc_error *error) {
+// hasty: it fails, rather than waits, when the server was lost and is not there again.
+TPR_COLD static tprpc_status tpr_store_submit_as(tprpc_store *store, tprpc_context *ctx, uint32_t loop, bool hasty,
+                                                 const tprpc_store_request *request,
+                                                 void (*done)(tprpc_store_op *op, void *user), void *user,
+                                                 tprpc_store_op **out, tprpc_error *error) {
     tprpc_status status = tpr_store_check(store, request, error);
     if (status != TPRPC_OK) return status;
     tprpc_store_op *op = tpr_store_op_new(store, ctx, loop, request);
     if (!op) return tpr_store_error(store, error, TPRPC_ERROR_MEMORY, "no memory for an operation");
     op->done = done;
     op->user = user;
+    op->hasty = hasty;
     if (out) *out = op;
     return tpr_store_start(store, op, error);
+}
+
+static tprpc_status tpr_store_submit(tprpc_store *store, tprpc_context *ctx, uint32_t loop,
+                                     const tprpc_store_request *request, void (*done)(tprpc_store_op *op, void *user),
+                                     void *user, tprpc_store_op **out, tprpc_error *error) {
+    return tpr_store_submit_as(store, ctx, loop, false, request, done, user, out, error);
 }
 
 // Asks that an operation end soon, with CANCELLED. Before its `done` runs.
@@ -13808,19 +14677,10 @@ TPRPC_API tprpc_status tprpc_store_open(tprpc_context *ctx, const tprpc_store_de
         if (status != TPRPC_OK) return status;
         name = url;
     }
-    tprpc_store *store = tpr_store_new(ctx, desc, name);
-    if (!store) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the store %.100s", name);
-    status = tpr_store_open_kind(store, desc, desc->serve || rank == 0, error);
-    if (status != TPRPC_OK) {
-        if (rank >= 0) tpr_store_env_taken(error);
-        tpr_store_free(store);
-        return status;
-    }
-    tpr_loop_enter(store->home);
-    tpr_base_list_add(&store->home->objects, &store->object.node);
-    tpr_loop_leave(store->home);
-    *out = store;
-    return TPRPC_OK;
+    if (!desc->table && tpr_base_starts_with(name, "pmix://")) return tpr_store_pmix_open(ctx, desc, out, error);
+    status = tpr_store_open_named(ctx, desc, name, desc->serve || rank == 0, false, out, error);
+    if (status != TPRPC_OK && rank >= 0) tpr_store_env_taken(error);
+    return status;
 }
 
 TPR_COLD
@@ -13907,7 +14767,8 @@ TPRPC_API tprpc_status tprpc_store_wait(tprpc_store *store, const tprpc_store_re
     int64_t deadline = tpr_context_deadline(tpr_loop_clock(loop), look ? store->timeout_ms : limit);
     tprpc_status status = TPRPC_OK;
     if (tpr_loop_in_callback(loop) && loop->depth > loop->env->nesting)
-        status = tpr_store_error(store, error, TPRPC_ERROR_LIMIT, "waits nested in callbacks too deep");
+        status = tpr_store_error(store, error, TPRPC_ERROR_LIMIT,
+                                 "waits nested in callbacks too deep (limits.nesting)");
     if (status == TPRPC_OK)
         status = tpr_store_submit(store, store->context, loop->index, &r, tpr_store_waiter_done, &w, &op, error);
     if (status == TPRPC_OK && !tpr_loop_wait(loop, tpr_store_waiter_ready, &w, deadline)) {
@@ -13930,25 +14791,507 @@ TPRPC_API void tprpc_store_finish(tprpc_store_op *op, tprpc_status status, const
     if (op) tpr_store_finish(op, status, value, value ? size : 0, error);
 }
 
+// >>trace -------------------------------------------------------------------------------------------------------------
+// A timeline of an agent's calls, in the JSON that Perfetto and chrome://tracing open: what happens is put down in
+// memory, and written to a file of the worker's own when that is asked for.
+//
+// Uses: atomic, os, base, loop, context.
+// Invariant: an event is put down and taken out under the lock of the loop whose ring it is in; the file, and what is
+// on its way there, are under the trace's own lock, which is taken before a loop's. Names that events point to live as
+// long as the agent. After each write the file is whole. Nothing is allocated but when a thread is seen first.
+
+enum {
+    TPR_TRACE_TAG = 0x63617274,        // "trac"
+    TPR_TRACE_EVENTS = 65536, TPR_TRACE_MOST = 1 << 24,   // of a loop: unless told otherwise; at most
+    TPR_TRACE_BATCH = 256,             // events taken out at once
+    TPR_TRACE_BLOCK = 65536,           // bytes written at once,
+    TPR_TRACE_ROOM = 4096,             // of which one event takes this at most: four names of 128 bytes, all escaped
+    TPR_TRACE_PATH = 1024
+};
+
+// A slice of a thread's time each, all of them of one call: two of the caller's, three of the worker's that it calls.
+typedef enum tpr_trace_kind { TPR_TRACE_CALL, TPR_TRACE_OUTCOME, TPR_TRACE_RECEIVED, TPR_TRACE_HANDLER,
+                              TPR_TRACE_ANSWER } tpr_trace_kind;
+
+typedef struct tpr_trace_event {       // a cache line
+    int64_t     begin, end;            // in ns
+    int64_t     since;                 // of a handler: when its request was whole
+    uint64_t    call;                  // the caller's number
+    uint64_t    bytes;
+    const char *method, *peer;
+    uint32_t    thread;                // its number
+    uint8_t     kind, status;
+    bool        one_way;
+} tpr_trace_event;
+
+typedef struct tpr_trace_thread {
+    uint32_t number, written;          // written: in which epoch of the file; 0: never
+    char     name[24];
+} tpr_trace_thread;
+
+typedef struct tpr_trace_ring {        // a loop's
+    tpr_trace_event *events;
+    uint32_t     first, used;
+    uint64_t     lost;                 // overwritten since the last look
+    uintptr_t    last;                 // the thread that put something down last, by its id,
+    uint32_t     last_number;
+    tpr_base_map threads;              // of all that did, by their ids
+} tpr_trace_ring;
+
+typedef struct tpr_trace {
+    tprpc_context   *ctx;
+    const char      *worker;           // who this is
+    uint32_t         capacity;         // of each ring
+    tpr_trace_ring  *rings;            // ctx->loop_count of them
+    tpr_os_lock      lock;
+    int              fd, code;         // code: errno of a write that failed since the last look
+    uint32_t         epoch;            // of the file: a write that fails begins a new one, as names are lost with it
+    int64_t          size;             // of the file without its end
+    size_t           used;             // of text,
+    uint64_t         events;           // which is so many events
+    uint64_t         lost;             // events that could not be written, which is not noted in the file yet
+    char            *text;             // TPR_TRACE_BLOCK bytes
+    tpr_trace_event *batch;            // TPR_TRACE_BATCH of them
+    char             path[TPR_TRACE_PATH];
+} tpr_trace;
+
+// ---- putting down
+
+// The context's clock. Where it is the system's own it is read to the ns: a call may take less than a us.
+TPR_COLD static int64_t tpr_trace_now(const tprpc_context *ctx) {
+    const tpr_loop_env *env = &ctx->env;
+    return env->clock_us ? (int64_t)((uint64_t)env->clock_us(env->user) * 1000) : tpr_os_now_ns();
+}
+
+// Now in ns; 0 where nothing is traced.
+static inline int64_t tpr_trace_clock(const tpr_trace *trace) {
+    return TPR_UNLIKELY(trace != NULL) ? tpr_trace_now(trace->ctx) : 0;
+}
+
+// What a thread of the context's is called; NULL: it is none.
+static const char *tpr_trace_loop_name(tprpc_context *ctx, uintptr_t id) {
+    for (uint32_t i = 0; i < ctx->thread_count; i++)
+        if (TPR_ATOMIC_LOAD(&ctx->threads[i].loop->callback_thread) == id) return ctx->threads[i].name;
+    return NULL;
+}
+
+// Puts the running thread down under a name (NULL: its own), under a loop's lock. NULL: no memory.
+static tpr_trace_thread *tpr_trace_meet(tpr_trace *trace, tpr_trace_ring *ring, const char *name) {
+    uintptr_t id = tpr_os_thread_id();
+    tpr_trace_thread *thread = (tpr_trace_thread *)tpr_base_map_get(&ring->threads, id);
+    char own[16];
+    if (!thread) {
+        tpr_base_memory *memory = &trace->ctx->env.memory;
+        thread = (tpr_trace_thread *)tpr_base_new(memory, sizeof *thread, (uint32_t)TPR_TRACE_TAG);
+        if (thread && !tpr_base_map_put(&ring->threads, id, thread)) {
+            tpr_base_free(memory, thread, sizeof *thread, (uint32_t)TPR_TRACE_TAG);
+            thread = NULL;
+        }
+    }
+    if (!thread) return NULL;
+    if (!name) name = tpr_trace_loop_name(trace->ctx, id);
+    if (!name) tpr_os_thread_name(own);
+    int32_t number = tpr_os_thread_number();
+    thread->number = (uint32_t)(number > 0 ? number : tpr_os_pid());
+    thread->written = 0;
+    ring->last = 0;                    // it may have been another's id
+    snprintf(thread->name, sizeof thread->name, "%s", name ? name : own);
+    return thread;
+}
+
+// Gives a thread of the library's its name, before it does anything. No lock is held.
+TPR_UNUSED static void tpr_trace_name_thread(tpr_trace *trace, const char *name) {
+    for (uint32_t i = 0; trace && i < trace->ctx->loop_count; i++) {
+        tpr_loop_enter(&trace->ctx->loops[i]);
+        tpr_trace_meet(trace, &trace->rings[i], name);
+        tpr_loop_leave(&trace->ctx->loops[i]);
+    }
+}
+
+// The running thread's number. A thread that has ended may have left its id, and with it its number, to another.
+static uint32_t tpr_trace_thread_number(tpr_trace *trace, tpr_trace_ring *ring) {
+    uintptr_t id = tpr_os_thread_id();
+    if (TPR_LIKELY(id == ring->last)) return ring->last_number;
+    tpr_trace_thread *thread = (tpr_trace_thread *)tpr_base_map_get(&ring->threads, id);
+    if (!thread) thread = tpr_trace_meet(trace, ring, NULL);
+    if (!thread) return (uint32_t)tpr_os_pid();
+    ring->last = id;
+    ring->last_number = thread->number;
+    return thread->number;
+}
+
+// A new event of the running thread, which ends now, for the caller to fill in; under the loop's lock. begin 0: now.
+// Where the ring is full the oldest goes: what one wants to see, after something odd, is what has just been.
+static tpr_trace_event *tpr_trace_add(tpr_trace *trace, const tpr_loop *loop, tpr_trace_kind kind, int64_t begin) {
+    tpr_trace_ring *ring = &trace->rings[loop->index];
+    if (!begin) begin = tpr_trace_now(trace->ctx);   // it is as long as this takes: viewers lose slices of no length
+    if (ring->used == trace->capacity) {
+        ring->first = ring->first + 1 == trace->capacity ? 0 : ring->first + 1;
+        ring->used--;
+        ring->lost++;
+    }
+    uint32_t at = ring->first + ring->used++;
+    tpr_trace_event *event = &ring->events[at < trace->capacity ? at : at - trace->capacity];
+    memset(event, 0, sizeof *event);
+    event->kind = (uint8_t)kind;
+    event->thread = tpr_trace_thread_number(trace, ring);
+    event->begin = begin;
+    event->end = tpr_trace_now(trace->ctx);
+    return event;
+}
+
+#ifdef TPRPC_NO_FILES
+static tprpc_status tpr_trace_open(tprpc_context *ctx, const char *worker, const char *prefix, int32_t events,
+                                   tpr_trace **out, tprpc_error *error) {
+    (void)ctx;
+    (void)prefix;
+    (void)events;
+    *out = NULL;
+    return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0, "agent %s: a trace needs files, and this is built with "
+                           "TPRPC_NO_FILES", worker);
+}
+static tprpc_status tpr_trace_flush(tpr_trace *trace, tprpc_error *error) {
+    (void)trace;
+    (void)error;
+    return TPRPC_OK;
+}
+static void tpr_trace_close(tpr_trace *trace) { (void)trace; }   // there is none
+#else
+
+// ---- JSON: events of one line each, into `text`
+
+__attribute__((format(printf, 2, 3)))
+static void tpr_trace_print(tpr_trace *trace, const char *format, ...) {
+    va_list args;
+    size_t room = TPR_TRACE_BLOCK - trace->used;
+    va_start(args, format);
+    int n = vsnprintf(trace->text + trace->used, room, format, args);
+    va_end(args);
+    TPRPC_ASSERT(n >= 0 && (size_t)n < room);
+    if (n > 0 && (size_t)n < room) trace->used += (size_t)n;
+}
+
+// A string that begins with `before`, which needs no escapes. What is not UTF-8, as the system's name of a thread may
+// be, becomes U+FFFD.
+static void tpr_trace_string(tpr_trace *trace, const char *before, const char *text) {
+    size_t left = strlen(text);
+    tpr_trace_print(trace, "\"%s", before);
+    while (left) {
+        size_t n = tpr_base_utf8_length((const uint8_t *)text, left);
+        if (!n) tpr_trace_print(trace, "\357\277\275");
+        else if ((uint8_t)*text < 0x20 || *text == 0x7f) tpr_trace_print(trace, "\\u%04x", (unsigned)(uint8_t)*text);
+        else tpr_trace_print(trace, "%s%.*s", *text == '"' || *text == '\\' ? "\\" : "", (int)n, text);
+        text += n ? n : 1;
+        left -= n ? n : 1;
+    }
+    tpr_trace_print(trace, "\"");
+}
+
+static void tpr_trace_time(tpr_trace *trace, const char *name, int64_t ns) {   // in us
+    uint64_t size = ns < 0 ? 0 - (uint64_t)ns : (uint64_t)ns;
+    tpr_trace_print(trace, ",\"%s\":%s%llu.%03u", name, ns < 0 ? "-" : "", (unsigned long long)(size / 1000),
+                    (unsigned)(size % 1000));
+}
+
+// How every event begins: numbers first, for readers that look for them without reading strings in between.
+static void tpr_trace_head(tpr_trace *trace, char phase, int64_t ns, uint32_t thread) {
+    tpr_trace_print(trace, "%s\n{\"ph\":\"%c\"", trace->size + (int64_t)trace->used > 1 ? "," : "", phase);
+    tpr_trace_time(trace, "ts", ns);
+    tpr_trace_print(trace, ",\"pid\":%d,\"tid\":%u", (int)tpr_os_pid(), (unsigned)thread);
+}
+
+static void tpr_trace_metadata(tpr_trace *trace, uint32_t thread, const char *what, const char *key, const char *text) {
+    tpr_trace_head(trace, 'M', 0, thread);
+    tpr_trace_print(trace, ",\"name\":\"%s\",\"args\":{\"%s\":", what, key);
+    tpr_trace_string(trace, "", text);
+    tpr_trace_print(trace, "}}");
+}
+
+// What a call's steps have in common: both ends know the caller's name and number, and make the same of them.
+static uint64_t tpr_trace_flow(const char *caller, uint64_t call) {
+    return (tpr_base_hash(caller, strlen(caller)) ^ call) * UINT64_C(0x9e3779b97f4a7c15);
+}
+
+// One end of an asynchronous slice.
+static void tpr_trace_async(tpr_trace *trace, const tpr_trace_event *event, char phase, int64_t ns, const char *what,
+                            uint64_t flow) {
+    tpr_trace_head(trace, phase, ns, event->thread);
+    tpr_trace_print(trace, ",\"cat\":\"tprpc.%s\",\"id\":\"0x%016llx\",\"name\":", what, (unsigned long long)flow);
+    tpr_trace_string(trace, "", event->method);
+    tpr_trace_print(trace, "}");
+}
+
+static void tpr_trace_event_json(tpr_trace *trace, const tpr_trace_event *event) {
+    static const struct { const char *verb, *who; char flow; } forms[] = {   // by tpr_trace_kind
+        {"call ", "to", 's'}, {"outcome of ", "of", 'f'}, {"receive ", "from", 't'}, {"", "from", 't'},
+        {"answer ", "to", 't'}};
+    bool ours = event->kind == TPR_TRACE_CALL || event->kind == TPR_TRACE_OUTCOME;
+    uint64_t flow = tpr_trace_flow(ours ? trace->worker : event->peer, event->call);
+    char phase = forms[event->kind].flow;
+    if (event->one_way && ours) phase = event->kind == TPR_TRACE_CALL ? 's' : 0;   // it ends where it is handled
+    if (event->one_way && event->kind == TPR_TRACE_HANDLER) phase = 'f';
+    int64_t bound = event->end - event->begin > 1 ? event->begin + 1 : event->begin;   // within the slice it is of
+    tpr_trace_head(trace, 'X', event->begin, event->thread);
+    tpr_trace_time(trace, "dur", event->end - event->begin);
+    tpr_trace_print(trace, ",\"cat\":\"tprpc\",\"name\":");
+    tpr_trace_string(trace, forms[event->kind].verb, event->method);
+    tpr_trace_print(trace, ",\"args\":{\"%s\":", forms[event->kind].who);
+    tpr_trace_string(trace, "", event->peer);
+    tpr_trace_print(trace, ",\"call\":\"0x%016llx\"", (unsigned long long)flow);
+    if (event->kind != TPR_TRACE_OUTCOME && event->kind != TPR_TRACE_HANDLER)
+        tpr_trace_print(trace, ",\"bytes\":%llu", (unsigned long long)event->bytes);
+    if (event->kind == TPR_TRACE_OUTCOME || event->kind == TPR_TRACE_ANSWER)
+        tpr_trace_print(trace, ",\"status\":\"%s\"", tprpc_status_name((tprpc_status)event->status));
+    tpr_trace_print(trace, "}}");
+    if (phase) {
+        tpr_trace_head(trace, phase, bound, event->thread);
+        tpr_trace_print(trace, ",\"cat\":\"tprpc\",\"name\":\"call\",\"id\":\"0x%016llx\"%s}", (unsigned long long)flow,
+                        phase == 'f' ? ",\"bp\":\"e\"" : "");
+    }
+    if (event->kind == TPR_TRACE_CALL) tpr_trace_async(trace, event, 'b', event->begin, "call", flow);
+    if (event->kind == TPR_TRACE_OUTCOME) tpr_trace_async(trace, event, 'e', event->begin, "call", flow);
+    if (event->kind == TPR_TRACE_HANDLER) {
+        tpr_trace_async(trace, event, 'b', event->since, "queue", flow);
+        tpr_trace_async(trace, event, 'e', event->begin, "queue", flow);
+    }
+    trace->events++;
+}
+
+static void tpr_trace_lost_json(tpr_trace *trace, int64_t ns, uint64_t lost) {
+    tpr_trace_head(trace, 'i', ns, (uint32_t)tpr_os_pid());
+    tpr_trace_print(trace, ",\"s\":\"p\",\"cat\":\"tprpc\",\"name\":\"lost events\",\"args\":{\"lost\":%llu}}",
+                    (unsigned long long)lost);
+}
+
+// ---- writing: under the trace's lock
+
+// Writes what is in `text`, and behind it the file's end, which the next write writes over.
+static void tpr_trace_write(tpr_trace *trace) {
+    static const char end[] = "\n]\n";
+    if (!trace->used) return;
+    memcpy(trace->text + trace->used, end, sizeof end - 1);
+    if (tpr_os_file_write(trace->fd, trace->text, trace->used + sizeof end - 1, trace->size) == 0) {
+        trace->size += (int64_t)trace->used;
+    } else {
+        trace->code = errno;
+        trace->lost += trace->events;
+        trace->epoch++;
+    }
+    trace->used = 0;
+    trace->events = 0;
+}
+
+// Makes room for one more event.
+static void tpr_trace_make_room(tpr_trace *trace) {
+    if (trace->used > TPR_TRACE_BLOCK - TPR_TRACE_ROOM) tpr_trace_write(trace);
+}
+
+// Takes events out of a ring into `batch`: at most `most`. Returns how many, and how many were lost before them.
+static uint32_t tpr_trace_take(tpr_trace *trace, uint32_t loop, uint32_t most, uint64_t *lost) {
+    tpr_trace_ring *ring = &trace->rings[loop];
+    tpr_loop_enter(&trace->ctx->loops[loop]);
+    uint32_t count = ring->used < most ? ring->used : most, n;
+    for (n = 0; n < count; n++) {
+        trace->batch[n] = ring->events[ring->first];
+        ring->first = ring->first + 1 == trace->capacity ? 0 : ring->first + 1;
+    }
+    ring->used -= count;
+    *lost = ring->lost;
+    ring->lost = 0;
+    tpr_os_lock_give(&trace->ctx->loops[loop].lock);   // the log is for whoever holds no other
+    return count;
+}
+
+// Takes one thread that the file does not know yet. False: there is none.
+static bool tpr_trace_take_thread(tpr_trace *trace, uint32_t loop, uint32_t *from, tpr_trace_thread *out) {
+    tpr_base_map *threads = &trace->rings[loop].threads;
+    bool found = false;
+    tpr_loop_enter(&trace->ctx->loops[loop]);
+    for (; *from < threads->capacity && !found; ++*from) {
+        tpr_trace_thread *thread = (tpr_trace_thread *)threads->entries[*from].value;
+        found = thread && thread->written != trace->epoch;
+        if (!found) continue;
+        thread->written = trace->epoch;
+        *out = *thread;
+    }
+    tpr_os_lock_give(&trace->ctx->loops[loop].lock);
+    return found;
+}
+
+// Writes what one ring holds now. Returns how many events were lost.
+static uint64_t tpr_trace_flush_ring(tpr_trace *trace, uint32_t loop) {
+    tpr_trace_thread thread;
+    uint64_t lost, all_lost = 0;
+    const uint32_t batch = (uint32_t)TPR_TRACE_BATCH;
+    uint32_t count, from = 0, left = trace->capacity;   // what comes meanwhile is for the next time
+    do {
+        count = tpr_trace_take(trace, loop, left < batch ? left : batch, &lost);
+        tpr_trace_make_room(trace);
+        if (lost) tpr_trace_lost_json(trace, count ? trace->batch[0].begin : tpr_trace_now(trace->ctx), lost);
+        for (uint32_t i = 0; i < count; i++) {
+            tpr_trace_make_room(trace);
+            tpr_trace_event_json(trace, &trace->batch[i]);
+        }
+        all_lost += lost;
+        left -= count;
+    } while (count == batch);
+    while (tpr_trace_take_thread(trace, loop, &from, &thread)) {
+        tpr_trace_make_room(trace);
+        tpr_trace_metadata(trace, thread.number, "thread_name", "name", thread.name);
+    }
+    return all_lost;
+}
+
+static tprpc_status tpr_trace_failed(const tpr_trace *trace, int code, tprpc_error *error) {
+    return tprpc_error_set(error, tpr_base_status_of(code), code, "the trace cannot be written: %s: %.170s",
+                           strerror(code), trace->path);
+}
+
+// Writes what all rings hold. Without a lock.
+TPR_COLD static tprpc_status tpr_trace_flush(tpr_trace *trace, tprpc_error *error) {
+    uint64_t lost = 0;
+    tpr_os_lock_take(&trace->lock);
+    if (trace->lost) tpr_trace_lost_json(trace, tpr_trace_now(trace->ctx), trace->lost);
+    trace->events = trace->lost;       // of which the file knows once it is written
+    trace->lost = 0;
+    for (uint32_t i = 0; i < trace->ctx->loop_count; i++) lost += tpr_trace_flush_ring(trace, i);
+    tpr_trace_write(trace);
+    int code = trace->code;
+    trace->code = 0;
+    tpr_os_lock_give(&trace->lock);
+    tpr_base_logger *logger = &trace->ctx->env.logger;
+    if (lost)
+        TPR_LOG(logger, TPRPC_LOG_WARNING, "trace", trace->worker, "%llu events were lost: more than %u came on a loop "
+                "before they were written", (unsigned long long)lost, (unsigned)trace->capacity);
+    if (code)
+        TPR_LOG(logger, TPRPC_LOG_WARNING, "trace", trace->worker, "%s: %s", strerror(code), trace->path);
+    tpr_base_log_flush(logger);
+    return code ? tpr_trace_failed(trace, code, error) : TPRPC_OK;
+}
+
+// ---- birth and death
+
+TPR_COLD static void tpr_trace_free(tpr_trace *trace) {
+    tprpc_context *ctx = trace->ctx;
+    tpr_base_memory *memory = &ctx->env.memory;
+    const uint32_t tag = (uint32_t)TPR_TRACE_TAG;
+    for (uint32_t i = 0; trace->rings && i < ctx->loop_count; i++) {
+        tpr_base_map *threads = &trace->rings[i].threads;
+        for (uint32_t k = 0; k < threads->capacity; k++)
+            tpr_base_free(memory, threads->entries[k].value, sizeof(tpr_trace_thread), tag);
+        tpr_base_map_clear(threads);
+        tpr_base_free(memory, trace->rings[i].events, trace->capacity * sizeof(tpr_trace_event), tag);
+    }
+    tpr_base_free(memory, trace->rings, ctx->loop_count * sizeof *trace->rings, tag);
+    tpr_base_free(memory, trace->text, TPR_TRACE_BLOCK, tag);
+    tpr_base_free(memory, trace->batch, TPR_TRACE_BATCH * sizeof *trace->batch, tag);
+    tpr_base_free(memory, trace, sizeof *trace, tag);
+}
+
+// Writes the rest and ends the trace; nothing is put down any more. NULL is fine.
+TPR_COLD static void tpr_trace_close(tpr_trace *trace) {
+    if (!trace) return;
+    tpr_trace_flush(trace, NULL);      // it is logged
+    tpr_os_close(trace->fd);
+    tpr_trace_free(trace);
+}
+
+// Memory for all that the trace will need but threads. False: there is none.
+static bool tpr_trace_prepare(tpr_trace *trace) {
+    tpr_base_memory *memory = &trace->ctx->env.memory;
+    const uint32_t tag = (uint32_t)TPR_TRACE_TAG, loops = trace->ctx->loop_count;
+    trace->text = (char *)tpr_base_alloc(memory, TPR_TRACE_BLOCK, 64, tag);
+    trace->batch = (tpr_trace_event *)tpr_base_alloc(memory, TPR_TRACE_BATCH * sizeof *trace->batch, 64, tag);
+    trace->rings = (tpr_trace_ring *)tpr_base_new(memory, loops * sizeof *trace->rings, tag);
+    if (!trace->text || !trace->batch || !trace->rings) return false;
+    for (uint32_t i = 0; i < loops; i++) {
+        tpr_trace_ring *ring = &trace->rings[i];
+        ring->threads.memory = memory;
+        ring->events =
+            (tpr_trace_event *)tpr_base_alloc(memory, trace->capacity * sizeof(tpr_trace_event), 64, tag);
+        if (!ring->events) return false;
+    }
+    return true;
+}
+
+// The path of a worker's file: what of its name is no letter, digit, '.', '-' or '_' becomes %XX.
+static bool tpr_trace_name_file(tpr_trace *trace, const char *prefix) {
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_";
+    char name[3 * 128 + 1];
+    size_t used = 0;
+    for (const char *c = trace->worker; *c && used + 3 < sizeof name; c++)
+        used += (size_t)snprintf(name + used, sizeof name - used, strchr(plain, *c) ? "%c" : "%%%02X",
+                                 strchr(plain, *c) ? *c : (int)(uint8_t)*c);
+    int n = snprintf(trace->path, sizeof trace->path, "%s%.*s.json", prefix, (int)used, name);
+    return n > 0 && (size_t)n < sizeof trace->path;
+}
+
+// Begins a trace; worker: who this is, kept. The file is there and whole, without events.
+TPR_COLD static tprpc_status tpr_trace_open(tprpc_context *ctx, const char *worker, const char *prefix, int32_t events,
+                                            tpr_trace **out, tprpc_error *error) {
+    char clock[40] = "of the user";
+    *out = NULL;
+    if (events < 0 || events > TPR_TRACE_MOST)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: trace_events is %d, not 0 to %d", worker,
+                               (int)events, (int)TPR_TRACE_MOST);
+    tpr_trace *trace = (tpr_trace *)tpr_base_new(&ctx->env.memory, sizeof *trace, (uint32_t)TPR_TRACE_TAG);
+    if (!trace) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "agent %s: no memory for a trace", worker);
+    trace->ctx = ctx;
+    trace->worker = worker;
+    trace->epoch = 1;
+    trace->capacity = events ? (uint32_t)events : (uint32_t)TPR_TRACE_EVENTS;
+    tprpc_status status = TPRPC_OK;
+    if (!tpr_trace_name_file(trace, prefix))
+        status = tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: the path of its trace is too long", worker);
+    else if (!tpr_trace_prepare(trace))
+        status = tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "agent %s: no memory for a trace of %u events", worker,
+                                 (unsigned)trace->capacity);
+    trace->fd = status == TPRPC_OK ? tpr_os_file_open(trace->path) : -1;
+    if (trace->fd >= 0 && tpr_os_file_truncate(trace->fd, 0) == 0) {
+        if (!ctx->env.clock_us) tpr_os_boot_id(clock, sizeof clock);
+        tpr_trace_print(trace, "[");
+        tpr_trace_metadata(trace, (uint32_t)tpr_os_pid(), "process_name", "name", worker);
+        tpr_trace_metadata(trace, (uint32_t)tpr_os_pid(), "tprpc_clock", "boot", clock);   // whose times compare
+        tpr_trace_write(trace);
+    } else if (status == TPRPC_OK) {
+        trace->code = errno;
+    }
+    if (trace->code) status = tpr_trace_failed(trace, trace->code, error);
+    if (status == TPRPC_OK) {
+        *out = trace;
+        return TPRPC_OK;
+    }
+    tpr_os_close(trace->fd);
+    tpr_trace_free(trace);
+    return status;
+}
+#endif
+
 // >>agent -------------------------------------------------------------------------------------------------------------
 // Calls by name: the workers and their pipes, the calls begun here and their futures, the requests that came in.
 //
 // A caller has one pipe to each worker it calls, connected on the first call and again after a failure; the worker's
 // own calls come back over a pipe of its own. Calls are numbered by their future's id, so a late reply finds nothing.
 //
-// Uses: atomic, os, base, wire, timer, loop, context, transport, channel, pipe, store.
+// Uses: atomic, os, base, wire, timer, loop, context, transport, channel, pipe, store, trace.
 // Invariant: a call is in its worker's `calls` from its start to its outcome, and its outcome is set once; a request
 // is in its server's `requests` until it is answered; both are freed when `refs` is 0. Everything of a call or a
 // request is under the lock of its loop; names and workers under the agent's own lock, which is taken inside a loop's;
 // methods, and those resolved, change under the locks of all loops, taken in order: any one of them is enough to read.
 
 enum { TPR_AGENT_NAME = 129, TPR_AGENT_TEXT = 256, TPR_AGENT_TAG = 0x746e6761 };   // "agnt"
+enum { TPR_AGENT_DEVICES = 64 };
 enum { TPR_AGENT_SLICE_US = 200 };     // of a wait that more than one loop must be driven for
 enum { TPR_AGENT_PATIENCE_US = 30000000 };   // of destroy, with receivers that keep what was given to them
+enum { TPR_AGENT_METHODS = 4096, TPR_AGENT_CALLERS = 65536 };   // counted one by one: names of methods, and callers
+enum { TPR_AGENT_PAUSE_US = 10000, TPR_AGENT_PAUSES = 8 };   // after a failure, before the next attempt: so much, which
+                                       // doubles with each in a row, up to 1.28 s
+enum { TPR_AGENT_UNLOOKED = 1 << 20 };   // bytes of requests on one loop that may come beside what others hold
 enum { TPR_AGENT_CHUNK = 16, TPR_AGENT_CHUNKS = 24 };   // workers in the first chunk of the table; each next has twice
 enum { TPR_AGENT_LOOP_SHIFT = 56, TPR_AGENT_INDEX_SHIFT = 32, TPR_AGENT_INDEX_MASK = 0xffffff };
 
 typedef enum tpr_agent_state { TPR_AGENT_NEW, TPR_AGENT_STARTING, TPR_AGENT_READY, TPR_AGENT_FAILED, TPR_AGENT_LEAVING,
+                               TPR_AGENT_PARTING,   // a dynamic group's worker that takes no new requests
                                TPR_AGENT_LEFT } tpr_agent_state;
 
 typedef struct tpr_agent_frame {       // a user's function of a method that may be running
@@ -13958,12 +15301,47 @@ typedef struct tpr_agent_frame {       // a user's function of a method that may
     bool      live;                    // the method was there when it began
 } tpr_agent_frame;
 
+typedef struct tpr_agent_times { tpr_base_histogram call, queue, handler; } tpr_agent_times;
+
+typedef struct tpr_agent_counts {      // by a method's name, on one loop, under its lock
+    uint64_t begun, ended, failed, timed_out, cancelled;      // calls
+    uint64_t received, answered, requests_failed;             // requests
+    tpr_agent_times *times;            // NULL: they are not measured
+    uint64_t apart[7];                 // loops do not write to each other's lines
+} tpr_agent_counts;
+
+typedef struct tpr_agent_flow {        // calls in one direction, and the pipes they went over that have ended
+    uint64_t begun, ended, errors, pipes, bytes_sent, bytes_received, tensor_sent, tensor_received;
+} tpr_agent_flow;
+
+typedef struct tpr_agent_peer {        // a worker as it is counted, under the agent's lock
+    struct tpr_agent_peer *next;       // of all
+    const char   *name;                // of the agent's table of names
+    struct tpr_agent_worker *worker;   // NULL: it is not known, it only calls
+    tpr_base_list servers;             // tpr_agent_server.peer_node
+    tpr_agent_flow gone;               // of those that are gone
+} tpr_agent_peer;
+
+typedef struct tpr_agent_name {        // stands before each text of the agent's table of names; under its lock
+    struct tpr_agent_name *next;       // of those that are methods'
+    tpr_agent_counts *counts;          // of each loop; NULL: it is no method's. Set once, before a call or a method has
+                                       // the text, so they need no lock to read it
+    tpr_agent_peer   *peer;            // NULL: it is no peer's
+} tpr_agent_name;
+
 typedef struct tpr_agent_method {
     tprpc_method_desc desc;
     char      name[TPR_AGENT_NAME];
     uint32_t  id, refs;                // refs: atomic
     bool      removed;
+    tpr_agent_counts *counts;          // of its name
+    const char *traced;                // its name for the trace, of the agent's table of names; NULL: none
 } tpr_agent_method;
+
+typedef struct tpr_agent_table {       // a device map between two workers; NULL where one is meant: none
+    uint32_t count;
+    tpr_wire_map maps[1];              // count of them
+} tpr_agent_table;
 
 typedef struct tpr_agent_worker {      // a peer as this agent calls it
     tpr_pipe_user user;                // first: of its pipe
@@ -13976,6 +15354,16 @@ typedef struct tpr_agent_worker {      // a peer as this agent calls it
     tprpc_pipe   *pipe;
     tpr_base_list calls;               // tpr_agent_call.node
     tprpc_store_op *op;
+    tpr_agent_flow to;
+    tpr_agent_table *map;              // of tensors of calls to it; made before the first
+    bool          opened;              // its pipe was, and so is no failure to connect when it ends
+    uint32_t      failures;            // to connect, in a row
+    int64_t       retry_us;            // after them: it is not connected to before
+    tprpc_work    again;               // until then: what its pipe waits for, and the calls with it
+    uint64_t      kept_bytes;          // of messages that were copied to be sent again
+    char          why[140];            // the last failure
+    bool          stray, asked, lost;  // calls may be under way to it whose answer nobody waits for; it was asked
+                                       // whether it has them; its last pipe failed
 } tpr_agent_worker;
 
 typedef struct tpr_agent_placing {     // memory of a user's that a message is received in
@@ -14019,7 +15407,28 @@ typedef struct tpr_agent_call {        // a call begun here, and its future
     const char   *method_name;         // of the agent's table of names
     tprpc_stream *streams;             // for the reply; NULL: the library's
     size_t        stream_count;
+    int64_t       begun_us;            // where times are measured
+    struct tpr_agent_keep *keep;       // what it is sent again from; NULL: it is sent once
 } tpr_agent_call;
+
+typedef struct tpr_agent_keep {        // the message of an idempotent call, for as long as one may need its bytes
+    tprpc_message message;             // as each attempt sends it: lent
+    void         *block;               // its arrays and, where it was not lent, its bytes
+    size_t        block_size;
+    tpr_pipe_keep *devices;            // device_count of them: copies of tensors on devices
+    uint32_t      device_count;
+    uint32_t      refs;                // the call until its outcome, and the sends of its attempts
+    uint32_t      attempt;             // from 1 on
+    bool          out;                 // it is with the worker's pipe; else the timer is set, or a reply is being read
+    struct tpr_agent_worker *worker;
+    struct tpr_agent_call *call;       // NULL: it has its outcome
+    tpr_wire_call prefix;
+    tprpc_work    timer;               // of the next attempt
+    tpr_loop_task task;                // the user's release
+    void        (*release)(void *user);
+    void         *release_user;
+    char          why[100];            // the last attempt failed
+} tpr_agent_keep;
 
 typedef struct tpr_agent_server {      // a pipe that a caller's requests come in by
     tpr_pipe_user user;                // first
@@ -14031,6 +15440,15 @@ typedef struct tpr_agent_server {      // a pipe that a caller's requests come i
     uint32_t      refs;
     tpr_base_list requests, lanes;     // in the order of arrival; those with a lane whose handlers have not begun
     tpr_base_map  by_call;             // of the requests: see tpr_agent_request_called
+    tpr_agent_flow from;
+    tpr_agent_peer *peer;              // NULL: it has not introduced itself, or there are too many
+    tpr_base_list peer_node;
+    tpr_agent_table *map;              // the caller's, by which replies go back
+    uint32_t      unanswered;          // requests
+    uint64_t      held, tensors;       // bytes of the library's that its requests hold; of these those of tensors
+    tpr_base_list waiting;             // requests whose tensors are not let in yet, by frame.node
+    tpr_base_list hungry_node;         // of the loop's, while there are such, and
+    uint64_t      ticket;              // its turn among those of all loops
 } tpr_agent_server;
 
 typedef struct tpr_agent_request {
@@ -14042,12 +15460,17 @@ typedef struct tpr_agent_request {
     uint32_t      refs, lane;
     bool          one_way, reading, parked, whole, running, kept, cancelled, answered;   // running: from its start
     bool          mapped;              // in its server's map by the caller's number
+    bool          waits;               // to be let in; it reads as parked, too
     tprpc_work    retry;               // of a submission that the engine refused
     tpr_pipe_in  *in;
     tpr_agent_placing *placing;
     tpr_loop_task task;                // the handler, or its submission
-    tpr_agent_frame frame;
+    tpr_agent_frame frame;             // its node, before the handler: of those of the server that wait
     struct tpr_agent_request *next_job;
+    tpr_agent_counts *counts;          // of its method
+    int64_t       since_us;            // where times are measured: it was whole, later its handler began
+    int64_t    whole_ns, begun_ns;     // of a trace: it was, its handler was
+    uint64_t      held;                // bytes that it is counted with
 } tpr_agent_request;
 
 typedef struct tpr_agent_send {        // an outgoing message that lends memory, or did not leave at once
@@ -14059,6 +15482,8 @@ typedef struct tpr_agent_send {        // an outgoing message that lends memory,
     struct tprpc_agent *agent;
     uint64_t       call;               // a one-way call, whose outcome this is; 0: none
     uint32_t       gift;               // 1: its memory is given
+    uint32_t       attempt;            // of the keep's
+    tpr_agent_keep *keep;              // whose message it is; NULL: of none
 } tpr_agent_send;
 
 typedef struct tpr_agent_loop {        // what an agent has on one loop
@@ -14070,17 +15495,52 @@ typedef struct tpr_agent_loop {        // what an agent has on one loop
     uint64_t unanswered, received, received_failed, async_now, sends;   // requests; callbacks under way, of which
     uint64_t gifts;                    // wait for who was given the memory
     uint64_t bytes_sent, bytes_received, tensor_sent, tensor_received, tensor_adopted, fast;   // of pipes that are gone
+    uint64_t retried;                  // how often calls were sent again
+    uint64_t bytes_held, tensors_held; // as of a server; written under the lock, read by all loops
+    tpr_base_list hungry;              // servers with requests that wait to be let in
+    uint64_t ticket;                   // atomic: of the first that waits for other callers' requests; 0: none does
+    uint32_t asking;                   // workers that are `asked`
 } tpr_agent_loop;
 
+typedef struct tpr_agent_look {        // has a loop look whether requests may come in, or a job be run by who waits
+    tprpc_work      work;
+    uint32_t        set;               // atomic: it is under way
+    tpr_loop       *loop;
+    tpr_agent_loop *on;
+    struct tprpc_agent *agent;
+} tpr_agent_look;
+
 #ifndef TPRPC_NO_THREADS
-typedef struct tpr_agent_thread { tpr_os_thread thread; struct tprpc_agent *agent; char name[24]; } tpr_agent_thread;
+typedef struct tpr_agent_thread { tpr_os_thread thread; struct tprpc_agent *agent; char name[24]; uintptr_t id;
+                                  uint32_t depth; } tpr_agent_thread;   // id: atomic; depth: jobs on its stack
 #endif
 
 typedef struct tpr_agent_start {       // a key of the group that is awaited
     struct tprpc_agent *agent;
     uint32_t rank;
     tprpc_store_op *op;
+    bool     has_word, busy;           // of one that leaves: its word has come; it still runs something
+    uint64_t activity;                 // what it says
+    tpr_wire_leave *word;              // where all that it says goes; NULL: nowhere
 } tpr_agent_start;
+
+typedef struct tpr_agent_change {      // of a dynamic group's members, one at a time: see >>group
+    struct tprpc_agent *agent;
+    int32_t  kind, step;               // kind 0: none is under way
+    uint32_t id;                       // the member's
+    bool     came, locked, pausing, quits;   // its turn has; pausing: until it looks at the lock again; quits: the
+                                       // agent goes
+    bool     frees, forgets;           // the member's id is free, and its name, from then on
+    int64_t  ticket;
+    char     name[TPR_AGENT_NAME];     // the member's
+    tprpc_work timer;
+    int64_t  deadline_us, wait_us, seen_us;
+    uint8_t  entry[TPR_WIRE_ENTRY], other[TPR_WIRE_ENTRY];   // the member's; what stood in its place
+    size_t   entry_size, other_size;
+    uint8_t *record, *own;             // of the members: as it was seen last, since seen_us; as this agent writes it
+    size_t   record_size, own_size;
+    tprpc_error error;
+} tpr_agent_change;
 
 struct tprpc_agent {
     tprpc_context  *ctx;
@@ -14095,6 +15555,7 @@ struct tprpc_agent {
     tprpc_listener *listener;
     tpr_wire_worker self;
     tpr_agent_loop *loops;             // ctx->loop_count of them
+    tpr_agent_look *looks;             // likewise; apart from those, for other loops touch them
     tpr_base_map    methods, names, by_name, resolved;   // by id; text by hash; workers by hash of their name; text by
                                                          // id
     tpr_agent_worker **workers[TPR_AGENT_CHUNKS];   // by index, in chunks that stay: read without a lock
@@ -14112,6 +15573,11 @@ struct tprpc_agent {
     tpr_loop_task   ready_task;
     uint32_t        jobs;              // atomic: submitted or queued for workers, and not ended
     uint32_t        closing;           // atomic: it is being destroyed
+    uint32_t        waiting;           // atomic: requests that wait to be let in
+    uint32_t        queued, free_threads, waiting_threads;   // atomic: jobs that no thread has begun; threads that
+                                       // have none; that wait for a future within one
+    uint64_t        tickets;           // atomic: given out
+    uint64_t        unlooked;          // bytes that a loop's requests may hold without a look at the other loops'
     int32_t         worker_threads;
     uint32_t        thread_count;
     tpr_agent_request *job_head, **job_tail;   // under the lock
@@ -14120,6 +15586,20 @@ struct tprpc_agent {
 #ifndef TPRPC_NO_THREADS
     tpr_agent_thread *threads;
 #endif
+    bool            metrics;
+    uint32_t        jobs_running;      // atomic: of the jobs
+    uint32_t        method_count, caller_count;   // these under the lock
+    tpr_agent_name *method_names, **method_names_tail;
+    tpr_agent_peer *peers, **peers_tail;
+    tpr_agent_counts *uncounted;       // for names beyond TPR_AGENT_METHODS
+    tpr_trace      *trace;             // NULL: none
+    bool            devices_given;     // no others may be used
+    uint32_t        device_count;      // under the lock, but where they were given
+    tprpc_device    devices[TPR_AGENT_DEVICES];   // those given, or those of maps; without the host
+    tpr_agent_start mixed;             // the key that says that a worker of another kind of group came
+    uint64_t        kind_nonce;        // names it
+    uint32_t        awaited;           // ranks that have not come
+    tpr_agent_change change;
 };
 
 static tpr_loop *tpr_agent_home(tprpc_agent *agent) { return &agent->ctx->loops[0]; }
@@ -14139,20 +15619,25 @@ static void tpr_agent_free(tprpc_agent *agent, void *ptr, size_t size) {
 
 // ---- names: text that stays until the agent is destroyed
 
+// Under the agent's lock. NULL: it is not in the table; *hash is where it would be.
+static const char *tpr_agent_text_find(tprpc_agent *agent, const char *text, uint64_t *hash) {
+    const char *found;
+    *hash = tpr_base_hash(text, strlen(text) + 1);
+    while ((found = (const char *)tpr_base_map_get(&agent->names, *hash)) != NULL && strcmp(found, text) != 0) ++*hash;
+    return found;
+}
+
 // Under the agent's lock. NULL: no memory.
 static const char *tpr_agent_text(tprpc_agent *agent, const char *text) {
     size_t size = strlen(text) + 1;
-    uint64_t hash = tpr_base_hash(text, size);
-    const char *found;
-    while ((found = (const char *)tpr_base_map_get(&agent->names, hash)) != NULL) {
-        if (strcmp(found, text) == 0) return found;
-        hash++;
-    }
-    char *copy = (char *)tpr_agent_alloc(agent, size);
-    if (!copy) return NULL;
-    memcpy(copy, text, size);
-    if (tpr_base_map_put(&agent->names, hash, copy)) return copy;
-    tpr_agent_free(agent, copy, size);
+    uint64_t hash;
+    const char *found = tpr_agent_text_find(agent, text, &hash);
+    if (found) return found;
+    tpr_agent_name *name = (tpr_agent_name *)tpr_agent_alloc(agent, sizeof *name + size);
+    if (!name) return NULL;
+    memcpy(name + 1, text, size);
+    if (tpr_base_map_put(&agent->names, hash, name + 1)) return (const char *)(name + 1);
+    tpr_agent_free(agent, name, sizeof *name + size);
     return NULL;
 }
 
@@ -14161,6 +15646,201 @@ TPR_COLD static const char *tpr_agent_text_locked(tprpc_agent *agent, const char
     const char *kept = tpr_agent_text(agent, text);
     tpr_os_lock_give(&agent->lock);
     return kept;
+}
+
+// ---- counts: by a method's name, and by a peer's
+
+static inline tpr_agent_name *tpr_agent_name_of(const char *text) {
+    return (tpr_agent_name *)(void *)(uintptr_t)text - 1;
+}
+
+static size_t tpr_agent_counts_size(const tprpc_agent *agent) {
+    size_t each = sizeof(tpr_agent_counts) + (agent->metrics ? sizeof(tpr_agent_times) : 0);
+    return agent->ctx->loop_count * each;
+}
+
+// What is counted by one name on each loop. NULL: no memory.
+TPR_COLD static tpr_agent_counts *tpr_agent_counts_new(tprpc_agent *agent) {
+    const uint32_t loops = agent->ctx->loop_count;
+    tpr_agent_counts *counts = (tpr_agent_counts *)tpr_agent_alloc(agent, tpr_agent_counts_size(agent));
+    for (uint32_t i = 0; counts && agent->metrics && i < loops; i++)
+        counts[i].times = (tpr_agent_times *)(void *)(counts + loops) + i;
+    return counts;
+}
+
+// Makes sure that what goes by this name is counted. Under the agent's lock. NULL: no memory.
+static tpr_agent_counts *tpr_agent_count_name(tprpc_agent *agent, const char *text) {
+    tpr_agent_name *name = tpr_agent_name_of(text);
+    if (TPR_LIKELY(name->counts != NULL)) return name->counts;
+    if (agent->method_count == TPR_AGENT_METHODS) return name->counts = agent->uncounted;
+    name->counts = tpr_agent_counts_new(agent);
+    if (!name->counts) return NULL;
+    agent->method_count++;
+    *agent->method_names_tail = name;
+    agent->method_names_tail = &name->next;
+    return name->counts;
+}
+
+// A method's name that stays, and what is counted by it. NULL: no memory.
+static const char *tpr_agent_method_text(tprpc_agent *agent, const char *method) {
+    tpr_os_lock_take(&agent->lock);
+    const char *text = tpr_agent_text(agent, method);
+    if (text && !tpr_agent_count_name(agent, text)) text = NULL;
+    tpr_os_lock_give(&agent->lock);
+    return text;
+}
+
+// The peer of that name, which is in the table. Under the agent's lock. NULL: no memory.
+TPR_COLD static tpr_agent_peer *tpr_agent_peer_of(tprpc_agent *agent, const char *text) {
+    tpr_agent_name *name = tpr_agent_name_of(text);
+    if (name->peer) return name->peer;
+    name->peer = (tpr_agent_peer *)tpr_agent_alloc(agent, sizeof *name->peer);
+    if (!name->peer) return NULL;
+    name->peer->name = text;
+    tpr_base_list_init(&name->peer->servers);
+    *agent->peers_tail = name->peer;
+    agent->peers_tail = &name->peer->next;
+    return name->peer;
+}
+
+TPR_COLD static void tpr_agent_name_free(tprpc_agent *agent, const char *text) {
+    if (!text) return;
+    tpr_agent_name *name = tpr_agent_name_of(text);
+    if (name->counts != agent->uncounted) tpr_agent_free(agent, name->counts, tpr_agent_counts_size(agent));
+    tpr_agent_free(agent, name->peer, sizeof *name->peer);
+    tpr_agent_free(agent, name, sizeof *name + strlen(text) + 1);
+}
+
+TPR_COLD static void tpr_agent_flow_add(tpr_agent_flow *to, const tpr_agent_flow *from) {
+    to->begun += from->begun;
+    to->ended += from->ended;
+    to->errors += from->errors;
+    to->pipes += from->pipes;
+    to->bytes_sent += from->bytes_sent;
+    to->bytes_received += from->bytes_received;
+    to->tensor_sent += from->tensor_sent;
+    to->tensor_received += from->tensor_received;
+}
+
+TPR_COLD static void tpr_agent_flow_pipe(tpr_agent_flow *flow, const tprpc_pipe *pipe) {
+    flow->pipes++;
+    flow->bytes_sent += pipe->bytes_sent;
+    flow->bytes_received += pipe->bytes_received;
+    flow->tensor_sent += pipe->tensor_bytes_sent;
+    flow->tensor_received += pipe->tensor_bytes_received;
+}
+
+// A caller's pipe has a name. Of more callers than can be counted one by one only the sums are kept. False: no memory.
+TPR_COLD static bool tpr_agent_peer_in(tpr_agent_server *server) {
+    tprpc_agent *agent = server->agent;
+    tpr_os_lock_take(&agent->lock);
+    bool fresh = !tpr_agent_name_of(server->caller)->peer, full = fresh && agent->caller_count == TPR_AGENT_CALLERS;
+    server->peer = full ? NULL : tpr_agent_peer_of(agent, server->caller);
+    if (server->peer) tpr_base_list_add(&server->peer->servers, &server->peer_node);
+    agent->caller_count += fresh && server->peer;
+    tpr_os_lock_give(&agent->lock);
+    return server->peer || full;
+}
+
+// A caller's pipe is gone, and all that came over it.
+TPR_COLD static void tpr_agent_peer_out(tpr_agent_server *server) {
+    if (!server->peer) return;
+    tpr_os_lock_take(&server->agent->lock);
+    tpr_base_list_remove(&server->peer_node);
+    tpr_agent_flow_add(&server->peer->gone, &server->from);
+    tpr_os_lock_give(&server->agent->lock);
+}
+
+static inline tpr_agent_counts *tpr_agent_call_counts(const tpr_agent_call *call) {
+    return &tpr_agent_name_of(call->method_name)->counts[call->worker->loop->index];
+}
+
+static inline void tpr_agent_count_call(tpr_agent_call *call) {
+    tpr_agent_counts *counts = tpr_agent_call_counts(call);
+    counts->begun++;
+    call->worker->to.begun++;
+    if (TPR_UNLIKELY(counts->times != NULL)) call->begun_us = tpr_loop_clock(call->worker->loop);
+}
+
+// It did not leave, and so was none.
+TPR_COLD static void tpr_agent_count_undone(const tpr_agent_call *call) {
+    tpr_agent_call_counts(call)->begun--;
+    call->worker->to.begun--;
+}
+
+TPR_APART static void tpr_agent_measure_call(const tpr_agent_call *call, tpr_agent_times *times) {
+    tpr_base_histogram_add(&times->call, tpr_loop_clock(call->worker->loop) - call->begun_us);
+}
+
+static inline void tpr_agent_count_outcome(const tpr_agent_call *call) {
+    tpr_agent_counts *counts = tpr_agent_call_counts(call);
+    const tprpc_status status = call->status;
+    counts->ended++;
+    call->worker->to.ended++;
+    if (TPR_UNLIKELY(status != TPRPC_OK)) {
+        counts->failed++;
+        call->worker->to.errors++;
+        counts->timed_out += status == TPRPC_ERROR_TIMEOUT;
+        counts->cancelled += status == TPRPC_ERROR_CANCELLED;
+    }
+    if (TPR_UNLIKELY(counts->times != NULL)) tpr_agent_measure_call(call, counts->times);
+}
+
+// A request that is not taken; method NULL: there is none.
+TPR_COLD static void tpr_agent_count_refused(tpr_agent_server *server, const tpr_agent_method *method) {
+    server->from.begun++;
+    server->from.ended++;
+    server->from.errors++;
+    if (!method) return;
+    method->counts[server->loop->index].received++;
+    method->counts[server->loop->index].answered++;
+    method->counts[server->loop->index].requests_failed++;
+}
+
+static inline void tpr_agent_count_request(tpr_agent_request *request) {
+    request->counts = &request->method->counts[request->server->loop->index];
+    request->counts->received++;
+    request->server->from.begun++;
+}
+
+TPR_COLD static void tpr_agent_count_failed(tpr_agent_request *request) {
+    request->counts->requests_failed++;
+    request->server->from.errors++;
+}
+
+static inline void tpr_agent_count_whole(tpr_agent_request *request) {
+    if (TPR_UNLIKELY(request->counts->times != NULL)) request->since_us = tpr_loop_clock(request->server->loop);
+}
+
+TPR_APART static void tpr_agent_measure_queue(tpr_agent_request *request) {
+    int64_t now = tpr_loop_clock(request->server->loop);
+    if (!request->frame.live) return;
+    tpr_base_histogram_add(&request->counts->times->queue, now - request->since_us);
+    request->since_us = now;
+}
+
+TPR_APART static void tpr_agent_measure_handler(tpr_agent_request *request) {
+    if (request->frame.live)
+        tpr_base_histogram_add(&request->counts->times->handler,
+                               tpr_loop_clock(request->server->loop) - request->since_us);
+}
+
+// Its handler begins.
+static inline void tpr_agent_count_begun(tpr_agent_request *request) {
+    if (TPR_UNLIKELY(request->counts->times != NULL)) tpr_agent_measure_queue(request);
+}
+
+// Its handler has returned; one that was kept is handled when it is answered.
+static inline void tpr_agent_count_returned(tpr_agent_request *request) {
+    if (TPR_UNLIKELY(request->counts->times != NULL) && request->answered) tpr_agent_measure_handler(request);
+}
+
+// It needs no answer any more.
+static inline void tpr_agent_count_answered(tpr_agent_request *request) {
+    request->counts->answered++;
+    request->server->from.ended++;
+    if (TPR_UNLIKELY(request->counts->times != NULL) && request->kept && !request->running)
+        tpr_agent_measure_handler(request);
 }
 
 // ---- methods
@@ -14223,10 +15903,56 @@ static inline tpr_agent_loop *tpr_agent_on(tprpc_agent *agent, const tpr_loop *l
     return &agent->loops[loop->index];
 }
 
+// ---- traces: where the agent has one. Under the loop's lock; begin: since when, of tpr_trace_clock; 0: now
+
+static uint64_t tpr_agent_message_bytes(const tprpc_message *message) {
+    uint64_t bytes = message->metadata_size;
+    for (size_t i = 0; i < message->tensor_count; i++) bytes += message->tensors[i].size;
+    return bytes;
+}
+
+// A step of a call begun here. message: NULL, or what was sent.
+TPR_COLD static void tpr_agent_trace_call(const tpr_agent_call *call, tpr_trace_kind kind, int64_t begin,
+                                          const tprpc_message *message) {
+    const tpr_loop *loop = call->worker->loop;
+    tpr_trace_event *event = tpr_trace_add(call->worker->agent->trace, loop, kind, begin);
+    event->call = tpr_agent_id(&call->slot, loop);
+    event->method = call->method_name;
+    event->peer = call->worker->name;
+    event->bytes = message ? tpr_agent_message_bytes(message) : 0;
+    event->status = (uint8_t)call->status;
+    event->one_way = (call->flags & TPRPC_CALL_ONE_WAY) != 0;
+}
+
+// A step of a call that came in, of which there may be no request. message: NULL, or what was received or sent.
+TPR_COLD static tpr_trace_event *tpr_agent_trace_server(const tpr_agent_server *server, const tpr_agent_method *method,
+                                                        uint64_t call, tpr_trace_kind kind, int64_t begin,
+                                                        const tprpc_message *message) {
+    tpr_trace_event *event = tpr_trace_add(server->agent->trace, server->loop, kind, begin);
+    event->call = call;
+    event->method = method && method->traced ? method->traced : "an unknown method";
+    event->peer = server->caller;
+    event->bytes = message ? tpr_agent_message_bytes(message) : 0;
+    return event;
+}
+
+TPR_COLD static void tpr_agent_trace_request(const tpr_agent_request *request, tpr_trace_kind kind, int64_t begin,
+                                             const tprpc_message *message, tprpc_status status) {
+    tpr_trace_event *event =
+        tpr_agent_trace_server(request->server, request->method, request->call, kind, begin, message);
+    event->since = request->whole_ns;
+    event->status = (uint8_t)status;
+    event->one_way = request->one_way;
+}
+
 // ---- sending
 
 static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const tprpc_error *error);
-static void tpr_agent_call_fail(tpr_agent_call *call, const tprpc_error *cause);
+static void tpr_agent_call_lost(tpr_agent_call *call, const tprpc_error *cause, bool answer);
+static void tpr_agent_keep_unref(tpr_agent_keep *keep);
+
+// In the place of the `release` of a message that is kept: so it is sent as lent. It is never called.
+static void tpr_agent_kept(void *keep) { (void)keep; }
 
 static void tpr_agent_send_run(tpr_loop_task *task) {
     tpr_agent_send *send = TPR_CONTAINER(task, tpr_agent_send, task);
@@ -14235,6 +15961,7 @@ static void tpr_agent_send_run(tpr_loop_task *task) {
 
 static void tpr_agent_send_done(tpr_loop_task *task) {
     tpr_agent_send *send = TPR_CONTAINER(task, tpr_agent_send, task);
+    if (send->keep) tpr_agent_keep_unref(send->keep);
     tpr_agent_on(send->agent, send->loop)->sends--;
     tpr_base_pool_free(&send->loop->pool, send, sizeof *send);
 }
@@ -14245,10 +15972,12 @@ static void tpr_agent_send_ended(tpr_pipe_write *write) {
     if (send->call) {
         tpr_agent_call *call =
             (tpr_agent_call *)(void *)tpr_agent_find(&tpr_agent_on(send->agent, send->loop)->calls, send->call);
+        if (send->keep && send->attempt != send->keep->attempt) call = NULL;   // it failed before, and was told then
         // A peer that would not take the tensors while the pipe is well says why in its answer.
         bool refused = call && write->status == TPRPC_ERROR_PEER && call->worker->pipe &&
                        call->worker->pipe->state == TPR_PIPE_OPEN;
-        if (call && !call->done && write->status != TPRPC_OK && !refused) tpr_agent_call_fail(call, &write->error);
+        if (call && !call->done && write->status != TPRPC_OK && !refused)
+            tpr_agent_call_lost(call, &write->error, false);
         else if (call && !call->done && (call->flags & TPRPC_CALL_ONE_WAY)) tpr_agent_call_end(call, TPRPC_OK, NULL);
     }
     if (send->release) tpr_loop_post(send->loop, &send->task);
@@ -14269,6 +15998,13 @@ static tpr_agent_send *tpr_agent_send_new(tprpc_agent *agent, tpr_loop *loop, co
     send->release_user = message->release_user;
     send->agent = agent;
     send->call = call;
+    send->keep = NULL;
+    if (message->release == tpr_agent_kept) {
+        send->release = NULL;
+        send->keep = (tpr_agent_keep *)message->release_user;
+        send->keep->refs++;
+        send->attempt = send->keep->attempt;
+    }
     tpr_agent_on(agent, loop)->sends++;
     return send;
 }
@@ -14278,8 +16014,8 @@ static tpr_agent_send *tpr_agent_send_new(tprpc_agent *agent, tpr_loop *loop, co
 static tprpc_status tpr_agent_send_on(tprpc_agent *agent, tprpc_pipe *pipe, const tpr_wire_call *prefix,
                                       const tprpc_message *message, uint64_t call, tprpc_error *error) {
     uint8_t bytes[TPR_WIRE_CALL_BYTES];
-    bool bare = !message->release && pipe->state == TPR_PIPE_OPEN && tpr_pipe_is_inline(pipe, message) &&
-                !(prefix->flags & TPR_WIRE_CALL_ONE_WAY && call);
+    bool bare = (!message->release || message->release == tpr_agent_kept) && pipe->state == TPR_PIPE_OPEN &&
+                tpr_pipe_is_inline(pipe, message) && !(prefix->flags & TPR_WIRE_CALL_ONE_WAY && call);
     tprpc_status status;
     tpr_wire_put_call(bytes, prefix);
     if (bare) {
@@ -14444,17 +16180,257 @@ static tprpc_status tpr_agent_check_device(tprpc_context *ctx, tprpc_device devi
                            what, i, (int)device.index, (int)device.kind, (int)count);
 }
 
-// Where a worker's tensors from a device go; DEFAULT: nobody said.
-static tprpc_device tpr_agent_mapped(const tpr_agent_worker *worker, tprpc_device from) {
-    const tprpc_agent *agent = worker->agent;
-    tprpc_device to = TPR_ZERO;
+// Whether tensors may be on a device here; the host is one of any index.
+static bool tpr_agent_has_device(const tprpc_agent *agent, tprpc_device device) {
+    if (device.kind == TPRPC_CPU) return true;
+    if (tpr_agent_check_device(agent->ctx, device, "", 0, NULL) != TPRPC_OK) return false;
+    for (uint32_t i = 0; agent->devices_given && i < agent->device_count; i++)
+        if (tpr_agent_same_device(agent->devices[i], device)) return true;
+    return !agent->devices_given;
+}
+
+// Puts a device of a map down as used, as far as there is room.
+TPR_COLD static void tpr_agent_use_device(tprpc_agent *agent, tprpc_device device) {
+    if (agent->devices_given || device.kind == TPRPC_CPU || !tpr_agent_has_device(agent, device)) return;
+    tpr_os_lock_take(&agent->lock);
+    uint32_t i = 0;
+    while (i < agent->device_count && !tpr_agent_same_device(agent->devices[i], device)) i++;
+    if (i == agent->device_count && i < TPR_AGENT_DEVICES) agent->devices[agent->device_count++] = device;
+    tpr_os_lock_give(&agent->lock);
+}
+
+// Puts devices of a kind down as what this worker publishes. False: they are in too many runs.
+static bool tpr_agent_tell_run(tprpc_agent *agent, int32_t kind, uint32_t first, uint32_t count) {
+    tpr_wire_worker *self = &agent->self;
+    for (uint32_t i = 0; i < self->run_count; i++) {
+        if (self->runs[i].kind != kind || self->runs[i].first + self->runs[i].count != first) continue;
+        self->runs[i].count += count;
+        return true;
+    }
+    if (!count) return true;
+    if (self->run_count == TPR_WIRE_RUNS) return false;
+    tpr_wire_run *run = &self->runs[self->run_count++];
+    run->kind = kind;
+    run->first = first;
+    run->count = count;
+    return true;
+}
+
+// The devices of a new agent: those given, or all that the context's converters have.
+TPR_COLD static tprpc_status tpr_agent_fill_devices(tprpc_agent *agent, const tprpc_agent_desc *desc,
+                                                    tprpc_error *error) {
+    tprpc_context *ctx = agent->ctx;
+    bool told = true;
+    agent->self.tells_devices = 1;
+    agent->devices_given = desc->device_count > 0;
+    for (size_t i = 0; i < desc->device_count; i++) {
+        const tprpc_device device = tpr_pipe_device(desc->devices[i]);
+        tprpc_status status = tpr_agent_check_device(ctx, device, "devices", i, error);
+        if (status != TPRPC_OK) return status;
+        if (tpr_agent_has_device(agent, device)) continue;   // the host, or given twice
+        if (agent->device_count == TPR_AGENT_DEVICES)
+            return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "agent %s has more than %d devices", agent->name,
+                                   TPR_AGENT_DEVICES);
+        agent->devices[agent->device_count++] = device;
+        told = told && tpr_agent_tell_run(agent, device.kind, (uint32_t)device.index, 1);
+    }
+    for (uint32_t i = 0; !agent->devices_given && i < ctx->backend_count; i++) {
+        const tprpc_backend *backend = ctx->backends[i].backend;
+        if (!backend->converter || backend->converter->kind == TPRPC_CPU) continue;
+        int32_t count = backend->converter->device_count ? backend->converter->device_count(backend->user) : INT32_MAX;
+        told = told && tpr_agent_tell_run(agent, backend->converter->kind, 0, count > 0 ? (uint32_t)count : 0);
+    }
+    if (told) return TPRPC_OK;
+    return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "the devices of agent %s are in more than %d runs of one kind",
+                           agent->name, TPR_WIRE_RUNS);
+}
+
+// What a worker has, in words: "kind 64: 0 to 1, kind 2: 0 to 7".
+TPR_COLD static void tpr_agent_runs_text(const tpr_wire_worker *where, char *out, size_t size) {
+    size_t used = (size_t)snprintf(out, size, where->run_count ? "" : "the host alone");
+    for (uint32_t i = 0; i < where->run_count && used < size; i++) {
+        const tpr_wire_run *run = &where->runs[i];
+        used += (size_t)snprintf(out + used, size - used, "%skind %d: %u to %u", i ? ", " : "", (int)run->kind,
+                                 (unsigned)run->first, (unsigned)(run->first + run->count - 1));
+    }
+}
+
+// Whether a worker has published the device; where it published nothing it may have any.
+static bool tpr_agent_published(const tpr_wire_worker *where, tprpc_device device) {
+    if (!where->tells_devices || device.kind == TPRPC_CPU) return true;
+    for (uint32_t i = 0; i < where->run_count; i++) {
+        const tpr_wire_run *run = &where->runs[i];
+        if (run->kind == device.kind && (uint32_t)device.index - run->first < run->count) return true;
+    }
+    return false;
+}
+
+// ---- device maps
+
+static tpr_agent_table *tpr_agent_table_new(tprpc_agent *agent, uint32_t count) {
+    tpr_agent_table *table =
+        (tpr_agent_table *)tpr_agent_alloc(agent, sizeof *table + (count - 1) * sizeof table->maps[0]);
+    if (table) table->count = count;
+    return table;
+}
+
+static void tpr_agent_table_free(tprpc_agent *agent, tpr_agent_table *table) {
+    if (table) tpr_agent_free(agent, table, sizeof *table + (table->count - 1) * sizeof table->maps[0]);
+}
+
+// Whether an entry is for the worker: his own, or one for all where he has none of his own.
+static bool tpr_agent_map_is_for(const tprpc_agent *agent, const tpr_agent_map *map, const char *worker) {
+    if (map->worker) return strcmp(map->worker, worker) == 0;
+    for (uint32_t i = 0; i < agent->map_count; i++) {
+        const tpr_agent_map *own = &agent->maps[i];
+        if (own->worker && tpr_agent_same_device(own->from, map->from) && strcmp(own->worker, worker) == 0)
+            return false;
+    }
+    return true;
+}
+
+// The device map for a worker of that name; *out NULL: it has no entry. Which does not change after the start.
+TPR_COLD static tprpc_status tpr_agent_map_for(tprpc_agent *agent, const char *name, tpr_agent_table **out,
+                                               tprpc_error *error) {
+    uint32_t count = 0;
+    *out = NULL;
+    for (uint32_t i = 0; i < agent->map_count; i++) count += tpr_agent_map_is_for(agent, &agent->maps[i], name);
+    if (!count) return TPRPC_OK;
+    *out = tpr_agent_table_new(agent, count);
+    if (!*out) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the device map of %s", name);
+    count = 0;
     for (uint32_t i = 0; i < agent->map_count; i++) {
         const tpr_agent_map *map = &agent->maps[i];
-        if (!tpr_agent_same_device(map->from, from)) continue;
-        if (map->worker && strcmp(map->worker, worker->name) == 0) return map->to;
-        if (!map->worker) to = map->to;
+        if (!tpr_agent_map_is_for(agent, map, name)) continue;
+        tpr_wire_map *entry = &(*out)->maps[count++];
+        entry->rank = map->worker ? 0 : UINT32_MAX;
+        entry->from = map->from;
+        entry->to = map->to;
     }
-    return to;
+    return TPRPC_OK;
+}
+
+// Whether no two devices of a map go to one: replies could not find back.
+TPR_COLD static tprpc_status tpr_agent_map_unique(const tprpc_agent *agent, const tpr_agent_table *table,
+                                                  const char *worker, tprpc_error *error) {
+    for (uint32_t i = 0; table && i < table->count; i++) {
+        for (uint32_t k = 0; k < i; k++) {
+            const tpr_wire_map *a = &table->maps[k], *b = &table->maps[i];
+            if (!tpr_agent_same_device(a->to, b->to)) continue;
+            return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                                   "%.40s maps device %d of kind %d and device %d of kind %d both to device %d of kind "
+                                   "%d of %.40s", agent->name, (int)a->from.index, (int)a->from.kind,
+                                   (int)b->from.index, (int)b->from.kind, (int)a->to.index, (int)a->to.kind, worker);
+        }
+    }
+    return TPRPC_OK;
+}
+
+// Whether a worker has the devices that it is mapped to. What was said of every worker need not fit oneself.
+TPR_COLD static tprpc_status tpr_agent_map_fits(const tpr_agent_worker *worker, tprpc_error *error) {
+    const tprpc_agent *agent = worker->agent;
+    const bool self = strcmp(worker->name, agent->name) == 0;
+    char text[80];
+    for (uint32_t i = 0; worker->map && worker->where && i < worker->map->count; i++) {
+        const tpr_wire_map *map = &worker->map->maps[i];
+        if ((self && map->rank == UINT32_MAX) || tpr_agent_published(worker->where, map->to)) continue;
+        tpr_agent_runs_text(worker->where, text, sizeof text);
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "%.40s maps device %d of kind %d to device %d of kind %d of %.40s, which has %s",
+                               agent->name, (int)map->from.index, (int)map->from.kind, (int)map->to.index,
+                               (int)map->to.kind, worker->name, text);
+    }
+    return TPRPC_OK;
+}
+
+// Whether every device map of the agent can be reversed, as far as that is known without the others.
+TPR_COLD static tprpc_status tpr_agent_maps_unique(tprpc_agent *agent, tprpc_error *error) {
+    tprpc_status status = TPRPC_OK;
+    for (uint32_t i = 0; i < agent->map_count && status == TPRPC_OK; i++) {
+        const char *name = agent->maps[i].worker ? agent->maps[i].worker : "";   // no worker's, so an entry for all
+        tpr_agent_table *table;
+        bool seen = false;
+        for (uint32_t k = 0; k < i && !seen; k++) seen = agent->maps[k].worker == agent->maps[i].worker;
+        if (seen) continue;
+        status = tpr_agent_map_for(agent, name, &table, error);
+        if (status == TPRPC_OK) status = tpr_agent_map_unique(agent, table, *name ? name : "every worker", error);
+        tpr_agent_table_free(agent, table);
+    }
+    return status;
+}
+
+// Where tensors from a device go, or `back` from there; DEFAULT: the map does not say.
+static tprpc_device tpr_agent_mapped(const tpr_agent_table *table, tprpc_device from, bool back) {
+    const tprpc_device none = TPR_ZERO;
+    for (uint32_t i = 0; table && i < table->count; i++) {
+        const tpr_wire_map *map = &table->maps[i];
+        if (tpr_agent_same_device(back ? map->to : map->from, from)) return back ? map->from : map->to;
+    }
+    return none;
+}
+
+// Takes the device map of a caller from his introduction. False: it is broken, or there is no memory for it.
+TPR_COLD static bool tpr_agent_learn_map(tpr_agent_server *server, const void *intro, size_t size) {
+    tpr_wire_reader maps;
+    uint32_t count;
+    if (!tpr_wire_get_intro_maps(intro, size, &maps, &count)) return false;
+    if (!count) return true;
+    server->map = tpr_agent_table_new(server->agent, count);
+    for (uint32_t i = 0; server->map && i < count; i++) {
+        server->map->maps[i] = tpr_wire_read_map(&maps);
+        tpr_agent_use_device(server->agent, server->map->maps[i].to);
+    }
+    return server->map != NULL;
+}
+
+// Introduces this agent to a worker, with what replies from there need.
+static void tpr_agent_introduce(tpr_agent_worker *worker) {
+    tprpc_agent *agent = worker->agent;
+    uint8_t few[512], *intro = few;
+    const size_t size = 160 + (worker->map ? worker->map->count * (size_t)TPR_WIRE_MAP_BYTES : 0);
+    if (size > sizeof few) intro = (uint8_t *)tpr_base_pool_alloc(&worker->loop->pool, size);
+    if (!intro) {
+        tpr_pipe_end(worker->pipe, TPRPC_ERROR_MEMORY, 0, "no memory to introduce %s", agent->name);
+        return;
+    }
+    size_t used = tpr_wire_put_intro(intro, size, agent->name, agent->rank);
+    if (worker->map) {
+        tpr_wire_writer w = tpr_wire_writer_of(intro + used, size - used);
+        tpr_wire_write_maps(&w, worker->map->maps, worker->map->count);
+        used = (size_t)(w.at - intro);
+    }
+    tpr_agent_say(agent, worker->pipe, TPR_WIRE_INTRO, 0, intro, used);
+    if (intro != few) tpr_base_pool_free(&worker->loop->pool, intro, size);
+}
+
+// ---- tensors that come and go
+
+// Whether the tensors of a message that came in may be where they are said to be, and go where they are to go. from:
+// who sent it, NULL: not known. placed: the user says where they go.
+static tprpc_status tpr_agent_check_in(const tprpc_agent *agent, const tpr_pipe_in *in, const tpr_wire_worker *from,
+                                       bool placed, tprpc_error *error) {
+    for (size_t i = 0; i < in->message.tensor_count; i++) {
+        const tprpc_tensor *tensor = &in->tensors[i];
+        const tprpc_device on = tpr_pipe_device(tensor->device);
+        const tprpc_device to = tensor->target.kind == TPRPC_DEVICE_DEFAULT ? on : tensor->target;
+        if (from && !tpr_agent_published(from, on)) {
+            char text[80];
+            tpr_agent_runs_text(from, text, sizeof text);
+            return tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0,
+                                   "tensor %zu is said to come from device %d of kind %d of %.40s, which has %s", i,
+                                   (int)on.index, (int)on.kind, from->name, text);
+        }
+        if (placed || tpr_agent_has_device(agent, to)) continue;
+        return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                               "tensor %zu is for device %d of kind %d, which %.40s does not have%s", i, (int)to.index,
+                               (int)to.kind, agent->name, agent->devices_given ? " among its devices" : "");
+    }
+    return TPRPC_OK;
+}
+
+// Where the tensors were to go has been done: a message that is sent on goes by the map.
+static inline void tpr_agent_arrived(tpr_pipe_in *in) {
+    for (size_t i = 0; i < in->message.tensor_count; i++) memset(&in->tensors[i].target, 0, sizeof(tprpc_device));
 }
 
 static void *tpr_agent_stream_of(const tprpc_stream *streams, size_t count, tprpc_device device) {
@@ -14481,28 +16457,49 @@ static tprpc_status tpr_agent_check_streams(tprpc_context *ctx, const tprpc_call
     return TPRPC_OK;
 }
 
-// Sends a call whose tensors may have to be told where they go and in what order.
+// Sends a message whose tensors have to be told where they go, and in what order they are read.
+TPR_APART static tprpc_status tpr_agent_send_told(tprpc_agent *agent, tprpc_pipe *pipe, const tpr_wire_call *prefix,
+                                                  const tprpc_message *message, const tpr_agent_table *map, bool back,
+                                                  const tprpc_call_options *options, uint64_t id, tprpc_error *error) {
+    tpr_loop *loop = pipe->loop;
+    size_t count = message->tensor_count;
+    tprpc_message told = *message;
+    tprpc_tensor *tensors = (tprpc_tensor *)tpr_base_pool_alloc(&loop->pool, count * sizeof *tensors);
+    if (!tensors) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the message's tensors");
+    tprpc_status status = TPRPC_OK;
+    for (size_t i = 0; i < count && status == TPRPC_OK; i++) {
+        tprpc_tensor *tensor = &tensors[i];
+        *tensor = message->tensors[i];
+        tprpc_device from = tpr_pipe_device(tensor->device);
+        if (agent->devices_given && !tpr_agent_has_device(agent, from))
+            status = tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                                     "tensor %zu is on device %d of kind %d, which %.40s does not have among its "
+                                     "devices", i, (int)from.index, (int)from.kind, agent->name);
+        if (tensor->target.kind == TPRPC_DEVICE_DEFAULT) tensor->target = tpr_agent_mapped(map, from, back);
+        if (!tensor->stream && options)
+            tensor->stream = tpr_agent_stream_of(options->streams, options->stream_count, from);
+    }
+    told.tensors = tensors;
+    if (status == TPRPC_OK) status = tpr_agent_send_on(agent, pipe, prefix, &told, id, error);
+    tpr_base_pool_free(&loop->pool, tensors, count * sizeof *tensors);
+    return status;
+}
+
 static tprpc_status tpr_agent_send_call(tpr_agent_worker *worker, const tpr_wire_call *prefix,
                                         const tprpc_message *message, const tprpc_call_options *options, uint64_t id,
                                         tprpc_error *error) {
     tprpc_agent *agent = worker->agent;
-    size_t count = message->tensor_count;
-    if (TPR_LIKELY(!count || (!agent->map_count && !options->stream_count)))
+    if (TPR_LIKELY(!message->tensor_count || (!worker->map && !options->stream_count && !agent->devices_given)))
         return tpr_agent_send_on(agent, worker->pipe, prefix, message, id, error);
-    tprpc_message told = *message;
-    tprpc_tensor *tensors = (tprpc_tensor *)tpr_base_pool_alloc(&worker->loop->pool, count * sizeof *tensors);
-    if (!tensors) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for the call's tensors");
-    for (size_t i = 0; i < count; i++) {
-        tprpc_tensor *tensor = &tensors[i];
-        *tensor = message->tensors[i];
-        tprpc_device from = tpr_pipe_device(tensor->device);
-        if (tensor->target.kind == TPRPC_DEVICE_DEFAULT) tensor->target = tpr_agent_mapped(worker, from);
-        if (!tensor->stream) tensor->stream = tpr_agent_stream_of(options->streams, options->stream_count, from);
-    }
-    told.tensors = tensors;
-    tprpc_status status = tpr_agent_send_on(agent, worker->pipe, prefix, &told, id, error);
-    tpr_base_pool_free(&worker->loop->pool, tensors, count * sizeof *tensors);
-    return status;
+    return tpr_agent_send_told(agent, worker->pipe, prefix, message, worker->map, false, options, id, error);
+}
+
+static tprpc_status tpr_agent_send_reply(tpr_agent_server *server, const tpr_wire_call *prefix,
+                                         const tprpc_message *message, tprpc_error *error) {
+    tprpc_agent *agent = server->agent;
+    if (TPR_LIKELY(!message->tensor_count || (!server->map && !agent->devices_given)))
+        return tpr_agent_send_on(agent, server->pipe, prefix, message, 0, error);
+    return tpr_agent_send_told(agent, server->pipe, prefix, message, server->map, true, NULL, 0, error);
 }
 
 // ---- calls begun here
@@ -14559,6 +16556,8 @@ static void tpr_agent_call_active(tpr_agent_call *call, tpr_agent_loop *on, bool
     TPRPC_PLOT("tprpc active calls", (int64_t)on->active);
 }
 
+TPR_COLD static void tpr_agent_keep_end(tpr_agent_call *call, bool release);
+
 // Sets a call's outcome, once.
 static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const tprpc_error *error) {
     tprpc_agent *agent = call->worker->agent;
@@ -14567,17 +16566,21 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     if (call->done) return;
     call->done = true;
     call->status = status;
+    if (TPR_UNLIKELY(agent->trace != NULL)) tpr_agent_trace_call(call, TPR_TRACE_OUTCOME, 0, NULL);
     if (error && (call->error = (tprpc_error *)tpr_base_pool_alloc(&loop->pool, sizeof *error)) != NULL) {
         *call->error = *error;
         call->error->status = status;
     }
     tpr_agent_call_active(call, on, false);
+    tpr_agent_count_outcome(call);
     if (on->active == 0 && on->drained) tpr_loop_notify(loop);
+    if (status != TPRPC_OK || (call->flags & TPRPC_CALL_ONE_WAY)) call->worker->stray = true;
     if (status != TPRPC_OK) on->failed++;
     if (status == TPRPC_ERROR_TIMEOUT) on->timed_out++;
     if (status == TPRPC_ERROR_CANCELLED) on->cancelled++;
     tpr_timer_cancel(&loop->wheel, &call->timer);
     tpr_base_list_remove(&call->node);
+    if (TPR_UNLIKELY(call->keep != NULL)) tpr_agent_keep_end(call, true);
     if (call->on_done) {
         call->refs++;
         on->sends++;
@@ -14588,6 +16591,161 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     tpr_agent_call_unref(agent, call);
 }
 
+static void tpr_agent_cancel_at_peer(tpr_agent_call *call) {
+    tpr_agent_worker *worker = call->worker;
+    // Where the pipe still connects it goes behind the call.
+    if (worker->pipe && worker->pipe->state != TPR_PIPE_ENDED && !(call->flags & TPRPC_CALL_ONE_WAY) &&
+        !(call->keep && !call->keep->out))
+        tpr_agent_say(worker->agent, worker->pipe, TPR_WIRE_CANCEL, tpr_agent_id(&call->slot, worker->loop), NULL, 0);
+}
+
+static void tpr_agent_call_timed_out(tprpc_work *work) {
+    tpr_agent_call *call = TPR_CONTAINER(work, tpr_agent_call, timer);
+    tprpc_error error = TPR_ZERO;
+    tpr_agent_worker *worker = call->worker;
+    char more[140] = "";
+    if (call->keep && call->keep->attempt > 1)
+        snprintf(more, sizeof more, "; attempt %u, the one before: %.100s", (unsigned)call->keep->attempt,
+                 call->keep->why);
+    else if (worker->failures && worker->pipe && worker->pipe->state < TPR_PIPE_OPEN)
+        snprintf(more, sizeof more, "; it is not reached: %.100s", worker->why);
+    tprpc_error_set(&error, TPRPC_ERROR_TIMEOUT, 0, "calling %s on %s: no answer within %lld ms%s", call->method_name,
+                    worker->name, (long long)call->timeout_ms, more);
+    tpr_agent_cancel_at_peer(call);
+    tpr_agent_call_end(call, TPRPC_ERROR_TIMEOUT, &error);
+}
+
+// ---- calls that may be sent again
+//
+// An idempotent call's message is kept until its outcome, and until no attempt's send needs its bytes any more. All
+// attempts have the call's number: an answer to an earlier one is as good, and ends the call.
+
+// How long to wait after so many failures in a row: doubling, and within its upper half by chance, so that not all who
+// lost one worker come back at one moment. Of a hash, for a simulated network runs the same twice.
+static int64_t tpr_agent_pause_us(tprpc_agent *agent, uint64_t of, uint32_t failures) {
+    uint64_t seed[3];
+    uint32_t doubled = failures < (uint32_t)TPR_AGENT_PAUSES ? failures : (uint32_t)TPR_AGENT_PAUSES;
+    if (!failures) return 0;
+    seed[0] = tpr_base_hash(agent->name, strlen(agent->name));
+    seed[1] = of;
+    seed[2] = failures;
+    uint64_t most = (uint64_t)TPR_AGENT_PAUSE_US << (doubled - 1);
+    return (int64_t)(most / 2 + (tpr_base_hash(seed, sizeof seed) >> 16) % (most / 2));
+}
+
+static void tpr_agent_keep_free(tpr_agent_keep *keep) {
+    tpr_loop *loop = keep->worker->loop;
+    if (!keep->release) keep->worker->kept_bytes -= keep->block_size;
+    tpr_pipe_keeps_free(loop, keep->devices, keep->device_count);
+    tpr_base_pool_free(&loop->pool, keep->block, keep->block_size);
+    tpr_base_pool_free(&loop->pool, keep, sizeof *keep);
+}
+
+static void tpr_agent_keep_run(tpr_loop_task *task) {
+    tpr_agent_keep *keep = TPR_CONTAINER(task, tpr_agent_keep, task);
+    keep->release(keep->release_user);
+}
+
+static void tpr_agent_keep_done(tpr_loop_task *task) {
+    tpr_agent_keep *keep = TPR_CONTAINER(task, tpr_agent_keep, task);
+    tpr_agent_on(keep->worker->agent, keep->worker->loop)->sends--;
+    tpr_agent_keep_free(keep);
+}
+
+TPR_COLD static void tpr_agent_keep_unref(tpr_agent_keep *keep) {
+    tpr_loop *loop = keep->worker->loop;
+    if (--keep->refs) return;
+    if (!keep->task.run) {
+        tpr_agent_keep_free(keep);
+        return;
+    }
+    tpr_agent_on(keep->worker->agent, loop)->sends++;
+    tpr_loop_post(loop, &keep->task);
+}
+
+// The call needs its message no more. release: what was lent is given back once no send needs it either; otherwise the
+// caller does that, for the call is refused.
+TPR_COLD static void tpr_agent_keep_end(tpr_agent_call *call, bool release) {
+    tpr_agent_keep *keep = call->keep;
+    tpr_timer_cancel(&call->worker->loop->wheel, &keep->timer);
+    call->keep = NULL;
+    keep->call = NULL;
+    if (!release) keep->task.run = NULL;
+    tpr_agent_keep_unref(keep);
+}
+
+static void tpr_agent_keep_again(tprpc_work *work);
+
+// Keeps a call's message: copied, unless it is lent. What is given is lent here: another attempt may need it.
+TPR_COLD
+static tprpc_status tpr_agent_keep_new(tpr_agent_call *call, const tpr_wire_call *prefix, const tprpc_message *message,
+                                       tprpc_error *error) {
+    tpr_agent_worker *worker = call->worker;
+    const bool lent = message->release != NULL;
+    const size_t size = tpr_pipe_copy_size(message, !lent);
+    const uint64_t most = worker->agent->ctx->limits.inflight_bytes;
+    if (!lent && worker->kept_bytes + size > most)
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "%llu bytes are kept to be sent again, and %llu may be "
+                               "(limits.inflight_bytes)", (unsigned long long)worker->kept_bytes,
+                               (unsigned long long)most);
+    tpr_agent_keep *keep = (tpr_agent_keep *)tpr_base_pool_alloc(&worker->loop->pool, sizeof *keep);
+    void *block = keep ? tpr_base_pool_alloc(&worker->loop->pool, size) : NULL;
+    if (!block) {
+        tpr_base_pool_free(&worker->loop->pool, keep, sizeof *keep);
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to keep %zu bytes of a message", size);
+    }
+    memset(keep, 0, sizeof *keep);
+    keep->block = block;
+    keep->block_size = size;
+    keep->message = *tpr_pipe_copy_message(block, message, !lent);
+    keep->message.flags = 0;
+    keep->message.release = tpr_agent_kept;
+    keep->message.release_user = keep;
+    keep->refs = keep->attempt = 1;
+    keep->worker = worker;
+    keep->call = call;
+    keep->prefix = *prefix;
+    keep->timer.run = tpr_agent_keep_again;
+    keep->task.done = tpr_agent_keep_done;
+    keep->release = message->release;
+    keep->release_user = message->release_user;
+    if (lent) keep->task.run = tpr_agent_keep_run;
+    else worker->kept_bytes += size;
+    call->keep = keep;
+    uint32_t devices = lent ? 0 : tpr_pipe_device_tensors(worker->pipe, message);
+    if (!devices) return TPRPC_OK;
+    tprpc_status status = tpr_pipe_keep_devices(worker->pipe, &keep->message, devices, false, &keep->devices, error);
+    keep->device_count = keep->devices ? devices : 0;
+    return status;
+}
+
+// Whether an attempt that failed of this may be followed by another. answer: the peer said so, or this end's queue.
+static bool tpr_agent_passes(const tpr_agent_keep *keep, tprpc_status status, bool answer) {
+    switch (status) {
+    case TPRPC_ERROR_PEER:
+    case TPRPC_ERROR_UNREACHABLE: return true;
+    case TPRPC_ERROR_LIMIT: return answer;
+    case TPRPC_ERROR_TIMEOUT: return !answer;   // to connect
+    case TPRPC_ERROR_NO_WORKER: return !answer && keep->attempt > 1;   // it was there, and may be replaced
+    default: return false;
+    }
+}
+
+// An attempt has failed: the next follows, the first at once where the pipe has ended. False: there is none.
+TPR_COLD static bool tpr_agent_call_again(tpr_agent_call *call, const tprpc_error *cause, bool answer) {
+    tpr_agent_keep *keep = call->keep;
+    tpr_loop *loop = call->worker->loop;
+    if (!tpr_agent_passes(keep, cause->status, answer)) return false;
+    snprintf(keep->why, sizeof keep->why, "%.99s", cause->text);
+    keep->out = false;
+    uint32_t failures = answer ? keep->attempt : keep->attempt - 1;
+    keep->attempt++;
+    int64_t pause = tpr_agent_pause_us(call->worker->agent, tpr_agent_id(&call->slot, loop), failures);
+    tpr_timer_cancel(&loop->wheel, &keep->timer);
+    tpr_loop_timer(loop, &keep->timer, tpr_loop_clock(loop) + pause);
+    return true;
+}
+
 static void tpr_agent_call_fail(tpr_agent_call *call, const tprpc_error *cause) {
     tprpc_error error = *cause;
     tprpc_error_set(&error, cause->status, cause->os_code, "calling %s on %s: %.180s", call->method_name,
@@ -14596,20 +16754,9 @@ static void tpr_agent_call_fail(tpr_agent_call *call, const tprpc_error *cause) 
     tpr_agent_call_end(call, error.status, &error);
 }
 
-static void tpr_agent_cancel_at_peer(tpr_agent_call *call) {
-    tpr_agent_worker *worker = call->worker;
-    // Where the pipe still connects it goes behind the call.
-    if (worker->pipe && worker->pipe->state != TPR_PIPE_ENDED && !(call->flags & TPRPC_CALL_ONE_WAY))
-        tpr_agent_say(worker->agent, worker->pipe, TPR_WIRE_CANCEL, tpr_agent_id(&call->slot, worker->loop), NULL, 0);
-}
-
-static void tpr_agent_call_timed_out(tprpc_work *work) {
-    tpr_agent_call *call = TPR_CONTAINER(work, tpr_agent_call, timer);
-    tprpc_error error = TPR_ZERO;
-    tprpc_error_set(&error, TPRPC_ERROR_TIMEOUT, 0, "calling %s on %s: no answer within %lld ms", call->method_name,
-                    call->worker->name, (long long)call->timeout_ms);
-    tpr_agent_cancel_at_peer(call);
-    tpr_agent_call_end(call, TPRPC_ERROR_TIMEOUT, &error);
+// A call, or an attempt of one that may be sent again, has failed. answer: as above.
+static void tpr_agent_call_lost(tpr_agent_call *call, const tprpc_error *cause, bool answer) {
+    if (!call->keep || !tpr_agent_call_again(call, cause, answer)) tpr_agent_call_fail(call, cause);
 }
 
 // ---- replies
@@ -14631,8 +16778,9 @@ static void tpr_agent_reply_read(tpr_pipe_in *in) {
     call->reading = false;
     call->placing = NULL;
     if (placing && good) tpr_agent_placing_free(placing);
+    if (good) tpr_agent_arrived(in);
     if (good) tpr_agent_call_end(call, TPRPC_OK, NULL);
-    else if (!call->done) tpr_agent_call_fail(call, &in->error);
+    else if (!call->done) tpr_agent_call_lost(call, &in->error, false);
     if (!good) {
         call->in = NULL;
         if (placing) tpr_agent_unplace(placing, in);
@@ -14658,6 +16806,17 @@ static void tpr_agent_reply_placed(tpr_loop_task *task) {
     tpr_pipe_unref(pipe);
 }
 
+// Whether a reply's tensors may be where they are; else the call has failed.
+TPR_APART static bool tpr_agent_reply_fits(const tpr_agent_worker *worker, tpr_agent_call *call) {
+    tprpc_error error = TPR_ZERO;
+    if (tpr_agent_check_in(worker->agent, call->in, worker->where, call->place != NULL, &error) == TPRPC_OK)
+        return true;
+    call->parked = true;               // there is no read yet that it could abort
+    tpr_agent_call_fail(call, &error);
+    call->parked = false;
+    return false;
+}
+
 static void tpr_agent_on_reply(tpr_agent_worker *worker, tpr_agent_call *call, tpr_pipe_in *in) {
     call->in = in;
     in->user = call;
@@ -14669,7 +16828,8 @@ static void tpr_agent_on_reply(tpr_agent_worker *worker, tpr_agent_call *call, t
             tensor->target.kind == TPRPC_DEVICE_DEFAULT ? tpr_pipe_device(tensor->device) : tensor->target;
         tensor->stream = tpr_agent_stream_of(call->streams, call->stream_count, device);
     }
-    if (call->place && in->message.tensor_count) {
+    const bool fits = TPR_LIKELY(!in->message.tensor_count) || tpr_agent_reply_fits(worker, call);
+    if (fits && call->place && in->message.tensor_count) {
         call->parked = true;           // nothing moves until it is placed
         call->placing = tpr_agent_place(worker->agent, in, call->place, call->on_unplaced, call->user, call,
                                         tpr_agent_reply_placed);
@@ -14686,6 +16846,22 @@ static void tpr_agent_on_reply(tpr_agent_worker *worker, tpr_agent_call *call, t
     tpr_pipe_in_read(in, NULL, call->done, tpr_agent_reply_read);
 }
 
+// Asks a worker whether it has all that was sent to it: a call of number 0 and no method, which every version answers,
+// and not before it has seen what came before it.
+static void tpr_agent_ask(tpr_agent_worker *worker) {
+    worker->stray = false;
+    worker->asked = true;
+    tpr_agent_on(worker->agent, worker->loop)->asking++;
+    tpr_agent_say(worker->agent, worker->pipe, TPR_WIRE_CALL, 0, NULL, 0);
+}
+
+static void tpr_agent_answered(tpr_agent_worker *worker) {
+    if (!worker->asked) return;
+    worker->asked = false;
+    tpr_agent_on(worker->agent, worker->loop)->asking--;
+    tpr_loop_notify(worker->loop);
+}
+
 static void tpr_agent_worker_message(tpr_pipe_user *user, tpr_pipe_in *in) {
     tpr_agent_worker *worker = (tpr_agent_worker *)(void *)user;
     tpr_agent_loop *on = tpr_agent_on(worker->agent, worker->loop);
@@ -14697,11 +16873,20 @@ static void tpr_agent_worker_message(tpr_pipe_user *user, tpr_pipe_in *in) {
         tpr_agent_drop_in(in);         // after that, for it may end the pipe
         return;
     }
+    if (TPR_UNLIKELY(!prefix.id && worker->asked)) {
+        tpr_agent_answered(worker);
+        tpr_agent_drop_in(in);
+        return;
+    }
     tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_agent_find(&on->calls, prefix.id);
     if (!call || call->worker != worker || call->done || call->reading) {
         on->late++;
         tpr_agent_drop_in(in);
         return;
+    }
+    if (TPR_UNLIKELY(call->keep && !call->keep->out)) {   // an answer to an earlier attempt is as good
+        tpr_timer_cancel(&worker->loop->wheel, &call->keep->timer);
+        call->keep->out = true;
     }
     if (prefix.kind == TPR_WIRE_REPLY) {
         tpr_agent_on_reply(worker, call, in);
@@ -14716,7 +16901,7 @@ static void tpr_agent_worker_message(tpr_pipe_user *user, tpr_pipe_in *in) {
         tprpc_error_set(&error, TPRPC_ERROR_NO_METHOD, 0, "worker %s has no method %s", worker->name,
                         call->method_name);
         tpr_agent_call_end(call, TPRPC_ERROR_NO_METHOD, &error);
-    } else tpr_agent_call_fail(call, &error);
+    } else tpr_agent_call_lost(call, &error, true);
 }
 
 // ---- workers and their pipes
@@ -14729,12 +16914,37 @@ static void tpr_agent_count_pipe(tpr_agent_loop *on, const tprpc_pipe *pipe) {
     on->tensor_adopted += pipe->tensor_bytes_adopted;
 }
 
+TPR_COLD static void tpr_agent_worker_opened(tpr_pipe_user *user) {
+    tpr_agent_worker *worker = (tpr_agent_worker *)(void *)user;
+    worker->opened = true;
+    worker->failures = 0;
+}
+
+// A pipe that never opened, for a cause at the other end: the next one is begun after a pause.
+TPR_COLD static void tpr_agent_worker_missed(tpr_agent_worker *worker, const tprpc_error *cause) {
+    const tprpc_status status = cause->status;
+    if (status != TPRPC_ERROR_PEER && status != TPRPC_ERROR_UNREACHABLE && status != TPRPC_ERROR_TIMEOUT &&
+        status != TPRPC_ERROR_PROTOCOL && status != TPRPC_ERROR_DENIED) return;
+    worker->failures++;
+    worker->retry_us = tpr_loop_clock(worker->loop) +
+                       tpr_agent_pause_us(worker->agent, worker->index, worker->failures);
+    snprintf(worker->why, sizeof worker->why, "%.139s", cause->text);
+}
+
+// A pipe of an idempotent call's has ended. Where its attempt was not on it, or its reply is still read, it is none of
+// the call's business, or what ends that says so.
+static bool tpr_agent_call_stays(const tpr_agent_call *call) {
+    return call->keep && (!call->keep->out || call->reading);
+}
+
 TPR_COLD static void tpr_agent_worker_ended(tpr_pipe_user *user) {
     tpr_agent_worker *worker = (tpr_agent_worker *)(void *)user;
     tprpc_pipe *pipe = worker->pipe;
     tpr_base_list calls;
     if (!pipe) return;
     worker->pipe = NULL;               // the next call connects again
+    tpr_timer_cancel(&worker->loop->wheel, &worker->again);
+    if (!worker->opened) tpr_agent_worker_missed(worker, &pipe->error);
     tpr_base_list_init(&calls);
     while (!tpr_base_list_empty(&worker->calls)) {   // a callback that calls again must not see itself in the list
         tpr_base_list *node = worker->calls.next;
@@ -14743,10 +16953,20 @@ TPR_COLD static void tpr_agent_worker_ended(tpr_pipe_user *user) {
     }
     while (!tpr_base_list_empty(&calls)) {
         tpr_agent_call *call = TPR_CONTAINER(calls.next, tpr_agent_call, node);
-        if (pipe->status == TPRPC_ERROR_NO_WORKER) tpr_agent_call_end(call, pipe->status, &pipe->error);
-        else tpr_agent_call_fail(call, &pipe->error);
+        if (call->keep) {              // it may go on
+            tpr_base_list_remove(&call->node);
+            tpr_base_list_add(&worker->calls, &call->node);
+        }
+        if (tpr_agent_call_stays(call)) continue;
+        if (pipe->status == TPRPC_ERROR_NO_WORKER && !(call->keep && call->keep->attempt > 1))
+            tpr_agent_call_end(call, pipe->status, &pipe->error);
+        else tpr_agent_call_lost(call, &pipe->error, false);
     }
+    tpr_agent_answered(worker);
+    worker->stray = false;             // what was under way went with it
+    worker->lost = true;
     tpr_agent_count_pipe(tpr_agent_on(worker->agent, worker->loop), pipe);
+    tpr_agent_flow_pipe(&worker->to, pipe);
     pipe->closed = true;
     pipe->user = NULL;
 }
@@ -14780,8 +17000,13 @@ TPR_COLD static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
     tpr_agent_on(worker->agent, worker->loop)->sends--;
     if (!worker->pipe) return;
     if (op->status == TPRPC_OK && worker->where && tpr_wire_get_worker(op->value, op->value_size, worker->where)) {
+        tprpc_error error = TPR_ZERO;
         worker->rank = worker->where->rank;
-        tpr_agent_worker_reach(worker);
+        if (strcmp(worker->where->name, worker->name) != 0)
+            tpr_pipe_end(worker->pipe, TPRPC_ERROR_PROTOCOL, 0, "the key %.100s of the store has the entry of %.60s",
+                         op->request.key, worker->where->name);
+        else if (tpr_agent_map_fits(worker, &error) == TPRPC_OK) tpr_agent_worker_reach(worker);
+        else tpr_pipe_end(worker->pipe, error.status, 0, "%s", error.text);
     } else if (op->status == TPRPC_OK || (op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK)) {   // not mute
         tpr_pipe_end(worker->pipe, TPRPC_ERROR_NO_WORKER, 0, "there is no worker %s in the group", worker->name);
     } else {
@@ -14789,22 +17014,10 @@ TPR_COLD static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
     }
 }
 
-// Makes sure that the worker has a pipe, which may still be on its way. Under its loop's lock.
-static tprpc_status tpr_agent_worker_connect(tpr_agent_worker *worker, tprpc_error *error) {
+// Connects the worker's new pipe, once it is known where that is.
+static tprpc_status tpr_agent_worker_seek(tpr_agent_worker *worker, tprpc_error *error) {
     tprpc_agent *agent = worker->agent;
-    uint8_t intro[160];
     char key[TPR_AGENT_NAME + 16];
-    if (worker->pipe) return TPRPC_OK;
-    if (!worker->where) worker->where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *worker->where);
-    if (!worker->where)
-        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
-    worker->pipe = tpr_pipe_new(agent->ctx, worker->loop, true, false, error);
-    if (!worker->pipe) return error ? error->status : TPRPC_ERROR_MEMORY;
-    worker->pipe->user = &worker->user;
-    tpr_agent_say(agent, worker->pipe, TPR_WIRE_INTRO, 0, intro,
-                  tpr_wire_put_intro(intro, sizeof intro, agent->name, agent->rank));
-    if (!worker->pipe)
-        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
     if (agent->is_static || worker->known) {
         tprpc_pipe *pipe = worker->pipe;
         tprpc_status reached = TPRPC_OK;
@@ -14830,6 +17043,38 @@ static tprpc_status tpr_agent_worker_connect(tpr_agent_worker *worker, tprpc_err
     return status;
 }
 
+// The pause is over. What comes of it the pipe's calls are told.
+static void tpr_agent_worker_again(tprpc_work *work) {
+    tpr_agent_worker *worker = TPR_CONTAINER(work, tpr_agent_worker, again);
+    tprpc_error error;
+    if (worker->pipe) tpr_agent_worker_seek(worker, &error);
+}
+
+// Makes sure that the worker has a pipe, which may still be on its way: calls wait on it also for the end of a pause.
+// Under its loop's lock.
+static tprpc_status tpr_agent_worker_connect(tpr_agent_worker *worker, tprpc_error *error) {
+    tprpc_agent *agent = worker->agent;
+    if (worker->pipe) return TPRPC_OK;
+    worker->opened = false;
+    if (!worker->map && tpr_agent_map_for(agent, worker->name, &worker->map, error) != TPRPC_OK)
+        return TPRPC_ERROR_MEMORY;
+    if (!worker->where) worker->where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *worker->where);
+    if (!worker->where)
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
+    worker->pipe = tpr_pipe_new(agent->ctx, worker->loop, true, false, error);
+    if (!worker->pipe) return error ? error->status : TPRPC_ERROR_MEMORY;
+    worker->pipe->user = &worker->user;
+    tpr_agent_introduce(worker);
+    if (!worker->pipe)
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
+    if (worker->failures && tpr_loop_clock(worker->loop) < worker->retry_us) {
+        worker->again.run = tpr_agent_worker_again;
+        tpr_loop_timer(worker->loop, &worker->again, worker->retry_us);
+        return TPRPC_OK;
+    }
+    return tpr_agent_worker_seek(worker, error);
+}
+
 // Where the table of workers has the one of that index; *chunk: the chunk it lies in.
 static inline uint32_t tpr_agent_worker_place(uint32_t index, uint32_t *chunk) {
     uint32_t at = index + TPR_AGENT_CHUNK;
@@ -14853,17 +17098,21 @@ static tpr_agent_worker *tpr_agent_worker_new(tprpc_agent *agent, const char *na
         agent->workers[chunk] = (tpr_agent_worker **)tpr_agent_alloc(agent, ((size_t)TPR_AGENT_CHUNK << chunk) *
                                                                             sizeof *agent->workers[chunk]);
     if (!agent->workers[chunk]) return NULL;
-    tpr_agent_worker *worker = (tpr_agent_worker *)tpr_agent_alloc(agent, sizeof *worker);
+    const char *text = tpr_agent_text(agent, name);
+    tpr_agent_peer *peer = text ? tpr_agent_peer_of(agent, text) : NULL;
+    tpr_agent_worker *worker = peer ? (tpr_agent_worker *)tpr_agent_alloc(agent, sizeof *worker) : NULL;
     if (!worker || !tpr_base_map_put(&agent->by_name, hash, worker)) {
         tpr_agent_free(agent, worker, sizeof *worker);
         return NULL;
     }
     worker->user.message = tpr_agent_worker_message;
     worker->user.ended = tpr_agent_worker_ended;
+    worker->user.opened = tpr_agent_worker_opened;
     worker->agent = agent;
     worker->loop = tpr_context_next_loop(agent->ctx);
     snprintf(worker->name, sizeof worker->name, "%s", name);
     tpr_base_list_init(&worker->calls);
+    peer->worker = worker;
     worker->index = agent->worker_count;
     agent->workers[chunk][place] = worker;
     TPR_ATOMIC_STORE(&agent->worker_count, agent->worker_count + 1);
@@ -14925,6 +17174,7 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *m
     call->error = NULL;
     call->in = NULL;
     call->placing = NULL;
+    call->keep = NULL;
     call->on_done = options->on_done;
     call->place = options->place;
     call->on_unplaced = options->on_unplaced;
@@ -14932,6 +17182,7 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *m
     call->timeout_ms = tpr_context_time(options->timeout_ms, agent->timeout_ms);
     tpr_base_list_add(&worker->calls, &call->node);
     on->started++;
+    tpr_agent_count_call(call);
     tpr_agent_call_active(call, on, true);
     *out = call;
     return TPRPC_OK;
@@ -14939,10 +17190,53 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *m
 
 static tprpc_status tpr_agent_usable(tprpc_agent *agent, tprpc_error *error) {
     tpr_agent_state state = tpr_agent_state_of(agent);
-    if (TPR_LIKELY(state == TPR_AGENT_READY || state == TPR_AGENT_LEAVING)) return TPRPC_OK;
+    if (TPR_LIKELY(state == TPR_AGENT_READY || state == TPR_AGENT_LEAVING || state == TPR_AGENT_PARTING))
+        return TPRPC_OK;
     if (state == TPR_AGENT_LEFT)
         return tprpc_error_set(error, TPRPC_ERROR_CLOSED, 0, "%s has left the group", agent->name);
     return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "%s has not joined its group yet", agent->name);
+}
+
+// Sends an attempt of a call that may be sent again. An error: it is not under way, and no other follows by itself.
+TPR_COLD static tprpc_status tpr_agent_keep_send(tpr_agent_call *call, tprpc_error *error) {
+    tpr_agent_worker *worker = call->worker;
+    tpr_agent_keep *keep = call->keep;
+    tprpc_call_options options = TPR_ZERO;
+    const uint32_t attempt = keep->attempt;
+    keep->refs++;
+    tprpc_status status = tpr_agent_worker_connect(worker, error);
+    if (status == TPRPC_OK) {
+        options.streams = call->streams;
+        options.stream_count = call->stream_count;
+        keep->out = true;
+        status = tpr_agent_send_call(worker, &keep->prefix, &keep->message, &options, keep->prefix.id, error);
+    }
+    if (!keep->call || keep->attempt != attempt) status = TPRPC_OK;   // where the pipe ended of it, that was told
+    tpr_agent_keep_unref(keep);
+    return status;
+}
+
+static void tpr_agent_keep_again(tprpc_work *work) {
+    tpr_agent_keep *keep = TPR_CONTAINER(work, tpr_agent_keep, timer);
+    tpr_agent_call *call = keep->call;
+    tprpc_agent *agent = call->worker->agent;
+    tprpc_error error = TPR_ZERO;
+    call->refs++;
+    tprpc_status status = tpr_agent_usable(agent, &error);
+    if (status == TPRPC_OK) {
+        int64_t left_ms = (call->timer.due_us - tpr_loop_clock(call->worker->loop)) / 1000;
+        if (keep->prefix.timeout_ms) keep->prefix.timeout_ms = left_ms > 0 ? (uint32_t)left_ms : 1;
+        tpr_agent_on(agent, call->worker->loop)->retried++;
+        status = tpr_agent_keep_send(call, &error);
+    }
+    if (status != TPRPC_OK) tpr_agent_call_lost(call, &error, true);
+    tpr_agent_call_unref(agent, call);
+}
+
+// Connects for a call that may be sent again: where that fails at once, the call waits out the pause.
+TPR_COLD static tprpc_status tpr_agent_keep_connect(tpr_agent_worker *worker, tprpc_status status, tprpc_error *error) {
+    bool passes = status == TPRPC_ERROR_PEER || status == TPRPC_ERROR_UNREACHABLE;
+    return passes ? tpr_agent_worker_connect(worker, error) : status;
 }
 
 // Begins a call, with the lock of the worker's loop.
@@ -14953,7 +17247,10 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
     tpr_loop *loop = worker->loop;
     tpr_wire_call prefix;
     tpr_agent_call *call = NULL;
+    const int64_t begun = tpr_trace_clock(agent->trace);
     tprpc_status status = tpr_agent_worker_connect(worker, error);
+    bool again = TPR_UNLIKELY((options->flags & TPRPC_CALL_IDEMPOTENT) != 0);
+    if (again && status != TPRPC_OK) status = tpr_agent_keep_connect(worker, status, error);
     if (status == TPRPC_OK)
         status = tpr_pipe_check(message, worker->pipe->message_bytes, worker->pipe->metadata_bytes,
                                 worker->pipe->tensors, error);
@@ -14973,13 +17270,18 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
     call->refs++;                      // this function's
     if (out) call->refs++;
     call->has_future = out != NULL;
-    status = tpr_agent_send_call(worker, &prefix, message, options, id, error);
+    if (again) status = tpr_agent_keep_new(call, &prefix, message, error);
+    if (status == TPRPC_OK)
+        status = again ? tpr_agent_keep_send(call, error)
+                       : tpr_agent_send_call(worker, &prefix, message, options, id, error);
     if (status != TPRPC_OK && !call->done) {   // as if it had not been; else its outcome is on its way
+        if (call->keep) tpr_agent_keep_end(call, false);
         call->on_done = NULL;
         call->done = true;
         tpr_base_list_remove(&call->node);
         call->refs = 1;
         tpr_agent_on(agent, loop)->started--;
+        tpr_agent_count_undone(call);
         tpr_agent_call_active(call, tpr_agent_on(agent, loop), false);
         tpr_agent_call_unref(agent, call);
         return status;
@@ -14992,6 +17294,7 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
         out->owner = agent;
         out->id = id;
     }
+    if (TPR_UNLIKELY(agent->trace != NULL)) tpr_agent_trace_call(call, TPR_TRACE_CALL, begun, message);
     tpr_agent_call_unref(agent, call);
     return TPRPC_OK;
 }
@@ -15025,15 +17328,79 @@ static tprpc_status tpr_agent_call_to(tprpc_agent *agent, tpr_agent_worker *work
 
 static void tpr_agent_server_unref(tpr_agent_server *server) {
     if (--server->refs) return;
+    tpr_agent_peer_out(server);
     tpr_base_list_remove(&server->node);
     tpr_base_map_clear(&server->by_call);
+    tpr_agent_table_free(server->agent, server->map);
     tpr_agent_free(server->agent, server, sizeof *server);
+}
+
+// ---- admission: what a caller may make this end hold
+//
+// Bytes that came with a request's frame are counted as they come; a request that would be too many, or with whose
+// frame those would be too many, is refused, however much tensors hold. What its tensors need is asked for before
+// anything of them is allocated or moved: until there is room they stay where they are, at the caller. Tensors for
+// which the method has a `place` need none.
+
+// Of all loops, as far as this one knows by now.
+static uint64_t tpr_agent_sum(tprpc_agent *agent, bool tensors) {
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++)
+        sum += TPR_ATOMIC_LOAD_FULL(tensors ? &agent->loops[i].tensors_held : &agent->loops[i].bytes_held);
+    return sum;
+}
+
+static inline void tpr_agent_count_held(tpr_agent_request *request, uint64_t bytes, bool tensors) {
+    tpr_agent_loop *on = tpr_agent_on(request->server->agent, request->server->loop);
+    request->held += bytes;
+    request->server->held += bytes;
+    TPR_ATOMIC_POKE(&on->bytes_held, on->bytes_held + bytes);
+    if (!tensors) return;
+    request->server->tensors += bytes;
+    TPR_ATOMIC_POKE(&on->tensors_held, on->tensors_held + bytes);
+}
+
+// Has every loop look whether requests may come in that wait, or a job be run by a thread that waits.
+TPR_COLD static void tpr_agent_look_soon(tprpc_agent *agent) {
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++)
+        if (!TPR_ATOMIC_SWAP(&agent->looks[i].set, 1u))
+            tpr_loop_defer(&agent->ctx->loops[i], &agent->looks[i].work, false);
+}
+
+// A request's memory goes: others may come in.
+static inline void tpr_agent_let_go(tpr_agent_request *request) {
+    tpr_agent_server *server = request->server;
+    tprpc_agent *agent = server->agent;
+    tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
+    const uint64_t bytes = request->held, tensors = bytes - request->in->block;
+    server->held -= bytes;
+    if (tensors) {
+        server->tensors -= tensors;
+        TPR_ATOMIC_POKE(&on->tensors_held, on->tensors_held - tensors);
+    }
+    // Of several loops: the others see it, or this one that they wait.
+    if (TPR_LIKELY(agent->ctx->loop_count == 1)) TPR_ATOMIC_POKE(&on->bytes_held, on->bytes_held - bytes);
+    else TPR_ATOMIC_STORE_FULL(&on->bytes_held, on->bytes_held - bytes);
+    if (TPR_UNLIKELY(TPR_ATOMIC_LOAD_FULL(&agent->waiting))) tpr_agent_look_soon(agent);
+}
+
+// What the library will allocate on this host for a request's tensors.
+static uint64_t tpr_agent_needs(const tpr_agent_request *request, const tprpc_message *placed) {
+    const tpr_pipe_in *in = request->in;
+    uint64_t bytes = 0;
+    if (!placed && request->method->desc.place) return 0;   // known once it has run
+    for (size_t i = 0; i < in->message.tensor_count; i++) {
+        tprpc_buffer to = tpr_pipe_in_wanted(in, i, placed);
+        if (in->slots[i].transfer != TPR_WIRE_INLINE && !to.data && to.device.kind == TPRPC_CPU) bytes += to.size;
+    }
+    return bytes;
 }
 
 static void tpr_agent_request_unref(tpr_agent_request *request) {
     tpr_agent_server *server = request->server;
     tprpc_agent *agent = server->agent;
     if (--request->refs) return;
+    tpr_agent_let_go(request);
     if (request->placing) tpr_agent_unplace(request->placing, request->in);   // its handler has not begun
     else if (request->in) tpr_pipe_in_free(request->in);
     request->in = NULL;
@@ -15048,7 +17415,9 @@ static void tpr_agent_request_unref(tpr_agent_request *request) {
 static void tpr_agent_request_over(tpr_agent_request *request) {
     if (request->answered) return;
     request->answered = true;
+    request->server->unanswered--;
     tpr_agent_on(request->server->agent, request->server->loop)->unanswered--;
+    tpr_agent_count_answered(request);
     if (request->kept) tpr_agent_on(request->server->agent, request->server->loop)->async_now--;
     tpr_base_list_remove(&request->node);
     tpr_base_list_remove(&request->lane_node);
@@ -15060,10 +17429,14 @@ static void tpr_agent_request_over(tpr_agent_request *request) {
 TPR_COLD static void tpr_agent_request_fail(tpr_agent_request *request, tprpc_status status, int32_t user_code,
                                    const char *text) {
     tpr_agent_server *server = request->server;
+    const int64_t begun = tpr_trace_clock(server->agent->trace);
     if (request->answered) return;
     tpr_agent_on(server->agent, server->loop)->received_failed++;
-    if (!request->one_way && !request->cancelled && server->pipe)
+    tpr_agent_count_failed(request);
+    if (!request->one_way && !request->cancelled && server->pipe) {
         tpr_agent_say_error(server->agent, server->pipe, request->call, status, user_code, text);
+        if (server->agent->trace) tpr_agent_trace_request(request, TPR_TRACE_ANSWER, begun, NULL, status);
+    }
     tpr_agent_request_over(request);
 }
 
@@ -15081,6 +17454,9 @@ static void tpr_agent_lane_next(tpr_agent_server *server, uint32_t lane);
 static void tpr_agent_handler_begin(tpr_loop_task *task) {
     tpr_agent_request *request = TPR_CONTAINER(task, tpr_agent_request, task);
     tpr_agent_frame_begin(tpr_agent_on(request->server->agent, request->server->loop), &request->frame);
+    tpr_agent_count_begun(request);
+    if (TPR_UNLIKELY(request->server->agent->trace != NULL))
+        request->begun_ns = tpr_trace_now(request->server->agent->ctx);
     if (!request->lane) return;
     tpr_base_list_remove(&request->lane_node);
     tpr_agent_lane_next(request->server, request->lane);
@@ -15111,26 +17487,39 @@ static void tpr_agent_handler_over(tpr_loop_task *task) {
                  request->method->name);
         tpr_agent_request_fail(request, TPRPC_ERROR_REMOTE, 0, text);
     }
+    tpr_agent_count_returned(request);
+    if (TPR_UNLIKELY(request->server->agent->trace != NULL))
+        tpr_agent_trace_request(request, TPR_TRACE_HANDLER, request->begun_ns, NULL, TPRPC_OK);
     tpr_agent_request_unref(request);
 }
 
 // ---- blocking handlers: the engine's jobs, or the agent's own threads
 
-static void tpr_agent_job(void *arg) {
+static void tpr_agent_job_over(void *arg) {
     tpr_agent_request *request = (tpr_agent_request *)arg;
     tpr_loop *loop = request->server->loop;
     tprpc_agent *agent = request->server->agent;
-    tpr_loop_enter(loop);
-    tpr_agent_handler_begin(&request->task);
-    tpr_loop_leave(loop);
-    tpr_agent_handler_run(&request->task);
     TPR_ATOMIC_ADD(&loop->deferring, 1u);   // once this is over agent and context may go, but for the loop
     tpr_loop_enter(loop);
     tpr_agent_handler_over(&request->task);
     TPR_ATOMIC_SUB(&agent->jobs, 1u);
+    TPR_ATOMIC_SUB(&agent->jobs_running, 1u);   // after that one, so that it is never seen as waiting again
     tpr_loop_notify(loop);
     tpr_loop_leave(loop);
     TPR_ATOMIC_SUB(&loop->deferring, 1u);
+}
+
+static void tpr_agent_job_handler(void *arg) { tpr_agent_handler_run(&((tpr_agent_request *)arg)->task); }
+
+static void tpr_agent_job(void *arg) {
+    tpr_agent_request *request = (tpr_agent_request *)arg;
+    tpr_loop *loop = request->server->loop;
+    tpr_loop_enter(loop);
+    TPR_ATOMIC_ADD(&request->server->agent->jobs_running, 1u);
+    tpr_agent_handler_begin(&request->task);
+    tpr_loop_leave(loop);
+    tpr_os_run(tpr_agent_job_handler, tpr_agent_job_over, request);
+    tpr_agent_job_over(request);
 }
 
 TPR_COLD static void tpr_agent_submit_again(tprpc_work *work) {
@@ -15156,26 +17545,80 @@ static void tpr_agent_submit_place(tpr_loop_task *task) {
 }
 
 #ifndef TPRPC_NO_THREADS
-TPR_COLD static void tpr_agent_thread_main(void *arg) {
+// The first job that no thread has begun; NULL: there is none. Under the agent's lock.
+static tpr_agent_request *tpr_agent_take_job(tprpc_agent *agent) {
+    tpr_agent_request *request = agent->job_head;
+    if (!request) return NULL;
+    agent->job_head = request->next_job;
+    if (!agent->job_head) agent->job_tail = &agent->job_head;
+    TPR_ATOMIC_SUB(&agent->queued, 1u);
+    return request;
+}
+
+// A thread's life: jobs, until there are to be no more.
+TPR_COLD static void tpr_agent_thread_run(void *arg) {
     tpr_agent_thread *self = (tpr_agent_thread *)arg;
     tprpc_agent *agent = self->agent;
-    tprpc_context *ctx = agent->ctx;
-    if (ctx->thread_begin) ctx->thread_begin(self->name, ctx->user);
     tpr_os_lock_take(&agent->lock);
     while (!agent->stopping || agent->job_head) {
-        tpr_agent_request *request = agent->job_head;
-        if (request) {
-            agent->job_head = request->next_job;
-            if (!agent->job_head) agent->job_tail = &agent->job_head;
-        }
+        tpr_agent_request *request = tpr_agent_take_job(agent);
+        if (request) TPR_ATOMIC_SUB(&agent->free_threads, 1u);
         uint32_t signal = TPR_ATOMIC_LOAD(&agent->job_signal);
         tpr_os_lock_give(&agent->lock);
+        self->depth = 1;
         if (request) tpr_agent_job(request);
         else tpr_os_futex_wait(&agent->job_signal, signal, -1);
         tpr_os_lock_take(&agent->lock);
+        if (request) TPR_ATOMIC_ADD(&agent->free_threads, 1u);
     }
     tpr_os_lock_give(&agent->lock);
+}
+
+// A handler has ended its thread: another one takes its place, or else this one goes on after all.
+TPR_COLD static void tpr_agent_thread_ended(void *arg) {
+    tpr_agent_thread *self = (tpr_agent_thread *)arg;
+    tprpc_agent *agent = self->agent;
+    if (agent->ctx->thread_end) agent->ctx->thread_end(self->name, agent->ctx->user);
+    tpr_os_lock_take(&agent->lock);
+    TPR_ATOMIC_ADD(&agent->free_threads, 1u);
+    const bool last = agent->stopping && !agent->job_head;
+    const bool replaced = last || tpr_os_thread_replace(&self->thread) == 0;
+    tpr_os_lock_give(&agent->lock);
+    if (!replaced) tpr_agent_thread_run(self);
+}
+
+TPR_COLD static void tpr_agent_thread_main(void *arg) {
+    tpr_agent_thread *self = (tpr_agent_thread *)arg;
+    tprpc_context *ctx = self->agent->ctx;
+    if (ctx->thread_begin) ctx->thread_begin(self->name, ctx->user);
+    tpr_trace_name_thread(self->agent->trace, self->name);
+    TPR_ATOMIC_STORE(&self->id, tpr_os_thread_id());
+    tpr_os_run(tpr_agent_thread_run, tpr_agent_thread_ended, self);
     if (ctx->thread_end) ctx->thread_end(self->name, ctx->user);
+}
+
+// The agent's thread for blocking handlers that the calling one is, when that waits within a handler; else NULL.
+TPR_COLD static tpr_agent_thread *tpr_agent_own_thread(tprpc_agent *agent) {
+    for (uint32_t i = 0; i < agent->thread_count; i++)
+        if (TPR_ATOMIC_LOAD(&agent->threads[i].id) == tpr_os_thread_id()) return &agent->threads[i];
+    return NULL;
+}
+
+// Whether there are jobs that no thread is free to run.
+static bool tpr_agent_job_waits(tprpc_agent *agent) {
+    return TPR_ATOMIC_LOAD_FULL(&agent->queued) > TPR_ATOMIC_LOAD_FULL(&agent->free_threads);
+}
+
+// Runs one of them on a thread that waits: what it waits for may need it.
+TPR_COLD static void tpr_agent_run_job(tpr_agent_thread *self) {
+    tprpc_agent *agent = self->agent;
+    tpr_os_lock_take(&agent->lock);
+    tpr_agent_request *request = tpr_agent_job_waits(agent) ? tpr_agent_take_job(agent) : NULL;
+    tpr_os_lock_give(&agent->lock);
+    if (!request) return;
+    self->depth++;
+    tpr_agent_job(request);
+    self->depth--;
 }
 #endif
 
@@ -15184,9 +17627,11 @@ static void tpr_agent_queue_job(tprpc_agent *agent, tpr_agent_request *request) 
     request->next_job = NULL;
     *agent->job_tail = request;
     agent->job_tail = &request->next_job;
+    TPR_ATOMIC_ADD(&agent->queued, 1u);
     TPR_ATOMIC_ADD(&agent->job_signal, 1u);
     tpr_os_lock_give(&agent->lock);
     tpr_os_futex_wake(&agent->job_signal, 1);
+    if (TPR_ATOMIC_LOAD_FULL(&agent->waiting_threads)) tpr_agent_look_soon(agent);
 }
 
 // ---- starting requests, in the order of their lanes
@@ -15198,6 +17643,7 @@ static void tpr_agent_request_start(tpr_agent_request *request) {
     request->placing = NULL;
     request->running = true;
     request->refs++;
+    tpr_agent_count_whole(request);
     tpr_agent_on(request->server->agent, request->server->loop)->sends++;
     tpr_agent_request_go(request);
 }
@@ -15273,7 +17719,9 @@ static void tpr_agent_request_read(tpr_pipe_in *in) {
     request->reading = false;
     server->refs++;
     if (good) {
+        tpr_agent_arrived(in);
         request->whole = true;
+        if (TPR_UNLIKELY(server->agent->trace != NULL)) request->whole_ns = tpr_trace_now(server->agent->ctx);
         if (request->lane) tpr_agent_lane_next(server, request->lane);
         else tpr_agent_request_start(request);
     } else {
@@ -15294,40 +17742,184 @@ static void tpr_agent_request_placed(tpr_loop_task *task) {
     if (placing->status == TPRPC_ERROR_NO_METHOD) tpr_agent_request_fail(request, TPRPC_ERROR_NO_METHOD, 0, "");
     else if (placing->status != TPRPC_OK)
         tpr_agent_request_fail(request, placing->status, 0, "place refused the message");
+    if (!refuse) tpr_agent_count_held(request, tpr_agent_needs(request, &allocation), true);
     tprpc_pipe *pipe = request->in->pipe;
     tpr_pipe_in_read(request->in, &allocation, refuse, tpr_agent_request_read);
     tpr_pipe_unref(pipe);
+}
+
+// Why a request is refused: the first of the limits that it is over. NULL: it comes in.
+TPR_COLD static const char *tpr_agent_refusal(const tpr_agent_server *server, const tpr_pipe_in *in, char *text,
+                                              size_t size) {
+    tprpc_agent *agent = server->agent;
+    const tprpc_limits *limits = &agent->ctx->limits;
+    const tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
+    const uint64_t frames = server->held - server->tensors;
+    const uint64_t all = tpr_agent_sum(agent, false), tensors = tpr_agent_sum(agent, true);
+    const uint64_t sum = all > tensors ? all - tensors : 0;   // they are not read at one moment
+    if (on->unanswered >= limits->pending_calls)
+        snprintf(text, size, "%.40s has too many requests pending (limits.pending_calls)", agent->name);
+    else if (server->unanswered >= limits->peer_calls)
+        snprintf(text, size, "%.40s serves %u requests of %.40s, as many as it may (limits.peer_calls)", agent->name,
+                 (unsigned)server->unanswered, server->caller);
+    else if (frames && frames + in->block > limits->peer_bytes)
+        snprintf(text, size, "%.40s holds %llu bytes that came with requests of %.40s, and may hold %llu "
+                 "(limits.peer_bytes)", agent->name, (unsigned long long)frames, server->caller,
+                 (unsigned long long)limits->peer_bytes);
+    else if (sum && sum + in->block > limits->served_bytes)
+        snprintf(text, size, "%.40s holds %llu bytes that came with requests, and may hold %llu (limits.served_bytes)",
+                 agent->name, (unsigned long long)sum, (unsigned long long)limits->served_bytes);
+    else return NULL;
+    return text;
+}
+
+// The same at the least cost where all is far from its limits.
+static inline const char *tpr_agent_full(const tpr_agent_server *server, const tpr_pipe_in *in, char *text,
+                                         size_t size) {
+    const tprpc_limits *limits = &server->agent->ctx->limits;
+    const tpr_agent_loop *on = tpr_agent_on(server->agent, server->loop);
+    if (TPR_LIKELY(on->unanswered < limits->pending_calls && server->unanswered < limits->peer_calls &&
+                   server->held + in->block <= limits->peer_bytes &&
+                   on->bytes_held + in->block <= server->agent->unlooked))
+        return NULL;
+    return tpr_agent_refusal(server, in, text, size);
+}
+
+static void tpr_agent_receive(tpr_agent_request *request);
+
+typedef enum tpr_agent_room { TPR_AGENT_ROOM, TPR_AGENT_NO_ROOM, TPR_AGENT_ROOM_LATER } tpr_agent_room;
+
+// Whether a request's tensors may come in: now, once others of its caller's are answered, or once others are, whose
+// turn may come before (ticket 0: all of those who wait). One that is larger than a limit may where no tensors are
+// held.
+static tpr_agent_room tpr_agent_room_for(const tpr_agent_server *server, uint64_t bytes, uint64_t ticket) {
+    tprpc_agent *agent = server->agent;
+    const tprpc_limits *limits = &agent->ctx->limits;
+    if (server->tensors && server->held + bytes > limits->peer_bytes) return TPR_AGENT_NO_ROOM;
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++) {
+        const uint64_t other = TPR_ATOMIC_LOAD_FULL(&agent->loops[i].ticket);
+        if (other && (!ticket || (other < ticket && i != server->loop->index))) return TPR_AGENT_ROOM_LATER;
+    }
+    bool over = tpr_agent_sum(agent, true) && tpr_agent_sum(agent, false) + bytes > limits->served_bytes;
+    return over ? TPR_AGENT_ROOM_LATER : TPR_AGENT_ROOM;
+}
+
+static void tpr_agent_unwait(tpr_agent_request *request) {
+    tpr_agent_server *server = request->server;
+    request->waits = request->parked = false;
+    TPR_ATOMIC_SUB(&server->agent->waiting, 1u);
+    tpr_base_list_remove(&request->frame.node);
+    if (tpr_base_list_empty(&server->waiting)) tpr_base_list_remove(&server->hungry_node);
+}
+
+// Lets requests in that wait, callers in turn, each one's in order. Who waits for all is overtaken by nobody.
+TPR_COLD static void tpr_agent_admit(tprpc_agent *agent, tpr_agent_loop *on) {
+    tpr_base_list passed;
+    uint64_t ticket = 0;
+    tpr_base_list_init(&passed);
+    while (!ticket && !tpr_base_list_empty(&on->hungry)) {
+        tpr_agent_server *server = TPR_CONTAINER(on->hungry.next, tpr_agent_server, hungry_node);
+        tpr_agent_request *request = TPR_CONTAINER(server->waiting.next, tpr_agent_request, frame.node);
+        const uint64_t bytes = tpr_agent_needs(request, NULL);
+        const tpr_agent_room room = tpr_agent_room_for(server, bytes, server->ticket);
+        tpr_base_list_remove(&server->hungry_node);
+        tpr_base_list_add(room == TPR_AGENT_ROOM ? &on->hungry : &passed, &server->hungry_node);
+        if (room == TPR_AGENT_ROOM_LATER) ticket = server->ticket;
+        if (room != TPR_AGENT_ROOM) continue;
+        server->ticket = TPR_ATOMIC_ADD(&agent->tickets, (uint64_t)1) + 1;
+        tpr_agent_unwait(request);
+        tpr_agent_count_held(request, bytes, true);
+        tpr_agent_receive(request);    // may end the pipe, and the server with it
+    }
+    while (!tpr_base_list_empty(&on->hungry)) {   // behind those that were passed over
+        tpr_base_list *node = on->hungry.next;
+        tpr_base_list_remove(node);
+        tpr_base_list_add(&passed, node);
+    }
+    while (!tpr_base_list_empty(&passed)) {
+        tpr_base_list *node = passed.next;
+        tpr_base_list_remove(node);
+        tpr_base_list_add(&on->hungry, node);
+    }
+    if (ticket == on->ticket) return;
+    TPR_ATOMIC_STORE_FULL(&on->ticket, ticket);
+    if (TPR_ATOMIC_LOAD_FULL(&agent->waiting)) tpr_agent_look_soon(agent);   // it may be another loop's turn
+}
+
+TPR_COLD static void tpr_agent_look_run(tprpc_work *work) {
+    tpr_agent_look *look = TPR_CONTAINER(work, tpr_agent_look, work);
+    TPR_ATOMIC_STORE_FULL(&look->set, 0u);
+    tpr_agent_admit(look->agent, look->on);
+    tpr_loop_notify(look->loop);
+}
+
+// Counts a request's tensors in, or has it wait.
+TPR_COLD static bool tpr_agent_let_in(tpr_agent_request *request) {
+    tpr_agent_server *server = request->server;
+    tpr_agent_loop *on = tpr_agent_on(server->agent, server->loop);
+    const uint64_t bytes = tpr_agent_needs(request, NULL);
+    if (!bytes) return true;
+    if (tpr_base_list_empty(&server->waiting) && tpr_agent_room_for(server, bytes, 0) == TPR_AGENT_ROOM) {
+        tpr_agent_count_held(request, bytes, true);
+        return true;
+    }
+    if (tpr_base_list_empty(&server->waiting)) {
+        tpr_base_list_add(&on->hungry, &server->hungry_node);
+        server->ticket = TPR_ATOMIC_ADD(&server->agent->tickets, (uint64_t)1) + 1;
+    }
+    tpr_base_list_add(&server->waiting, &request->frame.node);
+    request->waits = request->parked = true;
+    TPR_ATOMIC_ADD(&server->agent->waiting, 1u);
+    tpr_agent_look *look = &server->agent->looks[server->loop->index];
+    if (!TPR_ATOMIC_SWAP(&look->set, 1u))   // another loop may have made room since, and not have seen this
+        tpr_loop_later(server->loop, &look->work);
+    return false;
+}
+
+// A request that waits is not wanted any more.
+static void tpr_agent_turn_away(tpr_agent_request *request) {
+    tpr_agent_unwait(request);
+    tpr_agent_look_soon(request->server->agent);   // it may have been its turn
+    tpr_pipe_in_read(request->in, NULL, true, tpr_agent_request_read);
 }
 
 static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *prefix, tpr_pipe_in *in) {
     tprpc_agent *agent = server->agent;
     tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
     bool one_way = (prefix->flags & TPR_WIRE_CALL_ONE_WAY) != 0;   // of those some may be on their way when all leave
-    bool left = !one_way && tpr_agent_state_of(agent) == TPR_AGENT_LEFT;
+    bool left = !one_way && tpr_agent_state_of(agent) >= TPR_AGENT_PARTING;
     tpr_agent_method *method = left ? NULL : tpr_agent_method_take(agent, prefix->method);
-    tpr_agent_request *request = method && on->unanswered < agent->ctx->limits.pending_calls
-                                     ? (tpr_agent_request *)(void *)tpr_base_slab_take(&on->requests) : NULL;
+    char text[200];
+    const char *full = method ? tpr_agent_full(server, in, text, sizeof text) : NULL;
+    tpr_agent_request *request =
+        method && !full ? (tpr_agent_request *)(void *)tpr_base_slab_take(&on->requests) : NULL;
     on->received++;
     if (!request) {
         on->received_failed++;
+        tpr_agent_count_refused(server, method);
+        if (agent->trace) tpr_agent_trace_server(server, method, prefix->id, TPR_TRACE_RECEIVED, 0, &in->message);
         server->refs++;                // both of what follows may end its pipe
         tpr_agent_drop_in(in);
         if (!one_way && server->pipe)
             tpr_agent_say_error(agent, server->pipe, prefix->id,
                                 left ? TPRPC_ERROR_NO_WORKER : method ? TPRPC_ERROR_LIMIT : TPRPC_ERROR_NO_METHOD, 0,
-                                left ? "it has left the group" : method ? "it has too many requests pending" : "");
+                                left ? "it has left the group" : full ? full
+                                : method ? "it has too many requests pending" : "");
         if (method) tpr_agent_method_unref(agent, method);
         tpr_agent_server_unref(server);
         return;
     }
     on->unanswered++;
+    server->unanswered++;
     request->server = server;          // field by field, as in a call
+    request->held = 0;
+    tpr_agent_count_held(request, in->block, false);
     request->method = method;
     request->call = prefix->id;
     request->lane = prefix->lane;
     request->one_way = one_way;
     request->parked = request->whole = request->running = false;
-    request->kept = request->cancelled = request->answered = request->mapped = false;
+    request->kept = request->cancelled = request->answered = request->mapped = request->waits = false;
     request->retry.state = TPR_TIMER_IDLE;
     request->placing = NULL;
     request->next_job = NULL;
@@ -15335,12 +17927,24 @@ static void tpr_agent_on_call(tpr_agent_server *server, const tpr_wire_call *pre
     tpr_base_list_init(&request->frame.node);
     request->in = in;
     request->refs = 2;                 // until it is answered; until it is read
+    tpr_agent_count_request(request);
     request->reading = true;
     server->refs++;
     in->user = request;
     tpr_base_list_init(&request->lane_node);
     tpr_base_list_add(&server->requests, &request->node);
     if (request->lane) tpr_base_list_add(&server->lanes, &request->lane_node);
+    if (TPR_UNLIKELY(agent->trace != NULL))
+        tpr_agent_trace_request(request, TPR_TRACE_RECEIVED, 0, &in->message, TPRPC_OK);
+    if (!in->transfer_count || tpr_agent_let_in(request)) tpr_agent_receive(request);
+}
+
+// Begins to receive a request that was let in.
+static void tpr_agent_receive(tpr_agent_request *request) {
+    tpr_agent_server *server = request->server;
+    tprpc_agent *agent = server->agent;
+    tpr_agent_method *method = request->method;
+    tpr_pipe_in *in = request->in;
     if (method->desc.place && in->message.tensor_count) {
         request->parked = true;
         request->placing = tpr_agent_place(agent, in, method->desc.place, method->desc.on_unplaced, method->desc.user,
@@ -15374,7 +17978,34 @@ static void tpr_agent_on_cancel(tpr_agent_server *server, uint64_t call) {
     tpr_agent_request *request = tpr_agent_request_called(server, call);
     if (!request) return;
     request->cancelled = true;
-    if (request->reading && !request->parked) tpr_agent_abort_in(request->in);
+    if (request->waits) tpr_agent_turn_away(request);
+    else if (request->reading && !request->parked) tpr_agent_abort_in(request->in);
+}
+
+// Whether a call's tensors may go where they are to go; else it is refused.
+static bool tpr_agent_takes_tensors(tpr_agent_server *server, const tpr_wire_call *prefix, tpr_pipe_in *in) {
+    tprpc_agent *agent = server->agent;
+    tpr_agent_loop *on = tpr_agent_on(agent, server->loop);
+    const tpr_agent_method *method = (const tpr_agent_method *)tpr_base_map_get(&agent->methods, prefix->method);
+    tprpc_error error = TPR_ZERO;
+    if (!method || tpr_agent_check_in(agent, in, NULL, method->desc.place != NULL, &error) == TPRPC_OK) return true;
+    on->received++;
+    on->received_failed++;
+    tpr_agent_count_refused(server, method);
+    server->refs++;                    // both of what follows may end its pipe
+    tpr_agent_drop_in(in);
+    if (!(prefix->flags & TPR_WIRE_CALL_ONE_WAY) && server->pipe)
+        tpr_agent_say_error(agent, server->pipe, prefix->id, error.status, 0, error.text);
+    tpr_agent_server_unref(server);
+    return false;
+}
+
+// A caller that leaves asks whether its calls are here: they have been seen.
+TPR_COLD static void tpr_agent_on_ask(tpr_agent_server *server, tpr_pipe_in *in) {
+    server->refs++;                    // both of what follows may end its pipe
+    tpr_agent_drop_in(in);
+    if (server->pipe) tpr_agent_say_error(server->agent, server->pipe, 0, TPRPC_ERROR_NO_METHOD, 0, "");
+    tpr_agent_server_unref(server);
 }
 
 static void tpr_agent_server_message(tpr_pipe_user *user, tpr_pipe_in *in) {
@@ -15385,13 +18016,16 @@ static void tpr_agent_server_message(tpr_pipe_user *user, tpr_pipe_in *in) {
     uint32_t rank;
     bool good = tpr_wire_get_call(in->prefix, in->prefix_size, &prefix);
     if (good && prefix.kind == TPR_WIRE_CALL && server->caller && !in->message.payload_count) {
-        tpr_agent_on_call(server, &prefix, in);
+        if (TPR_UNLIKELY(!prefix.id && !prefix.method)) tpr_agent_on_ask(server, in);
+        else if (!in->message.tensor_count || tpr_agent_takes_tensors(server, &prefix, in))
+            tpr_agent_on_call(server, &prefix, in);
         return;
     }
     if (good && prefix.kind == TPR_WIRE_INTRO && !server->caller &&
         tpr_wire_get_intro(in->message.metadata, in->message.metadata_size, name, sizeof name, &rank)) {
         server->caller = tpr_agent_text_locked(agent, name);
-        good = server->caller != NULL;
+        good = server->caller && tpr_agent_learn_map(server, in->message.metadata, in->message.metadata_size) &&
+               tpr_agent_peer_in(server);
     } else if (good && prefix.kind == TPR_WIRE_CANCEL && server->caller) {
         tpr_agent_on_cancel(server, prefix.id);
     } else {
@@ -15407,7 +18041,10 @@ TPR_COLD static void tpr_agent_server_ended(tpr_pipe_user *user) {
     server->pipe = NULL;
     for (tpr_base_list *i = server->requests.next; i != &server->requests; i = i->next)
         TPR_CONTAINER(i, tpr_agent_request, node)->cancelled = true;
+    while (!tpr_base_list_empty(&server->waiting))
+        tpr_agent_turn_away(TPR_CONTAINER(server->waiting.next, tpr_agent_request, frame.node));
     tpr_agent_count_pipe(tpr_agent_on(server->agent, server->loop), pipe);
+    tpr_agent_flow_pipe(&server->from, pipe);
     pipe->closed = true;
     pipe->user = NULL;
     tpr_agent_server_unref(server);
@@ -15427,6 +18064,9 @@ static tpr_pipe_user *tpr_agent_serve(void *arg, tprpc_pipe *pipe) {
     server->by_call.memory = &agent->ctx->env.memory;
     tpr_base_list_init(&server->requests);
     tpr_base_list_init(&server->lanes);
+    tpr_base_list_init(&server->peer_node);
+    tpr_base_list_init(&server->waiting);
+    tpr_base_list_init(&server->hungry_node);
     tpr_base_list_add(&tpr_agent_on(agent, pipe->loop)->servers, &server->node);
     return &server->user;
 }
@@ -15460,10 +18100,13 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
         } else if (request) {
             tprpc_pipe *pipe = request->server->pipe;
             tpr_wire_call prefix = {TPR_WIRE_REPLY, 0, 0, 0, 0, request->call};
+            const int64_t begun = tpr_trace_clock(agent->trace);
             status = tpr_pipe_check(message, pipe->message_bytes, pipe->metadata_bytes, pipe->tensors, &error);
             if (status == TPRPC_OK && message->payload_count) status = TPRPC_ERROR_INVALID;
             if (status == TPRPC_OK && !request->one_way) {
-                status = tpr_agent_send_on(agent, pipe, &prefix, message, 0, &error);
+                status = tpr_agent_send_reply(request->server, &prefix, message, &error);
+                if (TPR_UNLIKELY(agent->trace != NULL) && status == TPRPC_OK)
+                    tpr_agent_trace_request(request, TPR_TRACE_ANSWER, begun, message, TPRPC_OK);
             } else if (status == TPRPC_OK && message->release) {   // nobody waits: it is only released
                 tpr_agent_send *send = tpr_agent_send_new(agent, loop, message, 0);
                 if (send) tpr_loop_post(loop, &send->task);
@@ -15483,19 +18126,20 @@ static tprpc_status tpr_agent_answer(tprpc_request handle, const tprpc_message *
 static void tpr_agent_dispose(tprpc_agent *agent) {
     tprpc_context *ctx = agent->ctx;
     bool own_context = agent->own_context;
+    tpr_trace_close(agent->trace);     // names that it writes go after it
     for (uint32_t i = 0; i < tpr_agent_workers(agent); i++) {
         tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
         tpr_agent_free(agent, worker->where, sizeof *worker->where);
+        tpr_agent_table_free(agent, worker->map);
         tpr_agent_free(agent, worker, sizeof *worker);
     }
     for (uint32_t i = 0; i < TPR_AGENT_CHUNKS; i++)
         tpr_agent_free(agent, agent->workers[i], ((size_t)TPR_AGENT_CHUNK << i) * sizeof *agent->workers[i]);
     for (uint32_t i = 0; i < agent->methods.capacity; i++)
         tpr_agent_free(agent, agent->methods.entries[i].value, sizeof(tpr_agent_method));
-    for (uint32_t i = 0; i < agent->names.capacity; i++) {
-        char *text = (char *)agent->names.entries[i].value;
-        if (text) tpr_agent_free(agent, text, strlen(text) + 1);
-    }
+    for (uint32_t i = 0; i < agent->names.capacity; i++)
+        tpr_agent_name_free(agent, (const char *)agent->names.entries[i].value);
+    tpr_agent_free(agent, agent->uncounted, tpr_agent_counts_size(agent));
     tpr_base_map_clear(&agent->methods);
     tpr_base_map_clear(&agent->names);
     tpr_base_map_clear(&agent->by_name);
@@ -15505,6 +18149,7 @@ static void tpr_agent_dispose(tprpc_agent *agent) {
         tpr_base_slab_clear(&agent->loops[i].requests);
     }
     tpr_agent_free(agent, agent->loops, ctx->loop_count * sizeof *agent->loops);
+    tpr_agent_free(agent, agent->looks, ctx->loop_count * sizeof *agent->looks);
     tpr_agent_free(agent, agent->maps, agent->map_capacity * sizeof *agent->maps);
     tpr_agent_free(agent, agent->starts, (agent->is_static ? agent->world_size : 1) * sizeof *agent->starts);
     TPR_ATOMIC_SUB(&ctx->agents, 1u);
@@ -15525,6 +18170,7 @@ static tprpc_status tpr_agent_start_threads(tprpc_agent *agent, tprpc_error *err
         if (tpr_os_thread_start(&thread->thread, tpr_agent_thread_main, thread) != 0)
             return tpr_base_os_error(error, errno, "starting", "a worker thread");
         agent->thread_count++;
+        TPR_ATOMIC_ADD(&agent->free_threads, 1u);
     }
     return TPRPC_OK;
 #else
@@ -15559,13 +18205,20 @@ static tprpc_status tpr_agent_check_desc(const tprpc_agent_desc *desc, tprpc_err
                                desc->name);
     if (desc->init_method && !desc->store && !strstr(desc->init_method, "://"))
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
-                               "init_method \"%.80s\" is none such as tcp://host:port, file://path or "
-                               "env://",
+                               "init_method \"%.80s\" is none such as tcp://host:port, file://path, "
+                               "env:// or pmix://",
                                desc->init_method);
     if (desc->init_method && strlen(desc->init_method) >= TPR_AGENT_TEXT)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: its init_method is too long", desc->name);
     if (desc->address && strlen(desc->address) >= TPR_AGENT_TEXT)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: its address is too long", desc->name);
+    if (desc->context && (desc->transports || desc->channels))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: %s are those of its private context, and it "
+                               "was given one, which has its own", desc->name,
+                               desc->transports ? "transports" : "channels");
+    if (desc->device_count && !desc->devices)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "agent %s: devices is NULL, device_count is not 0",
+                               desc->name);
     if (desc->world_size < 0 || desc->world_size > 1 << 20)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "world_size is %d, not 0 to %d", (int)desc->world_size,
                                1 << 20);
@@ -15595,11 +18248,19 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
     agent->start_timeout_ms = tpr_context_time(desc->start_timeout_ms, 60000);
     agent->worker_threads = desc->worker_threads;
     agent->job_tail = &agent->job_head;
+    agent->metrics = desc->metrics;
+    agent->method_names_tail = &agent->method_names;
+    agent->peers_tail = &agent->peers;
+    agent->unlooked = ctx->limits.served_bytes / ctx->loop_count;
+    if (ctx->loop_count > 1 && agent->unlooked > TPR_AGENT_UNLOOKED) agent->unlooked = TPR_AGENT_UNLOOKED;
     agent->methods.memory = agent->names.memory = agent->by_name.memory = agent->resolved.memory = memory;
     if (tpr_os_random(&agent->nonce, sizeof agent->nonce) != 0)
         return tpr_base_os_error(error, errno, "reading", "random bytes");
     agent->loops = (tpr_agent_loop *)tpr_agent_alloc(agent, ctx->loop_count * sizeof *agent->loops);
-    if (!agent->loops) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for agent %s", agent->name);
+    agent->looks = (tpr_agent_look *)tpr_agent_alloc(agent, ctx->loop_count * sizeof *agent->looks);
+    agent->uncounted = tpr_agent_counts_new(agent);
+    if (!agent->loops || !agent->looks || !agent->uncounted)
+        return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for agent %s", agent->name);
     for (uint32_t i = 0; i < ctx->loop_count; i++) {
         tpr_agent_loop *on = &agent->loops[i];
         on->calls.memory = on->requests.memory = memory;
@@ -15608,9 +18269,17 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
         on->calls.limit = on->requests.limit = limit <= UINT32_MAX / 2 ? 2 * limit : UINT32_MAX;
         tpr_base_list_init(&on->servers);
         tpr_base_list_init(&on->running);
+        tpr_base_list_init(&on->hungry);
+        agent->looks[i].work.run = tpr_agent_look_run;
+        agent->looks[i].loop = &ctx->loops[i];
+        agent->looks[i].on = on;
+        agent->looks[i].agent = agent;
         on->held_tail = &on->held;
     }
-    return tpr_agent_start_threads(agent, error);
+    tprpc_status status = tpr_agent_fill_devices(agent, desc, error);
+    if (status == TPRPC_OK && desc->trace)
+        status = tpr_trace_open(ctx, agent->name, desc->trace, desc->trace_events, &agent->trace, error);
+    return status == TPRPC_OK ? tpr_agent_start_threads(agent, error) : status;
 }
 
 // Whether nothing of the agent's is at work on a loop, but for sends.
@@ -15627,8 +18296,8 @@ static bool tpr_agent_loop_rests(tpr_agent_loop *on) {
 }
 
 static bool tpr_agent_loop_idle(void *arg) {
-    tpr_agent_loop *on = (tpr_agent_loop *)arg;
-    return !on->sends && tpr_agent_loop_rests(on);
+    const tpr_agent_look *look = (const tpr_agent_look *)arg;
+    return !look->on->sends && tpr_agent_loop_rests(look->on) && !TPR_ATOMIC_LOAD(&look->set);
 }
 
 // Ends everything of the agent's on one loop; what runs is waited for by the caller. Under the lock.
@@ -15640,6 +18309,11 @@ static void tpr_agent_end_loop(tprpc_agent *agent, tpr_loop *loop) {
         if (worker->loop != loop) continue;
         if (worker->op) tpr_store_cancel(agent->store, worker->op);
         if (worker->pipe) tpr_pipe_end(worker->pipe, TPRPC_ERROR_CLOSED, 0, "the agent %s was destroyed", agent->name);
+        while (!tpr_base_list_empty(&worker->calls)) {   // that would have been sent again
+            tprpc_error error = TPR_ZERO;
+            tprpc_error_set(&error, TPRPC_ERROR_CLOSED, 0, "the agent %s was destroyed", agent->name);
+            tpr_agent_call_fail(TPR_CONTAINER(worker->calls.next, tpr_agent_call, node), &error);
+        }
     }
     for (tpr_base_list *node = on->servers.next, *next; node != &on->servers; node = next) {
         tpr_agent_server *server = TPR_CONTAINER(node, tpr_agent_server, node);
@@ -15661,7 +18335,8 @@ static void tpr_agent_end_loop(tprpc_agent *agent, tpr_loop *loop) {
 static bool tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
     const int64_t patience = tpr_loop_clock(loop) + TPR_AGENT_PATIENCE_US;
-    while (!tpr_loop_wait(loop, tpr_agent_loop_idle, on, tpr_loop_clock(loop) + 10000) ||
+    tpr_agent_look *look = &agent->looks[loop->index];
+    while (!tpr_loop_wait(loop, tpr_agent_loop_idle, look, tpr_loop_clock(loop) + 10000) ||
            TPR_ATOMIC_LOAD(&agent->jobs)) {
         tpr_loop_give_way(loop);   // to the loop's thread, whose callback is waited for
         const bool jobs = TPR_ATOMIC_LOAD(&agent->jobs) != 0;
@@ -15692,7 +18367,7 @@ static tprpc_status tpr_agent_resolve(tprpc_agent *agent, const char *worker, co
                                worker, agent->name);
     const char *fault = tpr_base_name_fault(method, strlen(method), TPR_AGENT_NAME - 1);
     if (fault) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "the method name \"%.60s\" %s", method, fault);
-    *text = tpr_agent_text_locked(agent, method);
+    *text = tpr_agent_method_text(agent, method);
     return *text ? TPRPC_OK : tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a method's name");
 }
 
@@ -15718,6 +18393,8 @@ typedef struct tpr_agent_waiting {
     bool several;                      // loops that they are on
     tpr_loop *loop;
     tpr_agent_call *call;              // of the future that ended the wait; NULL: that is stale
+    struct tpr_agent_thread *thread;   // that waits in a blocking handler; NULL: it is none of the agent's
+    bool job;                          // what ended the wait is a job for that
 } tpr_agent_waiting;
 
 // Whether one of the futures on this loop has its outcome, or is none.
@@ -15731,7 +18408,43 @@ static bool tpr_agent_any_done(void *arg) {
         if (!waiting->call || waiting->call->done) return true;
         waiting->call->awaited = true;
     }
-    return false;
+#ifndef TPRPC_NO_THREADS
+    if (TPR_UNLIKELY(waiting->thread != NULL)) waiting->job = tpr_agent_job_waits(waiting->thread->agent);
+#endif
+    return waiting->job;
+}
+
+// Enters a wait: a thread for blocking handlers runs other jobs meanwhile. False: it is nested too deep.
+static bool tpr_agent_wait_begin(tpr_agent_waiting *waiting, tprpc_agent *agent) {
+    waiting->thread = NULL;
+    waiting->job = false;
+#ifndef TPRPC_NO_THREADS
+    if (TPR_LIKELY(!agent->thread_count) || (waiting->thread = tpr_agent_own_thread(agent)) == NULL) return true;
+    if (waiting->thread->depth > agent->ctx->env.nesting) return false;
+    TPR_ATOMIC_ADD(&agent->waiting_threads, 1u);
+#else
+    (void)agent;
+#endif
+    return true;
+}
+
+// What ended the wait was a job: it is run, and the wait goes on.
+static bool tpr_agent_wait_job(tpr_agent_waiting *waiting) {
+    if (TPR_LIKELY(!waiting->job)) return false;
+    waiting->job = false;
+#ifndef TPRPC_NO_THREADS
+    tpr_agent_run_job(waiting->thread);
+#endif
+    return true;
+}
+
+static tprpc_status tpr_agent_wait_end(const tpr_agent_waiting *waiting, tprpc_status status) {
+#ifndef TPRPC_NO_THREADS
+    if (TPR_UNLIKELY(waiting->thread != NULL)) TPR_ATOMIC_SUB(&waiting->thread->agent->waiting_threads, 1u);
+#else
+    (void)waiting;
+#endif
+    return status;
 }
 
 // The loop whose thread the calling one is, when that waits in a callback for a future on `other`; else NULL. A
@@ -15742,6 +18455,24 @@ static tpr_loop *tpr_agent_own_loop(const tpr_loop *other) {
         if (&ctx->loops[i] != other && TPR_ATOMIC_LOAD(&ctx->loops[i].callback_thread) == tpr_os_thread_id())
             return &ctx->loops[i];
     return NULL;
+}
+
+// Whether a wait here would be refused. Under the loop's lock.
+TPR_COLD static bool tpr_agent_is_deep(tprpc_agent *agent, tpr_loop *loop) {
+#ifndef TPRPC_NO_THREADS
+    const tpr_agent_thread *self = tpr_agent_own_thread(agent);
+    if (self && self->depth > loop->env->nesting) return true;
+#else
+    (void)agent;
+#endif
+    const tpr_loop *own = tpr_agent_own_loop(loop);
+    return (tpr_loop_in_callback(loop) && loop->depth > loop->env->nesting) || (own && own->depth > loop->env->nesting);
+}
+
+TPR_COLD static tprpc_status tpr_agent_too_deep(tprpc_context *ctx) {
+    TPR_LOG(&ctx->env.logger, TPRPC_LOG_WARNING, "agent", "",
+            "a wait was refused: %u waits within handlers are nested (limits.nesting)", (unsigned)ctx->env.nesting);
+    return TPRPC_ERROR_LIMIT;
 }
 
 // Goes on with the loop of a callback that waits for another loop's future: two callbacks may wait for each other's
@@ -15781,15 +18512,28 @@ static tpr_agent_request *tpr_agent_request_enter(tprpc_request handle, tpr_loop
 
 static void tpr_agent_request_exit(tpr_loop *loop) { if (loop) tpr_loop_leave(loop); }
 
+// Where the entry of a worker (of the table of names) for a device is, or would be.
+static uint32_t tpr_agent_map_at(const tprpc_agent *agent, const char *worker, tprpc_device from) {
+    uint32_t at = 0;
+    while (at < agent->map_count &&
+           (agent->maps[at].worker != worker || !tpr_agent_same_device(agent->maps[at].from, from))) at++;
+    return at;
+}
+
 // Adds entries to the device map, or replaces those of the same worker and device: all of them, or none.
 static tprpc_status tpr_agent_add_maps(tprpc_agent *agent, const char *worker, const tprpc_device *from,
                                        const tprpc_device *to, size_t count, tprpc_error *error) {
-    size_t most = agent->map_count + count;
-    const char *name = worker ? tpr_agent_text_locked(agent, worker) : NULL;
+    const char *name = worker && count ? tpr_agent_text_locked(agent, worker) : NULL;
+    size_t most = agent->map_count;
+    for (size_t i = 0; i < count && most <= TPR_WIRE_MAPS; i++)
+        most += tpr_agent_map_at(agent, name, tpr_pipe_device(from[i])) == agent->map_count;
+    if (most > TPR_WIRE_MAPS)
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "the device maps of %s would have over %d entries",
+                               agent->name, TPR_WIRE_MAPS);
     tpr_agent_map *maps = agent->maps;
-    if (most > agent->map_capacity)
-        maps = most <= 65536 ? (tpr_agent_map *)tpr_agent_alloc(agent, most * sizeof *maps) : NULL;
-    if (count && (!maps || (worker && !name)))
+    const bool named = !worker || name || !count;
+    if (named && most > agent->map_capacity) maps = (tpr_agent_map *)tpr_agent_alloc(agent, most * sizeof *maps);
+    if (count && (!named || !maps))
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a device map of %zu entries", most);
     if (maps != agent->maps) {
         if (agent->map_count) memcpy(maps, agent->maps, agent->map_count * sizeof *maps);
@@ -15799,15 +18543,112 @@ static tprpc_status tpr_agent_add_maps(tprpc_agent *agent, const char *worker, c
     }
     for (size_t i = 0; i < count; i++) {
         tprpc_device device = tpr_pipe_device(from[i]);
-        uint32_t at = 0;
-        while (at < agent->map_count && (maps[at].worker != name || !tpr_agent_same_device(maps[at].from, device)))
-            at++;
+        const uint32_t at = tpr_agent_map_at(agent, name, device);
         maps[at].worker = name;
         maps[at].from = device;
         maps[at].to = to[i];
         if (at == agent->map_count) agent->map_count++;
+        tpr_agent_use_device(agent, device);
     }
+    if (count) agent->self.has_maps = 1;
     return TPRPC_OK;
+}
+
+// ---- counts, read
+
+// The method's name that comes after `name` (NULL: the first). NULL: that was the last.
+static tpr_agent_name *tpr_agent_next_method(tprpc_agent *agent, const tpr_agent_name *name) {
+    tpr_os_lock_take(&agent->lock);
+    tpr_agent_name *next = name ? name->next : agent->method_names;
+    tpr_os_lock_give(&agent->lock);
+    return next;
+}
+
+static tpr_agent_peer *tpr_agent_next_peer(tprpc_agent *agent, const tpr_agent_peer *peer) {
+    tpr_os_lock_take(&agent->lock);
+    tpr_agent_peer *next = peer ? peer->next : agent->peers;
+    tpr_os_lock_give(&agent->lock);
+    return next;
+}
+
+static tprpc_times tpr_agent_times_of(const tpr_base_histogram *histogram) {
+    tprpc_times times;
+    times.count = histogram->count;
+    times.sum_us = histogram->sum;
+    times.max_us = histogram->most;
+    times.p50_us = tpr_base_histogram_percentile(histogram, 50);
+    times.p90_us = tpr_base_histogram_percentile(histogram, 90);
+    times.p99_us = tpr_base_histogram_percentile(histogram, 99);
+    times.average_us = histogram->count ? (double)histogram->sum / (double)histogram->count : 0;
+    return times;
+}
+
+TPR_COLD
+static void tpr_agent_method_stats_of(tprpc_agent *agent, const tpr_agent_name *name, tprpc_method_stats *out) {
+    tpr_agent_times all;
+    memset(&all, 0, sizeof all);
+    memset(out, 0, sizeof *out);
+    out->name = (const char *)(name + 1);
+    for (uint32_t i = 0; i < agent->ctx->loop_count; i++) {
+        const tpr_agent_counts *counts = &name->counts[i];
+        tpr_loop_enter(&agent->ctx->loops[i]);
+        out->client_active_calls += counts->begun - counts->ended;
+        out->calls += counts->begun;
+        out->calls_failed += counts->failed;
+        out->calls_timed_out += counts->timed_out;
+        out->calls_cancelled += counts->cancelled;
+        out->server_active_calls += counts->received - counts->answered;
+        out->requests += counts->received;
+        out->requests_failed += counts->requests_failed;
+        if (counts->times) tpr_base_histogram_merge(&all.call, &counts->times->call);
+        if (counts->times) tpr_base_histogram_merge(&all.queue, &counts->times->queue);
+        if (counts->times) tpr_base_histogram_merge(&all.handler, &counts->times->handler);
+        tpr_loop_leave(&agent->ctx->loops[i]);
+    }
+    out->call_time = tpr_agent_times_of(&all.call);
+    out->queue_time = tpr_agent_times_of(&all.queue);
+    out->handler_time = tpr_agent_times_of(&all.handler);
+}
+
+static tprpc_flow tpr_agent_flow_of(const tpr_agent_flow *flow, uint64_t pipes_open) {
+    tprpc_flow out;
+    out.active_calls = flow->begun - flow->ended;
+    out.calls = flow->begun;
+    out.errors = flow->errors;
+    out.pipes = flow->pipes;
+    out.pipes_open = pipes_open;
+    out.bytes_sent = flow->bytes_sent;
+    out.bytes_received = flow->bytes_received;
+    out.tensor_bytes_sent = flow->tensor_sent;
+    out.tensor_bytes_received = flow->tensor_received;
+    return out;
+}
+
+// Under the locks of all loops: a pipe that ends meanwhile is counted once.
+TPR_COLD
+static void tpr_agent_peer_stats_of(tprpc_agent *agent, const tpr_agent_peer *peer, tprpc_peer_stats *out) {
+    tpr_agent_flow to, from;
+    uint64_t to_open = 0, from_open = 0;
+    memset(&to, 0, sizeof to);
+    tpr_agent_enter_all(agent);
+    tpr_os_lock_take(&agent->lock);
+    from = peer->gone;
+    if (peer->worker) to = peer->worker->to;
+    if (peer->worker && peer->worker->pipe) {
+        tpr_agent_flow_pipe(&to, peer->worker->pipe);
+        to_open++;
+    }
+    for (const tpr_base_list *i = peer->servers.next; i != &peer->servers; i = i->next) {
+        const tpr_agent_server *server = TPR_CONTAINER(i, tpr_agent_server, peer_node);
+        tpr_agent_flow_add(&from, &server->from);
+        if (server->pipe) tpr_agent_flow_pipe(&from, server->pipe);
+        from_open += server->pipe != NULL;
+    }
+    tpr_os_lock_give(&agent->lock);
+    tpr_agent_leave_all(agent);
+    out->name = peer->name;
+    out->to = tpr_agent_flow_of(&to, to_open);
+    out->from = tpr_agent_flow_of(&from, from_open);
 }
 
 // ---- public
@@ -15816,6 +18657,7 @@ TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size_t desc_size, int32_t version,
                                               tprpc_agent **out, tprpc_error *error) {
     tprpc_context *ctx = NULL;
+    tprpc_context_desc own = TPR_ZERO;
     TPRPC_ASSERT(out);
     if (!out) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "tprpc_agent_create: out is NULL");
     *out = NULL;
@@ -15831,7 +18673,9 @@ TPRPC_API tprpc_status tprpc_agent_create_for(const tprpc_agent_desc *desc, size
     if (desc->context && !tpr_context_usable(desc->context))
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "the context was inherited by a fork");
     ctx = desc->context;
-    if (!ctx) status = tprpc_context_create(NULL, &ctx, error);
+    own.transports = desc->transports;
+    own.channels = desc->channels;
+    if (!ctx) status = tprpc_context_create_for(&own, sizeof own, TPRPC_VERSION, &ctx, error);
     if (status != TPRPC_OK) return status;
     tprpc_agent *agent = (tprpc_agent *)tpr_base_new(&ctx->env.memory, sizeof *agent, (uint32_t)TPR_AGENT_TAG);
     if (!agent) {
@@ -15861,13 +18705,16 @@ TPRPC_API tprpc_status tprpc_agent_register(tprpc_agent *agent, const tprpc_meth
     if (fault)
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "the method name \"%.60s\" %s",
                                desc->name ? desc->name : "", fault);
-    tpr_agent_method *method = (tpr_agent_method *)tpr_agent_alloc(agent, sizeof *method);
+    const char *text = tpr_agent_method_text(agent, desc->name);
+    tpr_agent_method *method = text ? (tpr_agent_method *)tpr_agent_alloc(agent, sizeof *method) : NULL;
     if (!method) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for method %s", desc->name);
+    method->counts = tpr_agent_name_of(text)->counts;
     method->desc = *desc;
     snprintf(method->name, sizeof method->name, "%s", desc->name);
     method->desc.name = method->name;
     method->id = tpr_agent_method_id(method->name);
     method->refs = 1;
+    method->traced = agent->trace ? tpr_agent_text_locked(agent, method->name) : NULL;
     tpr_agent_enter_all(agent);
     tpr_agent_method *other = (tpr_agent_method *)tpr_base_map_get(&agent->methods, method->id);
     bool put = !other && tpr_base_map_put(&agent->methods, method->id, method);
@@ -15911,6 +18758,15 @@ TPRPC_API tprpc_status tprpc_agent_unregister(tprpc_agent *agent, const char *na
 }
 
 TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_flush_trace(tprpc_agent *agent, tprpc_error *error) {
+    TPRPC_ASSERT(agent);
+    if (!agent || !tpr_context_usable(agent->ctx))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                               "tprpc_agent_flush_trace: no agent, or one inherited by a fork");
+    return agent->trace ? tpr_trace_flush(agent->trace, error) : TPRPC_OK;
+}
+
+TPR_COLD
 TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char *worker, const tprpc_device *from,
                                                   const tprpc_device *to, size_t count, tprpc_error *error) {
     TPRPC_ASSERT(agent && (!count || (from && to)));
@@ -15921,6 +18777,10 @@ TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char
     tprpc_status status = TPRPC_OK;
     for (size_t i = 0; i < count && status == TPRPC_OK; i++) {
         status = tpr_agent_check_device(agent->ctx, tpr_pipe_device(from[i]), "from", i, error);
+        if (status == TPRPC_OK && !tpr_agent_has_device(agent, tpr_pipe_device(from[i])))
+            status = tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
+                                     "from[%zu] is device %d of kind %d, which %.60s does not have among its devices",
+                                     i, (int)from[i].index, (int)from[i].kind, agent->name);
         bool none = to[i].kind < TPRPC_CPU || to[i].index < 0 || (to[i].kind == TPRPC_CPU && to[i].index);
         if (status == TPRPC_OK && none)
             status = tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "to[%zu] is device %d of kind %d, which is none", i,
@@ -15934,6 +18794,17 @@ TPRPC_API tprpc_status tprpc_agent_set_device_map(tprpc_agent *agent, const char
                                agent->name);
     tpr_loop_leave(home);
     return status;
+}
+
+TPR_COLD
+TPRPC_API size_t tprpc_agent_get_devices(tprpc_agent *agent, tprpc_device *out, size_t capacity) {
+    TPRPC_ASSERT(agent && (out || !capacity));
+    if (!agent || (!out && capacity) || !tpr_context_usable(agent->ctx)) return 0;
+    tpr_os_lock_take(&agent->lock);
+    const size_t count = agent->device_count;
+    for (size_t i = 0; i < count && i < capacity; i++) out[i] = agent->devices[i];
+    tpr_os_lock_give(&agent->lock);
+    return count;
 }
 
 TPR_COLD
@@ -15972,9 +18843,14 @@ TPRPC_API tprpc_status tprpc_agent_get_stats(tprpc_agent *agent, tprpc_stats *ou
         out->tensor_bytes_sent += sum.tensor_sent;
         out->tensor_bytes_received += sum.tensor_received;
         out->tensor_bytes_adopted += sum.tensor_adopted;
+        out->calls_retried += sum.retried;
     }
     out->memory_bytes = TPR_ATOMIC_LOAD(&agent->ctx->env.memory.used);
     out->workers = tpr_agent_workers(agent);
+    const uint32_t running = TPR_ATOMIC_LOAD(&agent->jobs_running), jobs = TPR_ATOMIC_LOAD(&agent->jobs);
+    out->thread_pool_size = agent->thread_count;
+    out->num_idle_threads = running < agent->thread_count ? agent->thread_count - running : 0;
+    out->queued_jobs = jobs > running ? jobs - running : 0;
     return TPRPC_OK;
 }
 
@@ -15990,6 +18866,58 @@ TPRPC_API tprpc_status tprpc_agent_get_peer_info(tprpc_agent *agent, const char 
     if (worker->pipe) tpr_pipe_info_of(worker->pipe, out);
     tpr_loop_leave(worker->loop);
     return status;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_get_method_stats(tprpc_agent *agent, const char *method, tprpc_method_stats *out,
+                                                    size_t size) {
+    uint64_t hash;
+    TPRPC_ASSERT(agent && method && out);
+    if (!agent || !method || !out || size != sizeof *out || !tpr_context_usable(agent->ctx))
+        return TPRPC_ERROR_INVALID;
+    tpr_os_lock_take(&agent->lock);
+    const char *text = tpr_agent_text_find(agent, method, &hash);
+    bool counted = text && tpr_agent_name_of(text)->counts && tpr_agent_name_of(text)->counts != agent->uncounted;
+    tpr_os_lock_give(&agent->lock);
+    if (!counted) return TPRPC_ERROR_NO_METHOD;
+    tpr_agent_method_stats_of(agent, tpr_agent_name_of(text), out);
+    return TPRPC_OK;
+}
+
+TPR_COLD
+TPRPC_API size_t tprpc_agent_get_methods(tprpc_agent *agent, tprpc_method_stats *out, size_t capacity, size_t size) {
+    size_t count = 0;
+    TPRPC_ASSERT(agent && (out || !capacity));
+    if (!agent || (!out && capacity) || size != sizeof *out || !tpr_context_usable(agent->ctx)) return 0;
+    for (tpr_agent_name *name = NULL; (name = tpr_agent_next_method(agent, name)) != NULL; count++)
+        if (count < capacity) tpr_agent_method_stats_of(agent, name, &out[count]);
+    return count;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_get_peer_stats(tprpc_agent *agent, const char *worker, tprpc_peer_stats *out,
+                                                  size_t size) {
+    uint64_t hash;
+    TPRPC_ASSERT(agent && worker && out);
+    if (!agent || !worker || !out || size != sizeof *out || !tpr_context_usable(agent->ctx))
+        return TPRPC_ERROR_INVALID;
+    tpr_os_lock_take(&agent->lock);
+    const char *text = tpr_agent_text_find(agent, worker, &hash);
+    tpr_agent_peer *peer = text ? tpr_agent_name_of(text)->peer : NULL;
+    tpr_os_lock_give(&agent->lock);
+    if (!peer) return TPRPC_ERROR_NO_WORKER;
+    tpr_agent_peer_stats_of(agent, peer, out);
+    return TPRPC_OK;
+}
+
+TPR_COLD
+TPRPC_API size_t tprpc_agent_get_peers(tprpc_agent *agent, tprpc_peer_stats *out, size_t capacity, size_t size) {
+    size_t count = 0;
+    TPRPC_ASSERT(agent && (out || !capacity));
+    if (!agent || (!out && capacity) || size != sizeof *out || !tpr_context_usable(agent->ctx)) return 0;
+    for (tpr_agent_peer *peer = NULL; (peer = tpr_agent_next_peer(agent, peer)) != NULL; count++)
+        if (count < capacity) tpr_agent_peer_stats_of(agent, peer, &out[count]);
+    return count;
 }
 
 TPRPC_API tprpc_status tprpc_call(tprpc_agent *agent, const char *worker, const char *method,
@@ -16067,6 +18995,7 @@ TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t
     if (timeout >= 0) deadline = tpr_context_deadline(tprpc_now_us(ctx), timeout);
     tpr_loop *own = waiting.several ? NULL : tpr_agent_own_loop(first);
     bool in_slices = waiting.several || own;
+    if (!tpr_agent_wait_begin(&waiting, (tprpc_agent *)futures[0].owner)) return tpr_agent_too_deep(ctx);
     for (uint32_t i = first->index, late = 0;; i = (i + 1) % ctx->loop_count) {
         tpr_loop *loop = waiting.several ? &ctx->loops[i] : first;
         tprpc_status status = TPRPC_PENDING;
@@ -16074,19 +19003,20 @@ TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t
         tpr_loop_enter(loop);
         if (tpr_loop_in_callback(loop) && loop->depth > loop->env->nesting) {
             tpr_loop_leave(loop);
-            return TPRPC_ERROR_LIMIT;
+            return tpr_agent_wait_end(&waiting, tpr_agent_too_deep(ctx));
         }
         int64_t now = in_slices ? tpr_loop_clock(loop) : 0;
         int64_t until = in_slices && now + TPR_AGENT_SLICE_US < deadline ? now + TPR_AGENT_SLICE_US : deadline;
-        if (tpr_loop_wait(loop, tpr_agent_any_done, &waiting, until)) {
+        if (tpr_loop_wait(loop, tpr_agent_any_done, &waiting, until) && !waiting.job) {
             status = waiting.call ? waiting.call->status : TPRPC_ERROR_INVALID;
             if (which) *which = waiting.which;
         }
         tpr_loop_leave(loop);
-        if (status != TPRPC_PENDING || !in_slices) return status;
+        if (TPR_UNLIKELY(tpr_agent_wait_job(&waiting))) continue;
+        if (status != TPRPC_PENDING || !in_slices) return tpr_agent_wait_end(&waiting, status);
         late += now >= deadline;       // each loop is looked at once more
-        if (late >= (waiting.several ? ctx->loop_count : 1)) return status;
-        if (own && !tpr_agent_go_on(own)) return TPRPC_ERROR_LIMIT;
+        if (late >= (waiting.several ? ctx->loop_count : 1)) return tpr_agent_wait_end(&waiting, status);
+        if (own && !tpr_agent_go_on(own)) return tpr_agent_wait_end(&waiting, tpr_agent_too_deep(ctx));
     }
 }
 
@@ -16132,6 +19062,10 @@ TPRPC_API tprpc_status tprpc_future_error(tprpc_future future, tprpc_error *erro
     tpr_agent_call *call = tpr_agent_future(future, loop);
     if (call) status = call->done ? call->status : TPRPC_PENDING;
     if (call && call->done && call->error && error) *error = *call->error;
+    else if (status == TPRPC_PENDING && tpr_agent_is_deep((tprpc_agent *)future.owner, loop))
+        tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "calling %s on %s: not waited for, %u waits within handlers are "
+                        "nested (limits.nesting)", call->method_name, call->worker->name,
+                        (unsigned)loop->env->nesting);
     else if (status != TPRPC_OK && status != TPRPC_PENDING)
         tprpc_error_set(error, status, 0,
                         call ? "the call failed, and no memory was left to say why" : "the future was released");
@@ -16233,9 +19167,9 @@ TPRPC_API void *tprpc_request_stream(tprpc_request handle, tprpc_device device) 
 }
 
 // >>group -------------------------------------------------------------------------------------------------------------
-// Membership: how an agent joins its group through the store, leaves it, and goes.
+// Membership: how an agent joins its group through the store, who is in it, how it leaves, and goes.
 //
-// Uses: atomic, os, base, wire, timer, loop, context, transport, pipe, store, agent.
+// Uses: atomic, os, base, wire, timer, loop, context, transport, pipe, store, trace, agent.
 // Invariant: an agent's state is written here alone, under the first loop's lock. What is asked of the store is counted
 // in `start_pending`, and its end is awaited before the agent goes.
 
@@ -16279,22 +19213,31 @@ TPR_COLD static void tpr_group_start_failed(tprpc_agent *agent, tprpc_status sta
         tprpc_error_set(&agent->start_error, status, 0, "%s cannot join: %.200s", agent->name, text);
 }
 
-// Begins one operation of the group's at the store. False: refused, and the start has failed.
+// Begins one operation of the group's at the store. False: refused.
+static bool tpr_group_submit(tprpc_agent *agent, tprpc_store_request *request, void (*done)(tprpc_store_op *, void *),
+                             tpr_agent_start *slot, tprpc_error *error) {
+    request->size = (uint32_t)sizeof *request;
+    agent->start_pending++;
+    bool leaving = agent->state > TPR_AGENT_READY;   // whoever leaves does not wait for a store that has gone before
+    if (tpr_store_submit_as(agent->store, agent->ctx, 0, leaving, request, done, slot, &slot->op, error) == TPRPC_OK)
+        return true;
+    agent->start_pending--;
+    slot->op = NULL;
+    return false;
+}
+
+// The same, all in one. False: refused, and the start has failed.
 static bool tpr_group_ask(tprpc_agent *agent, int32_t kind, const char *key, const void *value, size_t size,
                           int64_t deadline_us, void (*done)(tprpc_store_op *, void *), tpr_agent_start *slot) {
     tprpc_store_request request;
     tprpc_error error = TPR_ZERO;
     memset(&request, 0, sizeof request);
-    request.size = (uint32_t)sizeof request;
     request.kind = kind;
     request.key = key;
     request.value = value;
     request.value_size = size;
     request.deadline_us = deadline_us;
-    agent->start_pending++;
-    if (tpr_store_submit(agent->store, agent->ctx, 0, &request, done, slot, &slot->op, &error) == TPRPC_OK) return true;
-    agent->start_pending--;
-    slot->op = NULL;
+    if (tpr_group_submit(agent, &request, done, slot, &error)) return true;
     tpr_group_start_failed(agent, error.status, error.text);
     return false;
 }
@@ -16303,14 +19246,127 @@ static void tpr_group_start_check(tprpc_agent *agent) {
     if (!agent->start_pending) tpr_group_started(agent);
 }
 
+// ---- device maps
+
+static int64_t tpr_group_start_deadline(tprpc_agent *agent);
+
+// Whether an entry for every worker is not for a rank, which has one of its own for that device.
+static bool tpr_group_overridden(tpr_wire_reader maps, uint32_t count, uint32_t rank, tprpc_device from) {
+    for (uint32_t i = 0; i < count; i++) {
+        const tpr_wire_map map = tpr_wire_read_map(&maps);
+        if (map.rank == rank && tpr_agent_same_device(map.from, from)) return true;
+    }
+    return false;
+}
+
+// Another rank's device maps have come, or not.
+static void tpr_group_mapped_peer(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    tpr_wire_reader maps;
+    tprpc_error outcome;
+    uint32_t count;
+    slot->op = NULL;
+    agent->start_pending--;
+    if (op->status == TPRPC_ERROR_TIMEOUT) {
+        char text[80];
+        snprintf(text, sizeof text, "the device maps of rank %u did not come", (unsigned)slot->rank);
+        tpr_group_start_failed(agent, TPRPC_ERROR_TIMEOUT, text);
+    } else if (op->status != TPRPC_OK) {
+        tpr_group_start_failed(agent, op->status, op->error.text);
+    } else if (!tpr_wire_get_mapped(op->value, op->value_size, &outcome, &maps, &count)) {
+        tpr_group_start_failed(agent, TPRPC_ERROR_PROTOCOL, "a worker's device maps in the store cannot be read");
+    } else if (outcome.status != TPRPC_OK) {
+        tpr_group_start_failed(agent, outcome.status, outcome.text);
+    } else {
+        const tpr_wire_reader all = maps;
+        for (uint32_t i = 0; i < count; i++) {
+            const tpr_wire_map map = tpr_wire_read_map(&maps);
+            const bool mine = map.rank == agent->rank ||
+                              (map.rank == UINT32_MAX && !tpr_group_overridden(all, count, agent->rank, map.from));
+            if (mine) tpr_agent_use_device(agent, map.to);
+        }
+    }
+    tpr_group_start_check(agent);
+}
+
+static void tpr_group_mapped_self(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    slot->op = NULL;
+    slot->agent->start_pending--;
+    if (op->status != TPRPC_OK) tpr_group_start_failed(slot->agent, op->status, op->error.text);
+    tpr_group_start_check(slot->agent);
+}
+
+// Whether the agent's own maps fit the group, which is there.
+static tprpc_status tpr_group_check_maps(tprpc_agent *agent, tprpc_error *error) {
+    tprpc_status status = TPRPC_OK;
+    for (uint32_t i = 0; i < agent->map_count; i++) {
+        const char *name = agent->maps[i].worker;
+        if (name && !tpr_agent_worker_of(agent, name, false))
+            return tprpc_error_set(error, TPRPC_ERROR_NO_WORKER, 0, "%.40s has a device map for worker %.100s, who is "
+                                   "not in the group", agent->name, name);
+    }
+    for (uint32_t i = 0; i < tpr_agent_workers(agent) && status == TPRPC_OK; i++) {
+        tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (!worker->map) status = tpr_agent_map_for(agent, worker->name, &worker->map, error);
+        if (status == TPRPC_OK) status = tpr_agent_map_unique(agent, worker->map, worker->name, error);
+        if (status == TPRPC_OK) status = tpr_agent_map_fits(worker, error);
+    }
+    return status;
+}
+
+// Publishes the agent's own maps, or what is wrong with them, which is then wrong for all.
+static void tpr_group_publish_maps(tprpc_agent *agent) {
+    uint8_t *value = (uint8_t *)tpr_agent_alloc(agent, TPR_WIRE_MAPPED_BYTES);
+    tpr_wire_map *maps = (tpr_wire_map *)tpr_agent_alloc(agent, agent->map_count * sizeof *maps);
+    tprpc_error outcome = TPR_ZERO;
+    char key[64];
+    if (!value || !maps) tpr_group_start_failed(agent, TPRPC_ERROR_MEMORY, "no memory for its device maps");
+    else tpr_group_check_maps(agent, &outcome);
+    for (uint32_t i = 0; maps && outcome.status == TPRPC_OK && i < agent->map_count; i++) {
+        const tpr_agent_map *map = &agent->maps[i];
+        maps[i].rank = map->worker ? tpr_agent_worker_of(agent, map->worker, false)->rank : UINT32_MAX;
+        maps[i].from = map->from;
+        maps[i].to = map->to;
+    }
+    snprintf(key, sizeof key, "tprpc/devices/%u", (unsigned)agent->rank);
+    if (value && maps)
+        tpr_group_ask(agent, TPRPC_STORE_SET, key, value,
+                      tpr_wire_put_mapped(value, TPR_WIRE_MAPPED_BYTES, &outcome, maps,
+                                          outcome.status == TPRPC_OK ? agent->map_count : 0),
+                      0, tpr_group_mapped_self, &agent->starts[agent->rank]);
+    if (outcome.status != TPRPC_OK) tpr_group_start_failed(agent, outcome.status, outcome.text);
+    tpr_agent_free(agent, maps, agent->map_count * sizeof *maps);
+    tpr_agent_free(agent, value, TPR_WIRE_MAPPED_BYTES);
+}
+
+// All ranks are known, if nothing has failed: the maps of those that have any are exchanged.
+static void tpr_group_gathered(tprpc_agent *agent) {
+    int64_t deadline = tpr_group_start_deadline(agent);
+    char key[64];
+    const bool all = !agent->start_pending && !agent->starting_done && agent->start_error.status == TPRPC_OK;
+    if (all && agent->map_count) tpr_group_publish_maps(agent);
+    for (uint32_t i = 0; all && i < tpr_agent_workers(agent) && agent->start_error.status == TPRPC_OK; i++) {
+        const tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (!worker->where || !worker->where->has_maps || worker->rank == agent->rank) continue;
+        if (worker->rank >= agent->world_size || agent->starts[worker->rank].op) continue;
+        snprintf(key, sizeof key, "tprpc/devices/%u", (unsigned)worker->rank);
+        tpr_group_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline, tpr_group_mapped_peer,
+                      &agent->starts[worker->rank]);
+    }
+    tpr_group_start_check(agent);
+}
+
 // Another rank's word has come, or not.
 static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     tpr_wire_worker *where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *where);
-    char text[160];
+    char text[240];
     slot->op = NULL;
     agent->start_pending--;
+    agent->awaited--;
     if (op->status == TPRPC_ERROR_TIMEOUT) {
         snprintf(text, sizeof text, "rank %u of %u did not come", (unsigned)slot->rank, (unsigned)agent->world_size);
         tpr_group_start_failed(agent, TPRPC_ERROR_TIMEOUT, text);
@@ -16319,6 +19375,10 @@ static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
     } else if (!where || !tpr_wire_get_worker(op->value, op->value_size, where)) {
         tpr_group_start_failed(agent, where ? TPRPC_ERROR_PROTOCOL : TPRPC_ERROR_MEMORY,
                                "a worker's entry in the store cannot be read");
+    } else if (where->rank != slot->rank) {
+        snprintf(text, sizeof text, "the key %.40s of the store has the entry of worker %.80s, whose rank is %u",
+                 op->request.key, where->name, (unsigned)where->rank);
+        tpr_group_start_failed(agent, TPRPC_ERROR_PROTOCOL, text);
     } else {
         tpr_agent_worker *worker = tpr_agent_worker_of(agent, where->name, true);
         if (worker && !worker->where) {
@@ -16326,11 +19386,71 @@ static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
             worker->rank = where->rank;
             worker->known = true;
             where = NULL;
+        } else if (worker) {
+            snprintf(text, sizeof text, "ranks %u and %u both say that they are worker %.80s", (unsigned)worker->rank,
+                     (unsigned)slot->rank, worker->name);
+            tpr_group_start_failed(agent, TPRPC_ERROR_PROTOCOL, text);
         }
         if (!worker) tpr_group_start_failed(agent, TPRPC_ERROR_MEMORY, "no memory for a worker");
     }
     tpr_agent_free(agent, where, sizeof *where);
-    tpr_group_start_check(agent);
+    if (!agent->awaited && agent->mixed.op) tpr_store_cancel(agent->store, agent->mixed.op);
+    tpr_group_gathered(agent);
+}
+
+// ---- one kind of group in one store: tprpc/kind says which, from the first worker on; who comes to another kind says
+// so under tprpc/mixed, with that key's nonce, and static groups that still gather wait for that word too
+
+static const char *tpr_group_kind_text(uint32_t world_size, char *out, size_t size) {   // out: the caller's buffer
+    if (!world_size) snprintf(out, size, "dynamic");
+    else snprintf(out, size, "static, of %u workers", (unsigned)world_size);
+    return out;
+}
+
+static void tpr_group_mixed_key(uint64_t nonce, char *out, size_t size) {
+    snprintf(out, size, "tprpc/mixed/%016llx", (unsigned long long)nonce);
+}
+
+// Whether the store's group is of this agent's kind. Otherwise the text says why not.
+static tprpc_status tpr_group_kind_fits(tprpc_agent *agent, const tprpc_store_op *op, char *text, size_t size) {
+    tpr_wire_kind kind;
+    char ours[40], theirs[40];
+    uint32_t world_size = agent->is_static ? agent->world_size : 0;
+    snprintf(text, size, "the key tprpc/kind of the store cannot be read");
+    if (!op->value || !tpr_wire_get_kind(op->value, op->value_size, &kind)) return TPRPC_ERROR_PROTOCOL;
+    agent->kind_nonce = kind.nonce;
+    if (kind.world_size == world_size) return TPRPC_OK;
+    snprintf(text, size, "its group is %s, and that of worker %.60s, which came first, is %s; if that is over, delete "
+             "the key tprpc/kind of the store", tpr_group_kind_text(world_size, ours, sizeof ours), kind.name,
+             tpr_group_kind_text(kind.world_size, theirs, sizeof theirs));
+    return TPRPC_ERROR_INVALID;
+}
+
+TPR_COLD static void tpr_group_start_marked(tprpc_store_op *op, void *arg) {   // its error is told already
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    (void)op;
+    slot->op = NULL;
+    slot->agent->start_pending--;
+    tpr_group_start_check(slot->agent);
+}
+
+// Another kind of group has come to this one's store, or all of this one are there.
+TPR_COLD static void tpr_group_start_mixed(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    tpr_wire_kind kind;
+    char text[200], ours[40], theirs[40];
+    slot->op = NULL;
+    agent->start_pending--;
+    if (op->status == TPRPC_OK && op->value && tpr_wire_get_kind(op->value, op->value_size, &kind)) {
+        snprintf(text, sizeof text, "its group is %s, and worker %.60s came to the same store for one that is %s",
+                 tpr_group_kind_text(agent->world_size, ours, sizeof ours), kind.name,
+                 tpr_group_kind_text(kind.world_size, theirs, sizeof theirs));
+        tpr_group_start_failed(agent, TPRPC_ERROR_INVALID, text);
+        for (uint32_t r = 0; r < agent->world_size; r++)
+            if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
+    }
+    tpr_group_gathered(agent);
 }
 
 // The claim of a key has come back with what it holds now: ours, or another's.
@@ -16355,6 +19475,7 @@ TPR_COLD static void tpr_group_start_late(tprpc_work *work) {
     tprpc_agent *agent = TPR_CONTAINER(work, tprpc_agent, start_timer);
     for (uint32_t r = 0; r < (agent->is_static ? agent->world_size : 1); r++)
         if (agent->starts[r].op) tpr_store_cancel_for(agent->store, agent->starts[r].op, TPRPC_ERROR_TIMEOUT);
+    if (agent->mixed.op) tpr_store_cancel(agent->store, agent->mixed.op);
     tpr_loop_timer(tpr_agent_home(agent), work, tpr_loop_clock(tpr_agent_home(agent)) + 1000000);
 }
 
@@ -16377,7 +19498,11 @@ static void tpr_group_start_ranked(tprpc_store_op *op, void *arg) {
             snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)r);
             if (!tpr_group_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline, tpr_group_start_peer, &agent->starts[r]))
                 break;
+            agent->awaited++;
         }
+        tpr_group_mixed_key(agent->kind_nonce, key, sizeof key);
+        if (agent->awaited)
+            tpr_group_ask(agent, TPRPC_STORE_GET, key, NULL, 0, deadline, tpr_group_start_mixed, &agent->mixed);
     }
     tpr_group_start_check(agent);
 }
@@ -16386,16 +19511,510 @@ static void tpr_group_start_ranked(tprpc_store_op *op, void *arg) {
 static void tpr_group_start_named(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
-    uint8_t value[1400];
+    uint8_t value[TPR_WIRE_ENTRY];
     char key[64];
     slot->op = NULL;
     agent->start_pending--;
-    if (tpr_group_claimed(agent, op, "the name") && agent->is_static) {
+    if (tpr_group_claimed(agent, op, "the name")) {
         snprintf(key, sizeof key, "tprpc/rank/%u", (unsigned)agent->rank);
         tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
                       tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_group_start_ranked, slot);
     }
     tpr_group_start_check(agent);
+}
+
+// The kind first: those of another kind take no name and no rank.
+static void tpr_group_start_kind(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    uint8_t value[TPR_WIRE_ENTRY];
+    char key[TPR_AGENT_NAME + 16], text[220] = "";
+    tprpc_status status = op->status;
+    slot->op = NULL;
+    agent->start_pending--;
+    if (status == TPRPC_OK) status = tpr_group_kind_fits(agent, op, text, sizeof text);
+    if (status == TPRPC_OK) {
+        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
+        tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
+                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_group_start_named, slot);
+    } else {
+        tpr_group_start_failed(agent, status, op->status == TPRPC_OK ? text : op->error.text);
+    }
+    if (status == TPRPC_ERROR_INVALID && op->status == TPRPC_OK) {
+        size_t size = tpr_wire_put_kind(value, sizeof value, agent->nonce, agent->world_size, agent->name);
+        tpr_group_mixed_key(agent->kind_nonce, key, sizeof key);
+        tpr_group_ask(agent, TPRPC_STORE_SET, key, value, size, 0, tpr_group_start_marked, slot);
+    }
+    tpr_group_start_check(agent);
+}
+
+static void tpr_group_begin_static(tprpc_agent *agent) {
+    uint8_t value[TPR_WIRE_ENTRY];
+    size_t size = tpr_wire_put_kind(value, sizeof value, agent->nonce, agent->world_size, agent->name);
+    tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, "tprpc/kind", value, size, 0, tpr_group_start_kind,
+                  &agent->starts[0]);
+}
+
+// ---- the members of a dynamic group, which one worker at a time changes
+//
+// tprpc/members has the ids that are taken, tprpc/member/ID and tprpc/name/NAME who a member is. The first is a lock
+// too: who changes them puts his name into it, by compare-and-set, and takes it out together with the change. A holder
+// that does not come on, for it died or was stopped, is taken over. If it goes on then it does no harm: its last
+// compare-and-set fails, and it begins again.
+//
+// So that a thousand who come at once do not all try that again and again, each draws a number (tprpc/ticket) and waits
+// for its key tprpc/turn/NUMBER, which the one before sets to the record as he left it. That is a hint, no more: where
+// he died instead, who waits sees that nothing happens for a time, and it goes on from there.
+
+enum {
+    TPR_GROUP_LEASE_US = 2000000,      // who changes nothing for so long is taken over,
+    TPR_GROUP_TURN_US = 1000000,       // and so often those whose turn has not come look
+    TPR_GROUP_LOOK_LEAST_US = 200, TPR_GROUP_LOOK_MOST_US = 20000,   // between looks at a lock that is held
+    TPR_GROUP_QUIT_US = 1000000         // for giving the lock back before the agent goes
+};
+enum { TPR_GROUP_JOIN = 1, TPR_GROUP_LEAVE, TPR_GROUP_REMOVE };
+typedef enum tpr_group_step {
+    TPR_GROUP_KIND, TPR_GROUP_MARK, TPR_GROUP_TICKET, TPR_GROUP_TURN, TPR_GROUP_READ, TPR_GROUP_LOCK, TPR_GROUP_FIND,
+    TPR_GROUP_MEMBER, TPR_GROUP_CHECK, TPR_GROUP_NAME, TPR_GROUP_UNLOCK, TPR_GROUP_FORGET,
+    TPR_GROUP_NEXT, TPR_GROUP_TIDY     // from here on nothing can fail any more
+} tpr_group_step;
+
+static const char tpr_group_none[] = "-";   // what stands under a key that was somebody's
+
+static bool tpr_group_is_none(const tprpc_store_op *op) {
+    return !op->value || (op->value_size == 1 && *(const char *)op->value == tpr_group_none[0]);
+}
+
+static bool tpr_group_same(const tprpc_store_op *op, const void *bytes, size_t size) {
+    return op->value && op->value_size == size && memcmp(op->value, bytes, size) == 0;
+}
+
+static void tpr_group_change_done(tprpc_store_op *op, void *arg);
+static void tpr_group_change_locked(tpr_agent_change *change);
+
+// The change has ended, well or not.
+static void tpr_group_change_over(tpr_agent_change *change) {
+    tprpc_agent *agent = change->agent;
+    bool joins = change->kind == TPR_GROUP_JOIN;
+    tpr_timer_cancel(&tpr_agent_home(agent)->wheel, &change->timer);
+    tpr_agent_free(agent, change->record, change->record_size);
+    tpr_agent_free(agent, change->own, change->own_size);
+    change->record = change->own = NULL;
+    change->kind = 0;
+    if (joins && change->error.status != TPRPC_OK)
+        tpr_group_start_failed(agent, change->error.status, change->error.text);
+    if (joins) tpr_group_start_check(agent);
+    else tpr_loop_notify(tpr_agent_home(agent));
+}
+
+// The key of a step.
+static void tpr_group_change_key(const tpr_agent_change *change, int32_t step, char *out, size_t size) {
+    switch (step) {
+    case TPR_GROUP_KIND: snprintf(out, size, "tprpc/kind"); break;
+    case TPR_GROUP_MARK: tpr_group_mixed_key(change->agent->kind_nonce, out, size); break;
+    case TPR_GROUP_TICKET: snprintf(out, size, "tprpc/ticket"); break;
+    case TPR_GROUP_TURN: case TPR_GROUP_TIDY:
+        snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket);
+        break;
+    case TPR_GROUP_NEXT: snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket + 1); break;
+    case TPR_GROUP_READ: case TPR_GROUP_LOCK: case TPR_GROUP_CHECK: case TPR_GROUP_UNLOCK:
+        snprintf(out, size, "tprpc/members");
+        break;
+    case TPR_GROUP_MEMBER: snprintf(out, size, "tprpc/member/%u", (unsigned)change->id); break;
+    default: snprintf(out, size, "tprpc/name/%s", change->name); break;
+    }
+}
+
+static int32_t tpr_group_change_verb(int32_t step) {
+    switch (step) {
+    case TPR_GROUP_TICKET: return TPRPC_STORE_ADD;
+    case TPR_GROUP_TURN: case TPR_GROUP_READ: case TPR_GROUP_CHECK: case TPR_GROUP_FIND: return TPRPC_STORE_GET;
+    case TPR_GROUP_MARK: case TPR_GROUP_NEXT: return TPRPC_STORE_SET;
+    case TPR_GROUP_FORGET: case TPR_GROUP_TIDY: return TPRPC_STORE_DELETE;
+    default: return TPRPC_STORE_COMPARE_SET;
+    }
+}
+
+// What a step writes; `out`, of `room` bytes, is the caller's.
+static tpr_base_bytes tpr_group_change_value(const tpr_agent_change *change, int32_t step, uint8_t *out, size_t room) {
+    tprpc_agent *agent = change->agent;
+    tpr_base_bytes kind = {out, 0}, own = {change->own, change->own_size}, entry = {change->entry, change->entry_size};
+    tpr_base_bytes none = {(const uint8_t *)tpr_group_none, 1};
+    switch (step) {
+    case TPR_GROUP_KIND: case TPR_GROUP_MARK:
+        kind.size = tpr_wire_put_kind(out, room, agent->nonce, 0, agent->name);
+        return kind;
+    case TPR_GROUP_LOCK: case TPR_GROUP_UNLOCK: return own;
+    case TPR_GROUP_NEXT: return change->own ? own : none;
+    case TPR_GROUP_MEMBER: return change->kind == TPR_GROUP_JOIN ? entry : none;
+    default: return entry;
+    }
+}
+
+// Asks the store for the next step; `expected` is of a compare-and-set.
+static void tpr_group_change_go(tpr_agent_change *change, int32_t step, const void *expected, size_t expected_size) {
+    tprpc_agent *agent = change->agent;
+    tprpc_store_request request;
+    uint8_t bytes[TPR_AGENT_NAME + 32];
+    char key[TPR_AGENT_NAME + 16];
+    tprpc_error error = TPR_ZERO;
+    tpr_base_bytes value = tpr_group_change_value(change, step, bytes, sizeof bytes);
+    tpr_group_change_key(change, step, key, sizeof key);
+    memset(&request, 0, sizeof request);
+    request.kind = tpr_group_change_verb(step);
+    request.key = key;
+    request.value = value.data;
+    request.value_size = value.size;
+    request.expected = expected;
+    request.expected_size = expected_size;
+    request.delta = 1;
+    request.deadline_us = TPRPC_NOW;
+    if (step == TPR_GROUP_TURN) {
+        request.deadline_us = tpr_loop_clock(tpr_agent_home(agent)) + TPR_GROUP_TURN_US;
+        if (request.deadline_us > change->deadline_us) request.deadline_us = change->deadline_us;
+    }
+    change->step = step;
+    if (tpr_group_submit(agent, &request, tpr_group_change_done, &agent->starts[0], &error)) return;
+    if (change->error.status == TPRPC_OK && step < TPR_GROUP_NEXT) change->error = error;
+    tpr_group_change_over(change);     // a lock that is held is taken over
+}
+
+TPR_COLD static void tpr_group_change_quit(tprpc_work *work) {
+    tpr_agent_change *change = TPR_CONTAINER(work, tpr_agent_change, timer);
+    if (change->agent->starts[0].op) tpr_store_cancel(change->agent->store, change->agent->starts[0].op);
+}
+
+// Makes the record that this agent writes of the one that was seen last: with the lock, or without it and with the
+// member's id taken or free. False: no memory.
+static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
+    tprpc_agent *agent = change->agent;
+    tpr_wire_members members;
+    size_t id_byte = change->id / 8;
+    uint8_t bit = (uint8_t)(1u << change->id % 8);
+    bool joined = !locks && change->kind == TPR_GROUP_JOIN && change->error.status == TPRPC_OK;
+    memset(&members, 0, sizeof members);
+    if (change->record) tpr_wire_get_members(change->record, change->record_size, &members);
+    size_t bytes = members.taken.size > id_byte || !joined ? members.taken.size : id_byte + 1;
+    uint8_t *taken = (uint8_t *)tpr_agent_alloc(agent, bytes + 1);
+    tpr_agent_free(agent, change->own, change->own_size);
+    change->own_size = 24 + strlen(agent->name) + bytes;
+    change->own = (uint8_t *)tpr_agent_alloc(agent, change->own_size);
+    if (taken && change->own) {
+        tpr_base_copy(taken, members.taken.data, members.taken.size);
+        if (joined) taken[id_byte] = (uint8_t)(taken[id_byte] | bit);
+        else if (!locks && change->frees && id_byte < bytes) taken[id_byte] = (uint8_t)(taken[id_byte] & ~bit);
+        members.generation += locks ? 1 : 2;
+        members.holder = locks ? agent->nonce : 0;
+        snprintf(members.name, sizeof members.name, "%s", agent->name);
+        members.taken.data = taken;
+        members.taken.size = bytes;
+        tpr_wire_put_members(change->own, change->own_size, &members);
+    }
+    tpr_agent_free(agent, taken, bytes + 1);
+    return taken && change->own;
+}
+
+// Gives back the lock, with the change where there is no error, and the turn; then it is over.
+static void tpr_group_change_unlock(tpr_agent_change *change) {
+    tprpc_agent *agent = change->agent;
+    tpr_loop *home = tpr_agent_home(agent);
+    uint8_t *held = change->own;
+    size_t held_size = change->own_size;
+    bool locked = change->locked, came = change->came;
+    change->locked = change->came = false;
+    if ((locked || came) && change->quits) {   // which does not wait for a store that is silent
+        change->timer.run = tpr_group_change_quit;
+        tpr_loop_timer(home, &change->timer, tpr_loop_clock(home) + TPR_GROUP_QUIT_US);
+    }
+    if (!locked) {
+        if (came) tpr_group_change_go(change, TPR_GROUP_NEXT, NULL, 0);
+        else tpr_group_change_over(change);
+        return;
+    }
+    change->own = NULL;
+    if (tpr_group_change_write(change, false)) {
+        tpr_group_change_go(change, TPR_GROUP_UNLOCK, held, held_size);
+    } else {
+        if (change->error.status == TPRPC_OK)
+            tprpc_error_set(&change->error, TPRPC_ERROR_MEMORY, 0, "no memory for the record of members");
+        tpr_group_change_over(change);
+    }
+    tpr_agent_free(agent, held, held_size);
+}
+
+TPR_COLD static void tpr_group_change_fail(tpr_agent_change *change, tprpc_status status, const char *text) {
+    if (change->error.status == TPRPC_OK) tprpc_error_set(&change->error, status, 0, "%s", text);
+    tpr_group_change_unlock(change);
+}
+
+// Tries to put this agent's name into the record that was seen last.
+static void tpr_group_change_lock(tpr_agent_change *change) {
+    if (tpr_group_change_write(change, true))
+        tpr_group_change_go(change, TPR_GROUP_LOCK, change->record, change->record ? change->record_size : 0);
+    else tpr_group_change_fail(change, TPRPC_ERROR_MEMORY, "no memory for the record of members");
+}
+
+TPR_COLD static void tpr_group_change_look(tprpc_work *work) {
+    tpr_agent_change *change = TPR_CONTAINER(work, tpr_agent_change, timer);
+    change->agent->start_pending--;
+    change->pausing = false;
+    tpr_group_change_go(change, TPR_GROUP_READ, NULL, 0);
+}
+
+// Keeps the record as it is in the store. False: it cannot be read, or there is no memory.
+static bool tpr_group_change_saw(tpr_agent_change *change, const tprpc_store_op *op, tpr_wire_members *members) {
+    tprpc_agent *agent = change->agent;
+    bool same = change->record ? tpr_group_same(op, change->record, change->record_size) : !op->value;
+    memset(members, 0, sizeof *members);
+    if (!same || !change->seen_us) change->seen_us = tpr_loop_clock(tpr_agent_home(agent));
+    if (!same) {
+        tpr_agent_free(agent, change->record, change->record_size);
+        change->record_size = op->value_size;
+        change->record = op->value ? (uint8_t *)tpr_agent_alloc(agent, op->value_size) : NULL;
+        if (op->value && !change->record) return false;
+        if (op->value) memcpy(change->record, op->value, op->value_size);
+    }
+    return !op->value || tpr_wire_get_members(op->value, op->value_size, members);
+}
+
+// What the record is, after the lock was tried or looked at.
+static void tpr_group_change_tried(tpr_agent_change *change, const tprpc_store_op *op) {
+    tpr_loop *home = tpr_agent_home(change->agent);
+    int64_t now = tpr_loop_clock(home), seen_us = change->seen_us;
+    tpr_wire_members members;
+    char text[160];
+    if (change->step == TPR_GROUP_LOCK && tpr_group_same(op, change->own, change->own_size)) {
+        change->locked = true;
+        tpr_group_change_locked(change);
+        return;
+    }
+    bool good = tpr_group_change_saw(change, op, &members);
+    if (!good) {
+        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "the key tprpc/members of the store cannot be read");
+    } else if (now >= change->deadline_us || change->quits) {
+        snprintf(text, sizeof text, "worker %.100s holds up the change of the group's members", members.name);
+        tpr_group_change_fail(change, TPRPC_ERROR_TIMEOUT, text);
+    } else if ((change->came && !members.holder) ||
+               (seen_us == change->seen_us && now - seen_us >= TPR_GROUP_LEASE_US)) {
+        tpr_group_change_lock(change);
+    } else if (!change->came) {
+        tpr_group_change_go(change, TPR_GROUP_TURN, NULL, 0);
+    } else {
+        change->wait_us = change->wait_us ? change->wait_us * 2 : (int64_t)TPR_GROUP_LOOK_LEAST_US;
+        if (change->wait_us > TPR_GROUP_LOOK_MOST_US) change->wait_us = TPR_GROUP_LOOK_MOST_US;
+        change->pausing = true;
+        change->agent->start_pending++;
+        change->timer.run = tpr_group_change_look;
+        tpr_loop_timer(home, &change->timer, now + change->wait_us);
+    }
+}
+
+// With the lock: who joins takes the first id that is free; who goes is looked up.
+static void tpr_group_change_locked(tpr_agent_change *change) {
+    tprpc_agent *agent = change->agent;
+    tpr_wire_members members;
+    if (change->kind != TPR_GROUP_JOIN) {
+        tpr_group_change_go(change, TPR_GROUP_FIND, NULL, 0);
+        return;
+    }
+    memset(&members, 0, sizeof members);
+    if (change->record) tpr_wire_get_members(change->record, change->record_size, &members);
+    size_t byte = 0;
+    while (byte < members.taken.size && members.taken.data[byte] == 0xff) byte++;
+    change->id = (uint32_t)byte * 8;
+    while (byte < members.taken.size && (members.taken.data[byte] >> change->id % 8 & 1)) change->id++;
+    if (byte == TPR_WIRE_MEMBERS) {
+        tpr_group_change_fail(change, TPRPC_ERROR_LIMIT, "the group has as many workers as it can have");
+        return;
+    }
+    agent->self.rank = change->id;
+    change->entry_size = tpr_wire_put_worker(change->entry, sizeof change->entry, &agent->self);
+    tpr_group_change_go(change, TPR_GROUP_MEMBER, NULL, 0);
+}
+
+// The entry of who leaves or is removed. One that is not there, or another's by now, is out already.
+static void tpr_group_change_found(tpr_agent_change *change, const tprpc_store_op *op) {
+    tprpc_agent *agent = change->agent;
+    bool removes = change->kind == TPR_GROUP_REMOVE, there = op->status == TPRPC_OK && op->value;
+    tpr_wire_worker *where = there ? (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *where) : NULL;
+    bool good = where && op->value_size <= sizeof change->entry &&
+                tpr_wire_get_worker(op->value, op->value_size, where) && strcmp(where->name, change->name) == 0;
+    if (there && !where) {
+        tpr_group_change_fail(change, TPRPC_ERROR_MEMORY, "no memory for an entry");
+    } else if (there && !good) {
+        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "its entry in the store cannot be read");
+    } else if (good && (removes || where->nonce == agent->nonce)) {
+        memcpy(change->entry, op->value, op->value_size);
+        change->entry_size = op->value_size;
+        change->id = where->rank;
+        change->forgets = true;
+        tpr_group_change_go(change, TPR_GROUP_MEMBER, change->entry, change->entry_size);
+    } else if (removes) {
+        tpr_group_change_fail(change, TPRPC_ERROR_NO_WORKER, "there is no worker of that name in the group");
+    } else {
+        tpr_group_change_unlock(change);
+    }
+    tpr_agent_free(agent, where, sizeof *where);
+}
+
+// The id's key, after who joins has claimed it. What stands there may be of one that died before it was recorded; but
+// only who has the lock knows that.
+static void tpr_group_change_claimed(tpr_agent_change *change, const tprpc_store_op *op) {
+    if (tpr_group_same(op, change->entry, change->entry_size)) {
+        tpr_group_change_go(change, TPR_GROUP_NAME, NULL, 0);
+    } else if (tpr_group_is_none(op)) {
+        tpr_group_change_go(change, TPR_GROUP_MEMBER, op->value, op->value_size);
+    } else if (op->value_size > sizeof change->other) {
+        tpr_group_change_fail(change, TPRPC_ERROR_PROTOCOL, "the key of its id in the store cannot be read");
+    } else {
+        memcpy(change->other, op->value, op->value_size);
+        change->other_size = op->value_size;
+        tpr_group_change_go(change, TPR_GROUP_CHECK, NULL, 0);
+    }
+}
+
+// The name's key, after who joins has claimed it.
+static void tpr_group_change_named(tpr_agent_change *change, tprpc_store_op *op) {
+    tprpc_agent *agent = change->agent;
+    if (tpr_group_same(op, change->entry, change->entry_size)) {
+        tpr_group_change_unlock(change);
+    } else if (!op->value) {
+        tpr_group_change_go(change, TPR_GROUP_NAME, NULL, 0);
+    } else if (tpr_group_claimed(agent, op, "the name")) {   // by this agent, with an id that it did not get
+        tpr_group_change_go(change, TPR_GROUP_NAME, op->value, op->value_size);
+    } else {
+        change->error = agent->start_error;
+        tpr_group_change_unlock(change);
+    }
+}
+
+// Its number was drawn, and its turn has come or not.
+static void tpr_group_change_turn(tpr_agent_change *change, const tprpc_store_op *op) {
+    tpr_wire_members members;
+    change->came = op->status == TPRPC_OK;
+    if (change->came && op->value && tpr_wire_get_members(op->value, op->value_size, &members))
+        tpr_group_change_saw(change, op, &members);
+    if (change->came) tpr_group_change_lock(change);
+    else tpr_group_change_go(change, TPR_GROUP_READ, NULL, 0);
+}
+
+static void tpr_group_change_drew(tpr_agent_change *change, const tprpc_store_op *op) {
+    change->ticket = 0;
+    if (op->value && op->value_size == sizeof change->ticket)
+        memcpy(&change->ticket, op->value, sizeof change->ticket);
+    change->came = change->ticket == 1;
+    if (change->came) tpr_group_change_lock(change);
+    else tpr_group_change_go(change, TPR_GROUP_TURN, NULL, 0);
+}
+
+static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) {
+    bool joins = change->kind == TPR_GROUP_JOIN;
+    char text[220];
+    tprpc_status status;
+    switch (change->step) {
+    case TPR_GROUP_KIND:
+        status = tpr_group_kind_fits(change->agent, op, text, sizeof text);
+        if (status != TPRPC_OK) tprpc_error_set(&change->error, status, 0, "%s", text);
+        if (status == TPRPC_ERROR_INVALID) tpr_group_change_go(change, TPR_GROUP_MARK, NULL, 0);
+        else if (status != TPRPC_OK) tpr_group_change_unlock(change);
+        else tpr_group_change_go(change, TPR_GROUP_TICKET, NULL, 0);
+        break;
+    case TPR_GROUP_TICKET: tpr_group_change_drew(change, op); break;
+    case TPR_GROUP_TURN: tpr_group_change_turn(change, op); break;
+    case TPR_GROUP_READ: case TPR_GROUP_LOCK: tpr_group_change_tried(change, op); break;
+    case TPR_GROUP_FIND: tpr_group_change_found(change, op); break;
+    case TPR_GROUP_MEMBER:
+        if (joins) {
+            tpr_group_change_claimed(change, op);
+        } else {
+            change->frees = tpr_group_is_none(op);   // else the id is another's
+            tpr_group_change_unlock(change);
+        }
+        break;
+    case TPR_GROUP_CHECK:
+        change->locked = tpr_group_same(op, change->own, change->own_size);
+        if (change->locked) tpr_group_change_go(change, TPR_GROUP_MEMBER, change->other, change->other_size);
+        else tpr_group_change_tried(change, op);   // it was taken over, and who did has that id
+        break;
+    case TPR_GROUP_NAME: tpr_group_change_named(change, op); break;
+    case TPR_GROUP_UNLOCK:
+        change->came = true;           // it was the holder: the next one waits for it, whose turn it was before
+        if (!tpr_group_same(op, change->own, change->own_size) && change->error.status == TPRPC_OK) {
+            tpr_group_change_tried(change, op);   // it was taken over
+        } else {
+            if (joins && change->error.status == TPRPC_OK) change->agent->rank = change->id;
+            tpr_group_change_go(change, change->forgets && change->error.status == TPRPC_OK ? TPR_GROUP_FORGET
+                                        : TPR_GROUP_NEXT, NULL, 0);
+        }
+        break;
+    case TPR_GROUP_FORGET: tpr_group_change_go(change, TPR_GROUP_NEXT, NULL, 0); break;
+    case TPR_GROUP_NEXT: tpr_group_change_go(change, TPR_GROUP_TIDY, NULL, 0); break;
+    case TPR_GROUP_TIDY: tpr_group_change_over(change); break;
+    default: tpr_group_change_unlock(change); break;
+    }
+}
+
+static void tpr_group_change_done(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tpr_agent_change *change = &slot->agent->change;
+    bool asks = change->step == TPR_GROUP_FIND || change->step == TPR_GROUP_READ || change->step == TPR_GROUP_CHECK;
+    bool absent = asks && op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK;
+    bool late = change->step == TPR_GROUP_TURN && op->status == TPRPC_ERROR_TIMEOUT;
+    slot->op = NULL;
+    slot->agent->start_pending--;
+    if (op->status == TPRPC_OK || absent || late) tpr_group_change_step(change, op);
+    else if (change->step < TPR_GROUP_NEXT) tpr_group_change_fail(change, op->status, op->error.text);
+    else if (change->quits) tpr_group_change_over(change);
+    else tpr_group_change_step(change, op);
+}
+
+// Begins a change of the group's members, under the first loop's lock; none is under way.
+static void tpr_group_change_begin(tprpc_agent *agent, int32_t kind, const char *name, int64_t deadline_us) {
+    tpr_agent_change *change = &agent->change;
+    change->kind = kind;
+    change->deadline_us = deadline_us;
+    snprintf(change->name, sizeof change->name, "%s", name);
+    change->came = change->locked = change->frees = change->forgets = false;
+    change->seen_us = change->wait_us = 0;
+    memset(&change->error, 0, sizeof change->error);
+    tpr_group_change_go(change, kind == TPR_GROUP_JOIN ? TPR_GROUP_KIND : TPR_GROUP_TICKET, NULL, 0);
+}
+
+// The agent goes: what is under way ends, and gives the lock back.
+TPR_COLD static void tpr_group_change_close(tprpc_agent *agent) {
+    tpr_agent_change *change = &agent->change;
+    if (!change->kind) return;
+    change->quits = true;
+    if (!change->pausing) return;      // its operation is cancelled
+    tpr_timer_cancel(&tpr_agent_home(agent)->wheel, &change->timer);
+    change->pausing = false;
+    agent->start_pending--;
+    tpr_group_change_fail(change, TPRPC_ERROR_CLOSED, "the agent was destroyed");
+}
+
+static bool tpr_group_change_rests(void *arg) { return ((tprpc_agent *)arg)->change.kind == 0; }
+
+// Changes the members, and waits for it.
+static tprpc_status tpr_group_change_run(tprpc_agent *agent, int32_t kind, const char *name, int64_t deadline_us,
+                                         tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    int64_t late_us = deadline_us == INT64_MAX ? deadline_us : deadline_us + 1000000;
+    tprpc_status status = TPRPC_OK;
+    tpr_loop_enter(home);
+    bool mine = tpr_loop_wait(home, tpr_group_change_rests, agent, deadline_us), over = false;
+    if (mine) {
+        tpr_group_change_begin(agent, kind, name, deadline_us);
+        over = tpr_loop_wait(home, tpr_group_change_rests, agent, deadline_us);
+        if (!over && agent->starts[0].op)
+            tpr_store_cancel_for(agent->store, agent->starts[0].op, TPRPC_ERROR_TIMEOUT);
+        if (!over) over = tpr_loop_wait(home, tpr_group_change_rests, agent, late_us);
+    }
+    if (over) status = agent->change.error.status;
+    else status = tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, mine ? "the store does not answer"
+                                  : "another change of the members is under way");
+    if (over && status != TPRPC_OK && error) *error = agent->change.error;
+    tpr_loop_leave(home);
+    return status;
 }
 
 // ---- where this worker listens
@@ -16478,11 +20097,38 @@ static tprpc_status tpr_group_listen(tprpc_agent *agent, const char *host, tprpc
     agent->self.rank = agent->rank;
     agent->self.space = agent->ctx->process_space;
     agent->self.process = (uint32_t)tpr_os_pid();
+    agent->self.level = (uint32_t)TPR_WIRE_LEVEL;
     for (uint32_t i = 0; i < agent->listener->count && agent->self.address_count < TPR_WIRE_ADDRESSES; i++) {
         if (!agent->listener->addresses[i].given) continue;
         snprintf(agent->self.addresses[agent->self.address_count++], TPR_WIRE_ADDRESS, "%s",
                  agent->listener->addresses[i].address);
     }
+    return TPRPC_OK;
+}
+
+// pmix:// says who this is only to who opens the store, so that comes first. Then url is the store's own.
+static tprpc_status tpr_group_launched(tprpc_agent *agent, char *url, size_t size, tprpc_error *error) {
+    tprpc_store_desc desc = TPR_ZERO;
+    tprpc_store *store = NULL;
+    desc.url = agent->init_method;
+    desc.insecure = agent->insecure;
+    desc.timeout_ms = agent->start_timeout_ms;
+    desc.address = agent->address;
+    tprpc_status status = tprpc_store_open(agent->ctx, &desc, &store, error);
+    if (status != TPRPC_OK) return status;
+    if (agent->is_static && (agent->rank != store->launch_rank || agent->world_size != store->launch_size)) {
+        status = tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s was given rank %u of %u, but the launcher "
+                                 "made it rank %u of %u", agent->name, (unsigned)agent->rank,
+                                 (unsigned)agent->world_size, (unsigned)store->launch_rank,
+                                 (unsigned)store->launch_size);
+        tprpc_store_close(store);
+        return status;
+    }
+    agent->rank = store->launch_rank;
+    agent->world_size = store->launch_size;
+    agent->is_static = agent->own_store = true;
+    agent->store = store;
+    snprintf(url, size, "%s", store->name);
     return TPRPC_OK;
 }
 
@@ -16501,7 +20147,11 @@ static tprpc_status tpr_group_prepare(tprpc_agent *agent, tprpc_error *error) {
             agent->is_static = true;
         }
     }
+    if (!agent->store && tpr_base_starts_with(url, "pmix://"))
+        status = tpr_group_launched(agent, url, sizeof url, error);
+    if (status != TPRPC_OK) return status;
     uint32_t slots = agent->is_static ? agent->world_size : 1;
+    agent->mixed.agent = agent->change.agent = agent;
     agent->starts = (tpr_agent_start *)tpr_agent_alloc(agent, slots * sizeof *agent->starts);
     if (!agent->starts)
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a group of %u", (unsigned)slots);
@@ -16526,25 +20176,22 @@ static tprpc_status tpr_group_prepare(tprpc_agent *agent, tprpc_error *error) {
 // Begins the start. On an error, which is put down in *error too, it is over.
 static tprpc_status tpr_group_begin(tprpc_agent *agent, tprpc_done on_ready, void *user, tprpc_error *error) {
     tpr_loop *home = tpr_agent_home(agent);
-    uint8_t value[1400];
-    char key[TPR_AGENT_NAME + 16];
     tpr_loop_enter(home);
     bool fresh = agent->state == TPR_AGENT_NEW;
     if (fresh) tpr_group_set_state(agent, TPR_AGENT_STARTING);
     tpr_loop_leave(home);
     if (!fresh) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s was started before", agent->name);
     tprpc_status status = tpr_group_prepare(agent, error);
+    if (status == TPRPC_OK && !agent->is_static) status = tpr_agent_maps_unique(agent, error);
     tpr_loop_enter(home);
     if (status == TPRPC_OK) {
         agent->on_ready = on_ready;
         agent->ready_user = user;
-        agent->start_pending = 1;
-        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
-        tpr_group_ask(agent, TPRPC_STORE_COMPARE_SET, key, value,
-                      tpr_wire_put_worker(value, sizeof value, &agent->self), 0, tpr_group_start_named,
-                      &agent->starts[0]);
-        agent->start_pending--;
         int64_t due = tpr_group_start_deadline(agent);
+        agent->start_pending = 1;
+        if (agent->is_static) tpr_group_begin_static(agent);
+        else tpr_group_change_begin(agent, TPR_GROUP_JOIN, agent->name, due == TPRPC_FOREVER ? INT64_MAX : due);
+        agent->start_pending--;
         agent->start_timer.run = tpr_group_start_late;
         if (due != TPRPC_FOREVER) tpr_loop_timer(home, &agent->start_timer, due);
         tpr_group_start_check(agent);
@@ -16628,6 +20275,415 @@ static tprpc_status tpr_group_drain_calls(tprpc_agent *agent, int64_t deadline, 
     return TPRPC_OK;
 }
 
+// ---- leaving by rounds
+//
+// When has a group nothing more to do? A call can begin another one anywhere, so it is not enough that each worker was
+// idle once. All are looked at twice (Mattern, Algorithms for distributed termination detection, 1987: the four-counter
+// method). In a round each worker waits until nothing runs here, and says how many calls it has begun and requests it
+// has got in all. When a second round that began after the first had ended shows the same numbers, then at the moment
+// between them nobody was at work. Where the method compares what was sent with what has come, to see that nothing is
+// under way, that cannot be counted here: a connection that fails takes calls with it. Instead a worker asks each peer
+// whether it has what was sent to it (tpr_agent_ask), before it says that it is idle.
+//
+// Keys: tprpc/leave/RANK has what the worker runs, tprpc/leave/RANK/ROUND what it says in that round to rank 0, which
+// compares and says under tprpc/agreed/ROUND whether that was the last. The first of them all is there once a worker
+// has begun to leave.
+
+enum {
+    TPR_GROUP_LOOK_US = 1000, TPR_GROUP_TELL_US = 20000, TPR_GROUP_TELL_MOST_US = 5000000,   // while something runs
+    TPR_GROUP_ROUND_US = 1000, TPR_GROUP_ROUND_MOST_US = 100000   // between rounds, where one was not the last
+};
+
+typedef struct tpr_group_rest { tprpc_agent *agent; tpr_loop *loop; } tpr_group_rest;
+
+// Whether nobody waits for the answer to a request that was kept: only its owner could end it.
+static bool tpr_group_forsaken(const tpr_agent_request *request) {
+    return request->kept && request->cancelled && !request->running;
+}
+
+// Whether nothing runs on a loop: no call, no request, no callback.
+static bool tpr_group_loop_rests(void *arg) {
+    const tpr_group_rest *rest = (const tpr_group_rest *)arg;
+    const tpr_agent_loop *on = tpr_agent_on(rest->agent, rest->loop);
+    if (on->active || on->asking || on->sends != on->gifts) return false;   // gifts: receivers have them
+    if (!on->unanswered) return true;
+    for (tpr_base_list *i = on->servers.next; i != &on->servers; i = i->next) {
+        const tpr_agent_server *server = TPR_CONTAINER(i, tpr_agent_server, node);
+        for (tpr_base_list *k = server->requests.next; k != &server->requests; k = k->next)
+            if (!tpr_group_forsaken(TPR_CONTAINER(k, tpr_agent_request, node))) return false;
+    }
+    return true;
+}
+
+// Asks the workers of a loop whose calls may be under way. Returns whether there were any.
+static bool tpr_group_loop_asks(tprpc_agent *agent, tpr_loop *loop) {
+    bool any = false;
+    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++) {
+        tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (worker->loop != loop || !worker->stray) continue;
+        worker->stray = false;
+        if (!worker->pipe || worker->pipe->state == TPR_PIPE_ENDED) continue;
+        tpr_agent_ask(worker);
+        any = true;
+    }
+    return any;
+}
+
+// Waits until nothing runs on a loop and (asks) its peers have what was sent to them; adds its counts to *activity.
+static bool tpr_group_loop_settles(tprpc_agent *agent, tpr_loop *loop, bool asks, int64_t until_us,
+                                   uint64_t *activity) {
+    tpr_agent_loop *on = tpr_agent_on(agent, loop);
+    tpr_group_rest rest = {agent, loop};
+    int64_t slice_us = TPR_GROUP_LOOK_US;   // what ends on another thread does not always wake this one
+    bool rests = false;
+    tpr_loop_enter(loop);
+    on->drained = true;
+    while (!rests) {
+        int64_t now = tpr_loop_clock(loop), end = now + slice_us;
+        rests = tpr_loop_wait(loop, tpr_group_loop_rests, &rest, end < until_us ? end : until_us);
+        if (rests && asks && tpr_group_loop_asks(agent, loop)) rests = false;
+        else if (!rests && now >= until_us) break;
+        if (slice_us < 16 * TPR_GROUP_LOOK_US) slice_us *= 2;
+    }
+    *activity += on->started + on->received;
+    tpr_loop_leave(loop);
+    return rests;
+}
+
+// What still runs on a loop, added up.
+static void tpr_group_loop_runs(tprpc_agent *agent, tpr_loop *loop, tpr_wire_leave *word) {
+    tpr_loop_enter(loop);
+    tpr_agent_loop *on = tpr_agent_on(agent, loop);
+    const char *method = "";
+    word->calls += (uint32_t)on->active;
+    for (tpr_base_list *i = on->servers.next; i != &on->servers; i = i->next) {
+        const tpr_agent_server *server = TPR_CONTAINER(i, tpr_agent_server, node);
+        for (tpr_base_list *k = server->requests.next; k != &server->requests; k = k->next) {
+            const tpr_agent_request *request = TPR_CONTAINER(k, tpr_agent_request, node);
+            if (tpr_group_forsaken(request)) continue;
+            word->requests++;
+            method = request->method->name;
+        }
+    }
+    for (tpr_base_list *i = on->running.next; i != &on->running; i = i->next) {   // it has answered, and goes on
+        const tpr_agent_frame *frame = TPR_CONTAINER(i, tpr_agent_frame, node);
+        if (!*method && frame->method) method = frame->method->name;
+        if (!word->requests) word->requests++;
+    }
+    for (uint32_t i = 0; i < tpr_agent_workers(agent) && !*method; i++) {
+        const tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (worker->loop == loop && !tpr_base_list_empty(&worker->calls))
+            method = TPR_CONTAINER(worker->calls.next, tpr_agent_call, node)->method_name;
+    }
+    if (*method && !word->method[0]) snprintf(word->method, sizeof word->method, "%s", method);
+    tpr_loop_leave(loop);
+}
+
+static const char *tpr_group_runs_text(const tpr_wire_leave *word, char *out, size_t size) {   // out: the caller's
+    if (!word->calls && !word->requests) snprintf(out, size, "has callbacks under way");
+    else
+        snprintf(out, size, "still runs %u calls and %u requests%s%.100s%s", (unsigned)word->calls,
+                 (unsigned)word->requests, word->method[0] ? " (of " : "", word->method, word->method[0] ? ")" : "");
+    return out;
+}
+
+// A worker's word has come, or an operation that has none is over.
+static void tpr_group_word(tprpc_store_op *op, void *arg) {
+    tpr_agent_start *slot = (tpr_agent_start *)arg;
+    tprpc_agent *agent = slot->agent;
+    tpr_wire_leave word;
+    bool absent = op->request.kind == TPRPC_STORE_GET && op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK;
+    bool late = op->request.kind == TPRPC_STORE_GET && op->status == TPRPC_ERROR_TIMEOUT && !op->nowait;
+    slot->op = NULL;
+    agent->start_pending--;
+    slot->has_word = slot->busy = false;
+    if (op->status == TPRPC_OK && op->request.kind == TPRPC_STORE_GET) {
+        slot->has_word = op->value && tpr_wire_get_leave(op->value, op->value_size, &word);
+        slot->busy = slot->has_word && (word.calls || word.requests);
+        slot->activity = slot->has_word ? word.activity : 0;
+        if (slot->has_word && slot->word) *slot->word = word;
+    } else if (op->status != TPRPC_OK && !absent && !late && agent->start_error.status == TPRPC_OK) {
+        agent->start_error = op->error;
+        agent->start_error.status = op->status;
+    }
+    if (!agent->start_pending) tpr_loop_notify(tpr_agent_home(agent));
+}
+
+// Begins an operation of a worker that leaves. False: refused, and start_error says why.
+static bool tpr_group_tell(tprpc_agent *agent, int32_t kind, const char *key, const tpr_wire_leave *word,
+                           int64_t deadline_us, tpr_agent_start *slot) {
+    tprpc_store_request request;
+    uint8_t value[TPR_AGENT_NAME + 32];
+    memset(&request, 0, sizeof request);
+    request.kind = kind;
+    request.key = key;
+    request.value = value;
+    request.value_size = word ? tpr_wire_put_leave(value, sizeof value, word) : 0;
+    request.deadline_us = deadline_us == INT64_MAX ? TPRPC_FOREVER : deadline_us;
+    slot->has_word = false;
+    return tpr_group_submit(agent, &request, tpr_group_word, slot, &agent->start_error);
+}
+
+// Waits for what was begun, a little beyond the deadline: the store itself ends what waits. Under the first loop's
+// lock.
+static tprpc_status tpr_group_await(tprpc_agent *agent, int64_t deadline_us) {
+    tpr_loop *home = tpr_agent_home(agent);
+    int64_t late_us = deadline_us == INT64_MAX ? deadline_us : deadline_us + 1000000;
+    if (tpr_loop_wait(home, tpr_group_step_over, agent, late_us)) return agent->start_error.status;
+    tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "the store does not answer");
+    for (uint32_t r = 0; r < agent->world_size; r++)
+        if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
+    tpr_loop_wait(home, tpr_group_step_over, agent, tpr_loop_clock(home) + 1000000);
+    return agent->start_error.status;
+}
+
+// One operation, and waits for it. *found (NULL allowed): of a get, whether the key was there; its word is *word.
+static tprpc_status tpr_group_do(tprpc_agent *agent, int32_t kind, const char *key, tpr_wire_leave *word, bool *found,
+                                 int64_t deadline_us, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_agent_start *slot = &agent->starts[agent->rank];
+    tpr_loop_enter(home);
+    memset(&agent->start_error, 0, sizeof agent->start_error);
+    slot->word = kind == TPRPC_STORE_GET ? word : NULL;
+    tprpc_status status = agent->start_error.status;
+    if (tpr_group_tell(agent, kind, key, kind == TPRPC_STORE_SET ? word : NULL, deadline_us, slot)) {
+        int64_t until = deadline_us < 0 ? tpr_loop_clock(home) : deadline_us;
+        status = tpr_group_await(agent, until);
+    } else {
+        status = agent->start_error.status;
+    }
+    slot->word = NULL;
+    if (found) *found = slot->has_word;
+    if (status != TPRPC_OK && error) *error = agent->start_error;
+    tpr_loop_leave(home);
+    return status;
+}
+
+static const char *tpr_group_name_of(tprpc_agent *agent, uint32_t rank) {
+    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++)
+        if (tpr_agent_worker_at(agent, i)->rank == rank) return tpr_agent_worker_at(agent, i)->name;
+    return "";
+}
+
+// Waits until nothing runs here, and (by_rounds) is under way from here; what does run the store is told meanwhile.
+static tprpc_status tpr_group_settle(tprpc_agent *agent, bool by_rounds, int64_t deadline_us, tpr_wire_leave *word,
+                                     tprpc_error *error) {
+    char key[64], text[200];
+    bool busy = false;
+    snprintf(key, sizeof key, "tprpc/leave/%u", (unsigned)agent->rank);
+    for (int64_t pause_us = TPR_GROUP_TELL_US;; pause_us *= pause_us < TPR_GROUP_TELL_MOST_US ? 2 : 1) {
+        int64_t now = tprpc_now_us(agent->ctx), until = now + pause_us < deadline_us ? now + pause_us : deadline_us;
+        tprpc_status status = TPRPC_OK;
+        bool rests = true;
+        memset(word, 0, sizeof *word);
+        for (uint32_t i = 0; i < agent->ctx->loop_count; i++)
+            rests &= tpr_group_loop_settles(agent, &agent->ctx->loops[i], by_rounds, until, &word->activity);
+        for (uint32_t i = 0; !rests && i < agent->ctx->loop_count; i++)
+            tpr_group_loop_runs(agent, &agent->ctx->loops[i], word);
+        if (by_rounds && (!rests || busy))
+            status = tpr_group_do(agent, TPRPC_STORE_SET, key, word, NULL, deadline_us, error);
+        if (status != TPRPC_OK || rests) return status;
+        if (now >= deadline_us)
+            return tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, "worker %.100s %s", agent->name,
+                                   tpr_group_runs_text(word, text, sizeof text));
+        busy = true;
+    }
+}
+
+// Says which worker the others wait for, and what it does: `rank`, or the first of those that have not begun to leave
+// or still run something.
+TPR_COLD static tprpc_status tpr_group_blame(tprpc_agent *agent, uint32_t rank, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_wire_leave word;
+    char key[64], text[200];
+    uint32_t missing = UINT32_MAX, busy = UINT32_MAX;
+    tpr_loop_enter(home);
+    memset(&agent->start_error, 0, sizeof agent->start_error);
+    for (uint32_t r = 0; r < agent->world_size; r++) {
+        snprintf(key, sizeof key, "tprpc/leave/%u", (unsigned)r);
+        agent->starts[r].word = NULL;
+        if (!tpr_group_tell(agent, TPRPC_STORE_GET, key, NULL, TPRPC_NOW, &agent->starts[r])) break;
+    }
+    tprpc_status status = tpr_group_await(agent, tpr_loop_clock(home));
+    if (status != TPRPC_OK && error) *error = agent->start_error;
+    for (uint32_t r = agent->world_size; r-- > 0;) {
+        if (r == agent->rank) continue;
+        if (!agent->starts[r].has_word) missing = r;
+        else if (agent->starts[r].busy) busy = r;
+    }
+    tpr_loop_leave(home);
+    if (status != TPRPC_OK) return status;
+    if (missing == UINT32_MAX) missing = busy == UINT32_MAX ? rank : busy;
+    const char *name = tpr_group_name_of(agent, missing);
+    bool found = agent->starts[missing].busy;
+    snprintf(key, sizeof key, "tprpc/leave/%u", (unsigned)missing);
+    if (found) tpr_group_do(agent, TPRPC_STORE_GET, key, &word, &found, TPRPC_NOW, NULL);
+    return tprpc_error_set(error, TPRPC_ERROR_TIMEOUT, 0, "worker %.100s (rank %u) %s", name, (unsigned)missing,
+                           found ? tpr_group_runs_text(&word, text, sizeof text) : "has not left");
+}
+
+// Rank 0: waits for what all say in this round; *activity is their sum with its own.
+static tprpc_status tpr_group_gather(tprpc_agent *agent, uint32_t round, int64_t deadline_us, uint64_t *activity,
+                                     tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    char key[64];
+    uint32_t missing = 0;
+    tpr_loop_enter(home);
+    memset(&agent->start_error, 0, sizeof agent->start_error);
+    for (uint32_t r = 1; r < agent->world_size; r++) {
+        snprintf(key, sizeof key, "tprpc/leave/%u/%u", (unsigned)r, (unsigned)round);
+        agent->starts[r].word = NULL;
+        if (!tpr_group_tell(agent, TPRPC_STORE_GET, key, NULL, deadline_us, &agent->starts[r])) break;
+    }
+    tprpc_status status = tpr_group_await(agent, deadline_us);
+    for (uint32_t r = agent->world_size; r-- > 1;) {
+        if (!agent->starts[r].has_word) missing = r;
+        *activity += agent->starts[r].activity;
+    }
+    if (status != TPRPC_OK && error) *error = agent->start_error;
+    tpr_loop_leave(home);
+    return status == TPRPC_OK && missing ? tpr_group_blame(agent, missing, error) : status;
+}
+
+static bool tpr_group_never(void *arg) {
+    (void)arg;
+    return false;
+}
+
+// Rank 0: one round, after which *agreed says whether it was the last. *sum: of the round before.
+static tprpc_status tpr_group_round_first(tprpc_agent *agent, uint32_t round, int64_t deadline_us, uint64_t *sum,
+                                          bool *agreed, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_wire_leave word;
+    char key[64];
+    tprpc_status status = tpr_group_settle(agent, true, deadline_us, &word, error);
+    uint64_t activity = word.activity;
+    if (status == TPRPC_OK) status = tpr_group_gather(agent, round, deadline_us, &activity, error);
+    if (status != TPRPC_OK) return status;
+    *agreed = round > 1 && activity == *sum;
+    *sum = activity;
+    if (round > 1 && !*agreed) {       // it may take a while: not as fast as the store can
+        int64_t pause_us = round < 8 ? (int64_t)TPR_GROUP_ROUND_US << round : (int64_t)TPR_GROUP_ROUND_MOST_US;
+        tpr_loop_enter(home);
+        tpr_loop_wait(home, tpr_group_never, NULL, tpr_loop_clock(home) + pause_us);
+        tpr_loop_leave(home);
+    }
+    memset(&word, 0, sizeof word);
+    word.activity = *agreed;
+    snprintf(key, sizeof key, "tprpc/agreed/%u", (unsigned)round);
+    if (agent->world_size > 1) status = tpr_group_do(agent, TPRPC_STORE_SET, key, &word, NULL, deadline_us, error);
+    snprintf(key, sizeof key, "tprpc/agreed/%u", (unsigned)round - 1);
+    if (status == TPRPC_OK && round > 1) tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+    return status;
+}
+
+// The others: one round.
+static tprpc_status tpr_group_round(tprpc_agent *agent, uint32_t round, int64_t deadline_us, bool *agreed,
+                                    tprpc_error *error) {
+    tpr_wire_leave word;
+    char key[64];
+    bool found = false;
+    tprpc_status status = tpr_group_settle(agent, true, deadline_us, &word, error);
+    snprintf(key, sizeof key, "tprpc/leave/%u/%u", (unsigned)agent->rank, (unsigned)round);
+    if (status == TPRPC_OK) status = tpr_group_do(agent, TPRPC_STORE_SET, key, &word, NULL, deadline_us, error);
+    if (status != TPRPC_OK) return status;
+    snprintf(key, sizeof key, "tprpc/agreed/%u", (unsigned)round);
+    status = tpr_group_do(agent, TPRPC_STORE_GET, key, &word, &found, deadline_us, error);
+    if (status == TPRPC_OK && !found) status = tpr_group_blame(agent, 0, error);
+    if (status != TPRPC_OK) return status;
+    *agreed = word.activity != 0;
+    snprintf(key, sizeof key, "tprpc/leave/%u/%u", (unsigned)agent->rank, (unsigned)round);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+    return TPRPC_OK;
+}
+
+// Waits until all workers agree that nothing runs anywhere, in *round rounds.
+static tprpc_status tpr_group_agree(tprpc_agent *agent, int64_t deadline_us, uint32_t *round, tprpc_error *error) {
+    tpr_wire_leave word;
+    char key[64];
+    uint64_t sum = 0;
+    bool agreed = false;
+    memset(&word, 0, sizeof word);
+    snprintf(key, sizeof key, "tprpc/leave/%u", (unsigned)agent->rank);
+    tprpc_status status = tpr_group_do(agent, TPRPC_STORE_SET, key, &word, NULL, deadline_us, error);
+    while (status == TPRPC_OK && !agreed) {
+        ++*round;
+        status = agent->rank ? tpr_group_round(agent, *round, deadline_us, &agreed, error)
+                             : tpr_group_round_first(agent, *round, deadline_us, &sum, &agreed, error);
+    }
+    return status;
+}
+
+// Takes a worker's keys out of the store that all have left in peace, so that another group may use it.
+static void tpr_group_tidy(tprpc_agent *agent, const char *format, int64_t deadline_us) {
+    char key[TPR_AGENT_NAME + 16];
+    snprintf(key, sizeof key, format, (unsigned)agent->rank);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+}
+
+static void tpr_group_tidy_own(tprpc_agent *agent, int64_t deadline_us) {
+    char key[TPR_AGENT_NAME + 16];
+    snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+    tpr_group_tidy(agent, "tprpc/rank/%u", deadline_us);
+    tpr_group_tidy(agent, "tprpc/leave/%u", deadline_us);
+}
+
+static void tpr_group_tidy_all(tprpc_agent *agent, uint32_t round, int64_t deadline_us) {
+    tpr_loop *home = tpr_agent_home(agent);
+    char key[64];
+    tpr_loop_enter(home);
+    memset(&agent->start_error, 0, sizeof agent->start_error);
+    for (uint32_t r = 0; r < agent->world_size; r++) {
+        snprintf(key, sizeof key, "tprpc/left/%u", (unsigned)r);
+        if (!tpr_group_tell(agent, TPRPC_STORE_DELETE, key, NULL, TPRPC_NOW, &agent->starts[r])) break;
+    }
+    tpr_group_await(agent, deadline_us);
+    tpr_loop_leave(home);
+    snprintf(key, sizeof key, "tprpc/agreed/%u", (unsigned)round);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, key, NULL, NULL, deadline_us, NULL);
+    tpr_group_do(agent, TPRPC_STORE_DELETE, "tprpc/kind", NULL, NULL, deadline_us, NULL);
+}
+
+// Whether all know how to leave by rounds.
+static bool tpr_group_by_rounds(tprpc_agent *agent) {
+    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++) {
+        const tpr_wire_worker *where = tpr_agent_worker_at(agent, i)->where;
+        if (where && where->level < 1) return false;
+    }
+    return true;
+}
+
+static tprpc_status tpr_group_leave_static(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
+    bool rounds = tpr_group_by_rounds(agent);
+    tpr_wire_leave word;
+    uint32_t round = 0;
+    tprpc_status status = rounds ? tpr_group_agree(agent, deadline_us, &round, error)
+                                 : tpr_group_settle(agent, false, deadline_us, &word, error);
+    if (status == TPRPC_OK && !rounds) status = tpr_group_all(agent, "leave", true, deadline_us, error);
+    if (status != TPRPC_OK) return status;
+    tpr_group_tidy_own(agent, deadline_us);
+    status = tpr_group_all(agent, "left", agent->rank == 0, deadline_us, error);   // who serves the store goes last
+    if (status == TPRPC_OK && agent->rank == 0) tpr_group_tidy_all(agent, round, deadline_us);
+    return status;
+}
+
+// Out of the store first, so that nobody finds it any more; then what is at work here comes to its end.
+static tprpc_status tpr_group_leave_dynamic(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_wire_leave word;
+    tprpc_error why = TPR_ZERO;
+    tprpc_status status = tpr_group_drain_calls(agent, deadline_us, error);
+    tprpc_status gone = tpr_group_change_run(agent, TPR_GROUP_LEAVE, agent->name, deadline_us, &why);
+    if (status == TPRPC_OK && gone != TPRPC_OK)
+        status = tprpc_error_set(error, gone, 0, "%s is still in the store: %.180s", agent->name, why.text);
+    tpr_loop_enter(home);
+    tpr_group_set_state(agent, TPR_AGENT_PARTING);
+    tpr_loop_leave(home);
+    if (status == TPRPC_OK) status = tpr_group_settle(agent, false, deadline_us, &word, error);
+    return status;
+}
+
 // ---- the end
 
 // Ends what the agent waits for of its store, and lets nothing begin any more. Under the first loop's lock.
@@ -16635,8 +20691,219 @@ static void tpr_group_close(tprpc_agent *agent) {
     if (agent->state == TPR_AGENT_STARTING) tpr_group_start_failed(agent, TPRPC_ERROR_CLOSED, "it was destroyed");
     tpr_group_set_state(agent, TPR_AGENT_LEFT);
     TPR_ATOMIC_STORE(&agent->closing, 1u);
+    tpr_group_change_close(agent);
     for (uint32_t r = 0; agent->starts && r < (agent->is_static ? agent->world_size : 1); r++)
         if (agent->starts[r].op) tpr_store_cancel(agent->store, agent->starts[r].op);
+    if (agent->mixed.op) tpr_store_cancel(agent->store, agent->mixed.op);
+}
+
+// ---- who is in the group
+
+enum { TPR_GROUP_LOOKS = 64 };         // gets at a time, of a list
+
+typedef struct tpr_group_look tpr_group_look;
+typedef struct tpr_group_looked {      // one key that is asked for
+    tpr_group_look *look;
+    tprpc_store_op *op;
+    uint32_t        id;                // that the entry must have; UINT32_MAX: any
+    bool            there;
+    tpr_wire_worker where;
+} tpr_group_looked;
+
+struct tpr_group_look {                // a look into the store, and its end awaited
+    tprpc_agent  *agent;
+    const char   *name;                // that the entry must have; NULL: any
+    uint32_t      pending;
+    tprpc_error   error;
+    uint8_t      *ids;                 // of the record of members: a bit for each
+    size_t        bytes;
+    tpr_group_looked at[TPR_GROUP_LOOKS];
+};
+
+static bool tpr_group_look_over(void *arg) { return ((tpr_group_look *)arg)->pending == 0; }
+
+static void tpr_group_look_done(tprpc_store_op *op, void *arg) {
+    tpr_group_looked *at = (tpr_group_looked *)arg;
+    tpr_group_look *look = at->look;
+    tpr_wire_members members;
+    bool absent = op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK;
+    bool record = strcmp(op->request.key, "tprpc/members") == 0, good = true;
+    at->op = NULL;
+    if (op->status == TPRPC_OK && !tpr_group_is_none(op)) {
+        at->there = true;
+        if (record) {
+            good = tpr_wire_get_members(op->value, op->value_size, &members);
+            look->bytes = good ? members.taken.size : 0;
+            look->ids = look->bytes ? (uint8_t *)tpr_agent_alloc(look->agent, look->bytes) : NULL;
+            if (look->ids) memcpy(look->ids, members.taken.data, look->bytes);
+            else if (look->bytes)
+                tprpc_error_set(&look->error, TPRPC_ERROR_MEMORY, 0, "no memory for a list of workers");
+        } else {
+            good = tpr_wire_get_worker(op->value, op->value_size, &at->where) &&
+                   (at->id == UINT32_MAX || at->where.rank == at->id) &&
+                   (!look->name || strcmp(at->where.name, look->name) == 0);
+        }
+        if (!good && look->error.status == TPRPC_OK)
+            tprpc_error_set(&look->error, TPRPC_ERROR_PROTOCOL, 0, "the key %.100s of the store has %s%.80s",
+                            op->request.key, at->where.name[0] ? "the entry of " : "what cannot be read",
+                            at->where.name);
+    } else if (op->status != TPRPC_OK && !absent && look->error.status == TPRPC_OK) {
+        look->error = op->error;
+        look->error.status = op->status;
+    }
+    if (--look->pending == 0) tpr_loop_notify(tpr_agent_home(look->agent));
+}
+
+// Asks for a key, under the first loop's lock.
+static void tpr_group_look_at(tpr_group_look *look, tpr_group_looked *at, const char *key, uint32_t id) {
+    tprpc_store_request request;
+    tprpc_error error = TPR_ZERO;
+    memset(&request, 0, sizeof request);
+    request.size = (uint32_t)sizeof request;
+    request.kind = TPRPC_STORE_GET;
+    request.key = key;
+    request.deadline_us = TPRPC_NOW;
+    at->look = look;
+    at->id = id;
+    at->there = false;
+    look->pending++;
+    tprpc_status status = tpr_store_submit(look->agent->store, look->agent->ctx, 0, &request, tpr_group_look_done, at,
+                                           &at->op, &error);
+    if (status == TPRPC_OK) return;
+    look->pending--;
+    at->op = NULL;
+    if (look->error.status == TPRPC_OK) look->error = error;
+}
+
+// Waits for what was asked; what has not come by then is cancelled.
+static void tpr_group_look_wait(tpr_group_look *look, int64_t deadline_us) {
+    tpr_loop *home = tpr_agent_home(look->agent);
+    if (tpr_loop_wait(home, tpr_group_look_over, look, deadline_us)) return;
+    if (look->error.status == TPRPC_OK)
+        tprpc_error_set(&look->error, TPRPC_ERROR_TIMEOUT, 0, "store %.100s has not answered",
+                        look->agent->store->name);
+    for (uint32_t i = 0; i < TPR_GROUP_LOOKS; i++)
+        if (look->at[i].op) tpr_store_cancel(look->agent->store, look->at[i].op);
+    while (!tpr_loop_wait(home, tpr_group_look_over, look, tpr_loop_clock(home) + 1000000)) { }
+}
+
+// What a worker's entry says, and what this agent knows of it.
+static void tpr_group_show(tprpc_agent *agent, const tpr_wire_worker *where, tprpc_worker_info *out) {
+    memset(out, 0, sizeof *out);
+    snprintf(out->name, sizeof out->name, "%s", where->name);
+    out->id = where->rank;
+    out->process = where->process;
+    out->index = UINT32_MAX;
+    for (; out->url_count < where->address_count && out->url_count < TPR_COUNT(out->urls); out->url_count++)
+        snprintf(out->urls[out->url_count], sizeof out->urls[0], "%s", where->addresses[out->url_count]);
+    tpr_agent_worker *worker = tpr_agent_worker_of(agent, where->name, false);
+    if (worker) {
+        out->index = worker->index;
+        tpr_loop_enter(worker->loop);
+        const tprpc_pipe *pipe = worker->pipe;
+        out->state = (int32_t)(!pipe ? worker->lost ? TPRPC_WORKER_LOST : TPRPC_WORKER_UNUSED
+                               : pipe->state == TPR_PIPE_OPEN ? TPRPC_WORKER_CONNECTED : TPRPC_WORKER_CONNECTING);
+        tpr_loop_leave(worker->loop);
+    }
+    if (strcmp(where->name, agent->name) == 0) out->state = TPRPC_WORKER_SELF;
+}
+
+// Checks what the three functions that look have in common.
+static tprpc_status tpr_group_look_check(tprpc_agent *agent, const void *out, size_t size, tprpc_error *error) {
+    if (!agent || !out || size != sizeof(tprpc_worker_info) || !tpr_context_usable(agent->ctx))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "looking for workers: an argument is NULL, the size that "
+                               "of another tprpc.h, or the agent inherited by a fork");
+    tpr_loop *home = tpr_agent_home(agent);
+    tpr_loop_enter(home);
+    bool deep = tpr_loop_in_callback(home) && home->depth > home->env->nesting;
+    tpr_loop_leave(home);
+    return deep ? tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "waits are nested too deep (limits.nesting)")
+                : tpr_agent_usable(agent, error);
+}
+
+static tprpc_status tpr_group_nobody(tprpc_agent *agent, const char *name, uint32_t id, tprpc_error *error) {
+    if (name)
+        return tprpc_error_set(error, TPRPC_ERROR_NO_WORKER, 0, "there is no worker \"%.100s\" in the group of %s",
+                               name, agent->name);
+    return tprpc_error_set(error, TPRPC_ERROR_NO_WORKER, 0, "there is no worker %u in the group of %s", (unsigned)id,
+                           agent->name);
+}
+
+// One worker of a static group, which all are known in: by name, or (NULL) by id.
+static tprpc_status tpr_group_known(tprpc_agent *agent, const char *name, uint32_t id, tprpc_worker_info *out,
+                                    tprpc_error *error) {
+    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++) {
+        tpr_agent_worker *worker = tpr_agent_worker_at(agent, i);
+        if (name ? strcmp(worker->name, name) != 0 : worker->rank != id) continue;
+        tpr_group_show(agent, worker->where, out);
+        return TPRPC_OK;
+    }
+    return tpr_group_nobody(agent, name, id, error);
+}
+
+// The same of a dynamic group, by the store.
+static tprpc_status tpr_group_find(tprpc_agent *agent, const char *name, uint32_t id, int64_t timeout_ms,
+                                   tprpc_worker_info *out, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    char key[TPR_AGENT_NAME + 16];
+    tpr_group_look *look = (tpr_group_look *)tpr_agent_alloc(agent, sizeof *look);
+    if (!look) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to look for a worker");
+    look->agent = agent;
+    look->name = name;
+    if (name) snprintf(key, sizeof key, "tprpc/name/%s", name);
+    else snprintf(key, sizeof key, "tprpc/member/%u", (unsigned)id);
+    tpr_loop_enter(home);
+    tpr_group_look_at(look, &look->at[0], key, name ? UINT32_MAX : id);
+    if (!name) tpr_group_look_at(look, &look->at[1], "tprpc/members", UINT32_MAX);   // whether that id is taken
+    tpr_group_look_wait(look, tpr_context_deadline(tpr_loop_clock(home), tpr_context_time(timeout_ms,
+                                                                                          agent->start_timeout_ms)));
+    tpr_loop_leave(home);
+    bool taken = name || (look->ids && id / 8 < look->bytes && (look->ids[id / 8] >> id % 8 & 1));
+    tprpc_status status = look->error.status;
+    if (status != TPRPC_OK && error) *error = look->error;
+    else if (status == TPRPC_OK && look->at[0].there && taken) tpr_group_show(agent, &look->at[0].where, out);
+    else if (status == TPRPC_OK) status = tpr_group_nobody(agent, name, id, error);
+    tpr_agent_free(agent, look->ids, look->bytes);
+    tpr_agent_free(agent, look, sizeof *look);
+    return status;
+}
+
+// The list of a dynamic group: the record of members, then the entries of those in it. Who leaves meanwhile is not
+// shown.
+static tprpc_status tpr_group_list(tprpc_agent *agent, int64_t timeout_ms, tprpc_worker_info *out, size_t room,
+                                   size_t *count, tprpc_error *error) {
+    tpr_loop *home = tpr_agent_home(agent);
+    char key[64];
+    tpr_group_look *look = (tpr_group_look *)tpr_agent_alloc(agent, sizeof *look);
+    if (!look) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory for a list of workers");
+    look->agent = agent;
+    tpr_loop_enter(home);
+    int64_t deadline =
+        tpr_context_deadline(tpr_loop_clock(home), tpr_context_time(timeout_ms, agent->start_timeout_ms));
+    tpr_group_look_at(look, &look->at[0], "tprpc/members", UINT32_MAX);
+    tpr_group_look_wait(look, deadline);
+    for (uint32_t id = 0; id / 8 < look->bytes && look->error.status == TPRPC_OK;) {
+        uint32_t asked = 0;
+        for (; id / 8 < look->bytes && asked < TPR_GROUP_LOOKS; id++) {
+            if (!(look->ids[id / 8] >> id % 8 & 1)) continue;
+            snprintf(key, sizeof key, "tprpc/member/%u", (unsigned)id);
+            tpr_group_look_at(look, &look->at[asked++], key, id);
+        }
+        tpr_group_look_wait(look, deadline);
+        tpr_loop_leave(home);
+        for (uint32_t i = 0; i < asked && look->error.status == TPRPC_OK; i++) {
+            if (!look->at[i].there) continue;
+            if (*count < room) tpr_group_show(agent, &look->at[i].where, &out[*count]);
+            ++*count;
+        }
+        tpr_loop_enter(home);
+    }
+    tpr_loop_leave(home);
+    tprpc_status status = look->error.status;
+    if (status != TPRPC_OK && error) *error = look->error;
+    tpr_agent_free(agent, look->ids, look->bytes);
+    tpr_agent_free(agent, look, sizeof *look);
+    return status;
 }
 
 // ---- public
@@ -16677,7 +20944,8 @@ TPRPC_API tprpc_status tprpc_agent_wait_ready(tprpc_agent *agent, int64_t timeou
         uint32_t missing = 0;
         while (missing + 1 < agent->world_size && !(agent->starts && agent->starts[missing].op)) missing++;
         tprpc_error_set(error, status, 0,
-                        agent->gathering ? "%s waited %lld ms for its group; rank %u has not come"
+                        agent->change.pausing ? "%s waited %lld ms for the lock over its group's members"
+                        : agent->gathering ? "%s waited %lld ms for its group; rank %u has not come"
                         : "%s waited %lld ms for its store", agent->name, (long long)most_ms, (unsigned)missing);
     }
     tpr_loop_leave(home);
@@ -16691,6 +20959,10 @@ TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms,
         return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
                                "tprpc_agent_leave: no agent, one inherited by a fork, or in a callback");
     tpr_loop *home = tpr_agent_home(agent);
+    bool inside = false;
+    tpr_agent_method_runs(agent, NULL, &inside);
+    if (inside)                        // it would wait for the handler that it stands in
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "tprpc_agent_leave: within a handler");
     tpr_loop_enter(home);
     bool ready = agent->state == TPR_AGENT_READY;
     if (ready) tpr_group_set_state(agent, TPR_AGENT_LEAVING);
@@ -16698,26 +20970,84 @@ TPRPC_API tprpc_status tprpc_agent_leave(tprpc_agent *agent, int64_t timeout_ms,
         tpr_context_deadline(tpr_loop_clock(home), tpr_context_time(timeout_ms, agent->start_timeout_ms));
     tpr_loop_leave(home);
     if (!ready) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %s is not in its group", agent->name);
-    tprpc_status status = tpr_group_drain_calls(agent, deadline, error);
-    if (status == TPRPC_OK && agent->is_static) status = tpr_group_all(agent, "leave", true, deadline, error);
-    if (status == TPRPC_OK && agent->is_static)
-        status = tpr_group_all(agent, "left", agent->rank == 0, deadline, error);
-    if (!agent->is_static) {
-        char key[TPR_AGENT_NAME + 16];
-        tpr_loop_enter(home);
-        memset(&agent->start_error, 0, sizeof agent->start_error);
-        snprintf(key, sizeof key, "tprpc/name/%s", agent->name);
-        if (tpr_group_ask(agent, TPRPC_STORE_DELETE, key, NULL, 0, 0, tpr_group_left_peer, &agent->starts[0]))
-            tpr_loop_wait(home, tpr_group_step_over, agent, deadline);
-        if (agent->start_pending)
-            tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "the store has not answered");
-        if (status == TPRPC_OK && agent->start_error.status != TPRPC_OK)
-            status = tprpc_error_set(error, agent->start_error.status, 0, "%s is still in the store: %.180s",
-                                     agent->name, agent->start_error.text);
-        tpr_loop_leave(home);
-    }
+    tprpc_status status = agent->is_static ? tpr_group_leave_static(agent, deadline, error)
+                                           : tpr_group_leave_dynamic(agent, deadline, error);
     tpr_group_set_state(agent, TPR_AGENT_LEFT);
+    if (agent->trace) tpr_trace_flush(agent->trace, NULL);   // the log has what is wrong: it has left all the same
     return status;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_get_worker(tprpc_agent *agent, const char *name, int64_t timeout_ms,
+                                              tprpc_worker_info *out, size_t size, tprpc_error *error) {
+    TPRPC_ASSERT(agent && out);
+    tprpc_status status = tpr_group_look_check(agent, out, size, error);
+    if (status != TPRPC_OK) return status;
+    if (!name || strcmp(name, agent->name) == 0) {
+        tpr_group_show(agent, &agent->self, out);
+        return TPRPC_OK;
+    }
+    if (agent->is_static) return tpr_group_known(agent, name, 0, out, error);
+    if (tpr_base_name_fault(name, strlen(name), TPR_AGENT_NAME - 1)) return tpr_group_nobody(agent, name, 0, error);
+    return tpr_group_find(agent, name, 0, timeout_ms, out, error);
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_get_worker_by_id(tprpc_agent *agent, uint32_t id, int64_t timeout_ms,
+                                                    tprpc_worker_info *out, size_t size, tprpc_error *error) {
+    TPRPC_ASSERT(agent && out);
+    tprpc_status status = tpr_group_look_check(agent, out, size, error);
+    if (status != TPRPC_OK) return status;
+    return agent->is_static ? tpr_group_known(agent, NULL, id, out, error)
+                            : tpr_group_find(agent, NULL, id, timeout_ms, out, error);
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_list_workers(tprpc_agent *agent, int64_t timeout_ms, tprpc_worker_info *out,
+                                                size_t *count, size_t size, tprpc_error *error) {
+    TPRPC_ASSERT(agent && count && (out || !*count));
+    size_t room = count && out ? *count : 0;
+    tprpc_status status = tpr_group_look_check(agent, count, size, error);
+    if (status != TPRPC_OK) return status;
+    *count = 0;
+    if (agent->is_static) {
+        for (uint32_t i = 0; i < tpr_agent_workers(agent); i++, ++*count)
+            if (*count < room) tpr_group_show(agent, tpr_agent_worker_at(agent, i)->where, &out[*count]);
+    } else {
+        status = tpr_group_list(agent, timeout_ms, out, room, count, error);
+    }
+    if (status == TPRPC_OK && *count > room)
+        return tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "the group has %zu workers, and there is room for %zu",
+                               *count, room);
+    return status;
+}
+
+TPR_COLD
+TPRPC_API tprpc_status tprpc_agent_remove_worker(tprpc_agent *agent, const char *name, int64_t timeout_ms,
+                                                 tprpc_error *error) {
+    TPRPC_ASSERT(agent && name);
+    if (!agent || !name || !tpr_context_usable(agent->ctx) || tpr_context_in_callback(agent->ctx))
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "tprpc_agent_remove_worker: an argument is NULL, the "
+                               "agent inherited by a fork, or in a callback");
+    tprpc_status status = tpr_agent_usable(agent, error);
+    if (status != TPRPC_OK) return status;
+    if (agent->is_static || strcmp(name, agent->name) == 0)
+        return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "worker %.100s cannot be removed: %s", name,
+                               agent->is_static ? "its group is static" : "a worker leaves by itself");
+    tprpc_error why = TPR_ZERO;
+    int64_t deadline = tpr_context_deadline(tprpc_now_us(agent->ctx), tpr_context_time(timeout_ms,
+                                                                                      agent->start_timeout_ms));
+    const char *fault = tpr_base_name_fault(name, strlen(name), TPR_AGENT_NAME - 1);
+    status = fault ? tprpc_error_set(&why, TPRPC_ERROR_INVALID, 0, "its name %s", fault)
+                   : tpr_group_change_run(agent, TPR_GROUP_REMOVE, name, deadline, &why);
+    if (status != TPRPC_OK)
+        return tprpc_error_set(error, status, why.os_code, "removing worker %.80s: %.140s", name, why.text);
+    tpr_agent_worker *worker = tpr_agent_worker_of(agent, name, false);
+    if (!worker) return TPRPC_OK;
+    tpr_loop_enter(worker->loop);      // the next call looks for who has that name then
+    if (worker->pipe) tpr_pipe_end(worker->pipe, TPRPC_ERROR_PEER, 0, "the worker was removed from the group");
+    tpr_loop_leave(worker->loop);
+    return TPRPC_OK;
 }
 
 TPR_COLD
@@ -16760,10 +21090,12 @@ TPRPC_API tprpc_status tprpc_agent_destroy(tprpc_agent *agent) {
 }
 
 // >>report ------------------------------------------------------------------------------------------------------------
-// What a person reads: which path each peer's bytes take, and why not another.
+// What a person reads: which path each peer's bytes take, and why not another. What a machine reads: all counts and
+// times, as pairs of a name and a value, and as a page for Prometheus.
 //
 // Uses: atomic, os, base, timer, loop, context, pipe, agent.
-// Invariant: nothing is kept here; a report is written from a copy of the figures, without a lock.
+// Invariant: nothing is kept here; a report is written from a copy of the figures, without a lock. No number is written
+// as a floating-point one, whose point is a comma where the user's locale says so.
 
 typedef struct tpr_report { char *out; size_t size, used; } tpr_report;   // used: what a whole report needs
 
@@ -16794,7 +21126,272 @@ static void tpr_report_info(tpr_report *report, const tprpc_pipe_info *info) {
     }
 }
 
+// ---- metrics
+
+typedef struct tpr_report_metric {     // a number in one of the agent's structs
+    const char *name, *series, *help;  // the field's; Prometheus's without prefix; a sentence
+    size_t      at, size;              // where it is
+} tpr_report_metric;
+
+typedef struct tpr_report_time { const char *name, *series, *help; size_t at; } tpr_report_time;   // of a tprpc_times
+
+#define TPR_REPORT_METRIC(type, field, series, help) \
+    {#field, series, help, offsetof(type, field), sizeof(((type *)0)->field)}
+
+static const tpr_report_metric tpr_report_stats[] = {
+    TPR_REPORT_METRIC(tprpc_stats, client_active_calls, "client_active_calls", "Calls begun here and not ended."),
+    TPR_REPORT_METRIC(tprpc_stats, server_active_calls, "server_active_calls", "Requests here not answered."),
+    TPR_REPORT_METRIC(tprpc_stats, server_active_async_calls, "server_active_async_calls",
+                      "Requests here that were kept to be answered later."),
+    TPR_REPORT_METRIC(tprpc_stats, calls, "calls_total", "Calls begun here."),
+    TPR_REPORT_METRIC(tprpc_stats, calls_failed, "calls_failed_total", "Calls that failed, for whatever reason."),
+    TPR_REPORT_METRIC(tprpc_stats, calls_timed_out, "calls_timed_out_total", "Calls that timed out."),
+    TPR_REPORT_METRIC(tprpc_stats, calls_cancelled, "calls_cancelled_total", "Calls that were cancelled."),
+    TPR_REPORT_METRIC(tprpc_stats, late_replies, "late_replies_total", "Replies that came after their call had ended."),
+    TPR_REPORT_METRIC(tprpc_stats, requests, "requests_total", "Requests received here."),
+    TPR_REPORT_METRIC(tprpc_stats, requests_failed, "requests_failed_total", "Requests that failed."),
+    TPR_REPORT_METRIC(tprpc_stats, fast_messages, "fast_messages_total", "Calls and replies on the short path."),
+    TPR_REPORT_METRIC(tprpc_stats, bytes_sent, "sent_bytes_total", "Bytes sent on the wire."),
+    TPR_REPORT_METRIC(tprpc_stats, bytes_received, "received_bytes_total", "Bytes received on the wire."),
+    TPR_REPORT_METRIC(tprpc_stats, tensor_bytes_sent, "sent_tensor_bytes_total", "Bytes of tensors sent."),
+    TPR_REPORT_METRIC(tprpc_stats, tensor_bytes_received, "received_tensor_bytes_total", "Bytes of tensors received."),
+    TPR_REPORT_METRIC(tprpc_stats, memory_bytes, "memory_bytes", "Memory of the agent's context."),
+    TPR_REPORT_METRIC(tprpc_stats, workers, "workers", "Workers known."),
+    TPR_REPORT_METRIC(tprpc_stats, pipes, "pipes", "Pipes open, in both directions."),
+    TPR_REPORT_METRIC(tprpc_stats, tensor_bytes_adopted, "adopted_tensor_bytes_total",
+                      "Bytes of tensors received that were given and not copied."),
+    TPR_REPORT_METRIC(tprpc_stats, thread_pool_size, "thread_pool_size", "Threads for blocking handlers."),
+    TPR_REPORT_METRIC(tprpc_stats, num_idle_threads, "num_idle_threads", "Those of them without a job."),
+    TPR_REPORT_METRIC(tprpc_stats, queued_jobs, "queued_jobs", "Blocking handlers that wait for a thread."),
+    TPR_REPORT_METRIC(tprpc_stats, calls_retried, "calls_retried_total", "How often a call was sent again."),
+};
+
+static const tpr_report_metric tpr_report_methods[] = {
+    TPR_REPORT_METRIC(tprpc_method_stats, client_active_calls, "method_client_active_calls",
+                      "Calls of a method begun here and not ended."),
+    TPR_REPORT_METRIC(tprpc_method_stats, calls, "method_calls_total", "Calls of a method begun here."),
+    TPR_REPORT_METRIC(tprpc_method_stats, calls_failed, "method_calls_failed_total", "Calls of a method that failed."),
+    TPR_REPORT_METRIC(tprpc_method_stats, calls_timed_out, "method_calls_timed_out_total",
+                      "Calls of a method that timed out."),
+    TPR_REPORT_METRIC(tprpc_method_stats, calls_cancelled, "method_calls_cancelled_total",
+                      "Calls of a method that were cancelled."),
+    TPR_REPORT_METRIC(tprpc_method_stats, server_active_calls, "method_server_active_calls",
+                      "Requests of a method not answered."),
+    TPR_REPORT_METRIC(tprpc_method_stats, requests, "method_requests_total", "Requests of a method received here."),
+    TPR_REPORT_METRIC(tprpc_method_stats, requests_failed, "method_requests_failed_total",
+                      "Requests of a method that failed."),
+};
+
+static const tpr_report_time tpr_report_times[] = {
+    {"call_time", "method_call_time_seconds", "From a call to its outcome.", offsetof(tprpc_method_stats, call_time)},
+    {"queue_time", "method_queue_time_seconds", "From when a request is whole until its handler begins.",
+     offsetof(tprpc_method_stats, queue_time)},
+    {"handler_time", "method_handler_time_seconds", "From when a handler begins until it has returned or answered.",
+     offsetof(tprpc_method_stats, handler_time)},
+};
+
+static const tpr_report_metric tpr_report_flows[] = {
+    TPR_REPORT_METRIC(tprpc_flow, active_calls, "peer_active_calls", "Calls to or from a peer that have not ended."),
+    TPR_REPORT_METRIC(tprpc_flow, calls, "peer_calls_total", "Calls to or from a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, errors, "peer_errors_total", "Calls to or from a peer that failed."),
+    TPR_REPORT_METRIC(tprpc_flow, pipes, "peer_pipes_total", "Pipes opened to or by a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, pipes_open, "peer_pipes_open", "Pipes open to or from a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, bytes_sent, "peer_sent_bytes_total", "Bytes sent on the wire to a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, bytes_received, "peer_received_bytes_total", "Bytes received on the wire from it."),
+    TPR_REPORT_METRIC(tprpc_flow, tensor_bytes_sent, "peer_sent_tensor_bytes_total",
+                      "Bytes of tensors sent to a peer."),
+    TPR_REPORT_METRIC(tprpc_flow, tensor_bytes_received, "peer_received_tensor_bytes_total",
+                      "Bytes of tensors received from a peer."),
+};
+#undef TPR_REPORT_METRIC
+
+static uint64_t tpr_report_value(const tpr_report_metric *metric, const void *of) {
+    uint64_t value = 0;
+    memcpy(&value, (const uint8_t *)of + metric->at, metric->size);   // little endian, as `base` demands
+    return value;
+}
+
+static const tprpc_times *tpr_report_times_in(const tpr_report_time *time, const tprpc_method_stats *of) {
+    return (const tprpc_times *)(const void *)((const uint8_t *)of + time->at);
+}
+
+// ---- metrics as pairs
+
+typedef struct tpr_report_pairs {
+    void (*each)(const char *name, double value, void *user);
+    void  *user;
+    char   name[3 * TPR_AGENT_NAME];
+    size_t prefix;                     // of the name, which what follows is put behind
+} tpr_report_pairs;
+
+static void tpr_report_prefix(tpr_report_pairs *pairs, const char *kind, const char *name, const char *part) {
+    int n = snprintf(pairs->name, sizeof pairs->name, "%s.%s%s%s", kind, name, name[0] ? "." : "", part);
+    pairs->prefix = n > 0 ? (size_t)n : 0;
+}
+
+static void tpr_report_pair(tpr_report_pairs *pairs, const char *name, double value) {
+    snprintf(pairs->name + pairs->prefix, sizeof pairs->name - pairs->prefix, "%s", name);
+    pairs->each(pairs->name, value, pairs->user);
+}
+
+static void tpr_report_pairs_of(tpr_report_pairs *pairs, const tpr_report_metric *metrics, size_t count,
+                                const void *of) {
+    for (size_t i = 0; i < count; i++)
+        tpr_report_pair(pairs, metrics[i].name, (double)tpr_report_value(&metrics[i], of));
+}
+
+static void tpr_report_time_pairs(tpr_report_pairs *pairs, const tprpc_times *times) {
+    tpr_report_pair(pairs, "count", (double)times->count);
+    tpr_report_pair(pairs, "sum_us", (double)times->sum_us);
+    tpr_report_pair(pairs, "average_us", times->average_us);
+    tpr_report_pair(pairs, "p50_us", (double)times->p50_us);
+    tpr_report_pair(pairs, "p90_us", (double)times->p90_us);
+    tpr_report_pair(pairs, "p99_us", (double)times->p99_us);
+    tpr_report_pair(pairs, "max_us", (double)times->max_us);
+}
+
+// ---- metrics as a page for Prometheus
+
+// A label's value with what the format escapes.
+static void tpr_report_label(tpr_report *report, const char *label, const char *value) {
+    tpr_report_line(report, "%s=\"", label);
+    for (; *value; value++) {
+        const char *escaped = *value == '\\' ? "\\\\" : *value == '"' ? "\\\"" : *value == '\n' ? "\\n" : NULL;
+        if (escaped) tpr_report_line(report, "%s", escaped);
+        else tpr_report_line(report, "%c", *value);
+    }
+    tpr_report_line(report, "\"");
+}
+
+static void tpr_report_head(tpr_report *report, const char *series, const char *type, const char *help) {
+    tpr_report_line(report, "# HELP tprpc_%s %s\n# TYPE tprpc_%s %s\n", series, help, series, type);
+}
+
+static void tpr_report_metric_head(tpr_report *report, const tpr_report_metric *metric) {
+    const size_t n = strlen(metric->series), total = sizeof "_total" - 1;
+    const bool counter = n > total && strcmp(metric->series + n - total, "_total") == 0;
+    tpr_report_head(report, metric->series, counter ? "counter" : "gauge", metric->help);
+}
+
+// A series up to its first labels: which worker, and of a method or peer (`label` NULL: of neither) which.
+static void tpr_report_series(tpr_report *report, const tprpc_agent *agent, const char *series, const char *suffix,
+                              const char *label, const char *name) {
+    tpr_report_line(report, "tprpc_%s%s{", series, suffix);
+    tpr_report_label(report, "worker", agent->name);
+    if (label) tpr_report_line(report, ",");
+    if (label) tpr_report_label(report, label, name);
+}
+
+static void tpr_report_seconds(tpr_report *report, uint64_t us) {
+    tpr_report_line(report, "%llu.%06u\n", (unsigned long long)(us / 1000000), (unsigned)(us % 1000000));
+}
+
+static void tpr_report_summary(tpr_report *report, const tprpc_agent *agent, const char *series, const char *method,
+                               const tprpc_times *times) {
+    const struct { const char *quantile; uint64_t us; } quantiles[] = {
+        {"0.5", times->p50_us}, {"0.9", times->p90_us}, {"0.99", times->p99_us}, {"1", times->max_us}};
+    for (size_t i = 0; i < TPR_COUNT(quantiles); i++) {
+        tpr_report_series(report, agent, series, "", "method", method);
+        tpr_report_line(report, ",quantile=\"%s\"} ", quantiles[i].quantile);
+        tpr_report_seconds(report, quantiles[i].us);
+    }
+    tpr_report_series(report, agent, series, "_sum", "method", method);
+    tpr_report_line(report, "} ");
+    tpr_report_seconds(report, times->sum_us);
+    tpr_report_series(report, agent, series, "_count", "method", method);
+    tpr_report_line(report, "} %llu\n", (unsigned long long)times->count);
+}
+
+// All series of one name stand together, so each name goes over all methods, or peers.
+static void tpr_report_method_page(tpr_report *report, tprpc_agent *agent) {
+    tprpc_method_stats stats;
+    for (size_t i = 0; i < TPR_COUNT(tpr_report_methods); i++) {
+        const tpr_report_metric *metric = &tpr_report_methods[i];
+        tpr_report_metric_head(report, metric);
+        for (tpr_agent_name *name = NULL; (name = tpr_agent_next_method(agent, name)) != NULL;) {
+            tpr_agent_method_stats_of(agent, name, &stats);
+            tpr_report_series(report, agent, metric->series, "", "method", stats.name);
+            tpr_report_line(report, "} %llu\n", (unsigned long long)tpr_report_value(metric, &stats));
+        }
+    }
+    for (size_t i = 0; agent->metrics && i < TPR_COUNT(tpr_report_times); i++) {
+        const tpr_report_time *time = &tpr_report_times[i];
+        tpr_report_head(report, time->series, "summary", time->help);
+        for (tpr_agent_name *name = NULL; (name = tpr_agent_next_method(agent, name)) != NULL;) {
+            tpr_agent_method_stats_of(agent, name, &stats);
+            tpr_report_summary(report, agent, time->series, stats.name, tpr_report_times_in(time, &stats));
+        }
+    }
+}
+
+static void tpr_report_peer_page(tpr_report *report, tprpc_agent *agent) {
+    tprpc_peer_stats stats;
+    for (size_t i = 0; i < TPR_COUNT(tpr_report_flows); i++) {
+        const tpr_report_metric *metric = &tpr_report_flows[i];
+        tpr_report_metric_head(report, metric);
+        for (tpr_agent_peer *peer = NULL; (peer = tpr_agent_next_peer(agent, peer)) != NULL;) {
+            tpr_agent_peer_stats_of(agent, peer, &stats);
+            for (int to = 1; to >= 0; to--) {
+                tpr_report_series(report, agent, metric->series, "", "peer", stats.name);
+                tpr_report_line(report, ",direction=\"%s\"} %llu\n", to ? "to" : "from",
+                                (unsigned long long)tpr_report_value(metric, to ? &stats.to : &stats.from));
+            }
+        }
+    }
+}
+
 // ---- public
+
+TPR_COLD
+TPRPC_API void tprpc_agent_each_metric(tprpc_agent *agent, void (*each)(const char *name, double value, void *user),
+                                       void *user) {
+    tpr_report_pairs pairs;
+    tprpc_stats stats;
+    tprpc_method_stats method;
+    tprpc_peer_stats peer;
+    TPRPC_ASSERT(agent && each);
+    if (!each || tprpc_agent_get_stats(agent, &stats, sizeof stats) != TPRPC_OK) return;
+    pairs.each = each;
+    pairs.user = user;
+    tpr_report_prefix(&pairs, "agent", "", "");
+    tpr_report_pairs_of(&pairs, tpr_report_stats, TPR_COUNT(tpr_report_stats), &stats);
+    for (tpr_agent_name *name = NULL; (name = tpr_agent_next_method(agent, name)) != NULL;) {
+        tpr_agent_method_stats_of(agent, name, &method);
+        tpr_report_prefix(&pairs, "method", method.name, "");
+        tpr_report_pairs_of(&pairs, tpr_report_methods, TPR_COUNT(tpr_report_methods), &method);
+        for (size_t i = 0; agent->metrics && i < TPR_COUNT(tpr_report_times); i++) {
+            char part[32];
+            snprintf(part, sizeof part, "%s.", tpr_report_times[i].name);
+            tpr_report_prefix(&pairs, "method", method.name, part);
+            tpr_report_time_pairs(&pairs, tpr_report_times_in(&tpr_report_times[i], &method));
+        }
+    }
+    for (tpr_agent_peer *at = NULL; (at = tpr_agent_next_peer(agent, at)) != NULL;) {
+        tpr_agent_peer_stats_of(agent, at, &peer);
+        tpr_report_prefix(&pairs, "peer", peer.name, "to.");
+        tpr_report_pairs_of(&pairs, tpr_report_flows, TPR_COUNT(tpr_report_flows), &peer.to);
+        tpr_report_prefix(&pairs, "peer", peer.name, "from.");
+        tpr_report_pairs_of(&pairs, tpr_report_flows, TPR_COUNT(tpr_report_flows), &peer.from);
+    }
+}
+
+TPR_COLD
+TPRPC_API size_t tprpc_agent_prometheus(tprpc_agent *agent, char *out, size_t size) {
+    tpr_report report = {out, size, 0};
+    tprpc_stats stats;
+    TPRPC_ASSERT(agent && (out || !size));
+    if (!out) report.size = 0;
+    else if (size) out[0] = 0;
+    if (tprpc_agent_get_stats(agent, &stats, sizeof stats) != TPRPC_OK) return 0;
+    for (size_t i = 0; i < TPR_COUNT(tpr_report_stats); i++) {
+        tpr_report_metric_head(&report, &tpr_report_stats[i]);
+        tpr_report_series(&report, agent, tpr_report_stats[i].series, "", NULL, "");
+        tpr_report_line(&report, "} %llu\n", (unsigned long long)tpr_report_value(&tpr_report_stats[i], &stats));
+    }
+    tpr_report_method_page(&report, agent);
+    tpr_report_peer_page(&report, agent);
+    return report.used;
+}
 
 TPR_COLD
 TPRPC_API size_t tprpc_pipe_report(const tprpc_pipe_info *info, char *out, size_t size) {

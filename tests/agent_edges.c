@@ -260,6 +260,38 @@ IN_MODES(worker_thread_hooks, 0x2c) {
     CHECK_EQ_INT(threads_ended, threads_begun);
 }
 
+/* A handler ends its thread: its call fails, and there are as many threads as before. Some had answered first. */
+static void on_exit_thread(tprpc_request request, const tprpc_message *message, void *user) {
+    (void)user;
+    CHECK(told_begin);
+    if (message->metadata_size) tprpc_reply(request, NULL);
+    pthread_exit(NULL);
+}
+
+static void client_exits(side *s) {
+    const tprpc_message answered = {.metadata = "1", .metadata_size = 1};
+    tprpc_error error;
+    for (int i = 0; i < 20; i++) {
+        CHECK_EQ_INT(call_and_wait(s, "bob", "exit", NULL, NULL, &error), TPRPC_ERROR_REMOTE);
+        CHECK_CONTAINS(error.text, "without answering");
+        CHECK_EQ_INT(call_and_wait(s, "bob", "exit", &answered, NULL, NULL), TPRPC_OK);
+        CHECK_EQ_INT(call_and_wait(s, "bob", "job", NULL, NULL, NULL), TPRPC_OK);
+    }
+}
+
+IN_MODES(threads_that_handlers_end, 0x2c) {
+    static const tprpc_method_desc methods[] = {{"job", on_job, NULL, NULL, NULL, TPRPC_METHOD_BLOCKING},
+                                                {"exit", on_exit_thread, NULL, NULL, NULL, TPRPC_METHOD_BLOCKING}, {0}};
+    side sides[2] = {{0}};
+    sides[0].mode = with;
+    sides[0].main = client_exits;
+    sides[1].methods = methods;
+    sides[1].tune = with_workers;
+    group_run(sides, 2);
+    CHECK_EQ_INT(threads_begun, 3 + 40 + with->threads);
+    CHECK_EQ_INT(threads_ended, threads_begun);
+}
+
 /* ---- a group on an IPv6 address ---- */
 
 static void client_v6(side *s) {

@@ -504,8 +504,8 @@ IN_KINDS(destroy_after_a_job, TWO) {
 
 /* ---- a store under the test's control: it answers, or holds what one side asks, or is silent ---- */
 
-typedef struct slow_key { char key[64]; char value[2000]; size_t size; } slow_key;
-static slow_key slow_keys[16];
+typedef struct slow_key { char key[64]; char value[2000]; size_t size; bool there; } slow_key;
+static slow_key slow_keys[32];
 static int slow_key_count;
 static pthread_mutex_t slow_lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -519,9 +519,10 @@ typedef struct slow_store {            /* one for each side; what they hold is c
 static slow_store slow[2];
 
 static slow_key *slow_find(const char *key, bool create) {
-    for (int i = 0; i < slow_key_count; i++) if (strcmp(slow_keys[i].key, key) == 0) return &slow_keys[i];
+    for (int i = 0; i < slow_key_count; i++)
+        if (strcmp(slow_keys[i].key, key) == 0) return create || slow_keys[i].there ? &slow_keys[i] : NULL;
     if (!create) return NULL;
-    REQUIRE(slow_key_count < 16);
+    REQUIRE(slow_key_count < 32);
     snprintf(slow_keys[slow_key_count].key, sizeof slow_keys[0].key, "%s", key);
     return &slow_keys[slow_key_count++];
 }
@@ -546,7 +547,9 @@ static void slow_look(slow_store *s) { /* ends the gets that can end */
 static void slow_submit(void *user, tprpc_store_op *op, const tprpc_store_request *request) {
     slow_store *s = (slow_store *)user;
     slow_key *found = NULL;
-    const bool wait = request->kind == TPRPC_STORE_GET || s->silent;
+    const bool wait = s->silent || (request->kind == TPRPC_STORE_GET && request->deadline_us != TPRPC_NOW);
+    tprpc_status status = TPRPC_OK;
+    int64_t sum = 0;
     pthread_mutex_lock(&slow_lock);
     if (wait) {
         REQUIRE(s->count < 32);
@@ -554,11 +557,25 @@ static void slow_submit(void *user, tprpc_store_op *op, const tprpc_store_reques
         s->ops[s->count++] = op;
     } else {
         found = slow_find(request->key, true);
+        bool same = found->there ? request->expected && found->size == request->expected_size &&
+                                       memcmp(found->value, request->expected, found->size) == 0
+                                 : !request->expected;
         REQUIRE(request->value_size <= sizeof found->value);
-        if (!found->size) memcpy(found->value, request->value, found->size = request->value_size);
+        if (request->kind == TPRPC_STORE_GET && !found->there) status = TPRPC_ERROR_TIMEOUT;
+        if (request->kind == TPRPC_STORE_DELETE) found->there = false;
+        if (request->kind == TPRPC_STORE_ADD) {
+            sum = (found->there ? strtoll(found->value, NULL, 10) : 0) + request->delta;
+            found->size = (size_t)snprintf(found->value, sizeof found->value, "%lld", (long long)sum);
+            found->there = true;
+        }
+        if (request->kind == TPRPC_STORE_SET || (request->kind == TPRPC_STORE_COMPARE_SET && same)) {
+            memcpy(found->value, request->value, found->size = request->value_size);
+            found->there = true;
+        }
     }
     pthread_mutex_unlock(&slow_lock);
-    if (!wait) tprpc_store_finish(op, TPRPC_OK, found->value, found->size, NULL);
+    if (!wait && request->kind == TPRPC_STORE_ADD) tprpc_store_finish(op, TPRPC_OK, &sum, sizeof sum, NULL);
+    else if (!wait) tprpc_store_finish(op, status, found->there ? found->value : NULL, found->there * found->size, NULL);
     for (int i = 0; i < 2; i++) slow_look(&slow[i]);
 }
 

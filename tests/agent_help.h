@@ -100,15 +100,30 @@ static inline void show_log(const tprpc_log *entry, void *user) {
             (const char *)user, entry->section, entry->peer, entry->text);
 }
 
-/* Takes the name of a dead worker out of the store, which it could not do itself. */
-static inline void bury_name(tprpc_store *store, const char *name) {
+/* Takes the keys of a dead worker out of the store, which it could not do itself: where no other worker is there to
+   remove it. */
+static inline void bury_key(tprpc_store *store, const char *key) {
     tprpc_store_request request = {0};
-    char key[100];
-    snprintf(key, sizeof key, "tprpc/name/%s", name);
     request.size = sizeof request;
     request.kind = TPRPC_STORE_DELETE;
     request.key = key;
     CHECK_EQ_INT(tprpc_store_wait(store, &request, WAIT_MS, NULL, NULL, NULL), TPRPC_OK);
+}
+
+static inline void bury_name(tprpc_store *store, const char *name) {
+    tprpc_store_request request = {0};
+    uint8_t entry[2000];
+    size_t size = sizeof entry;
+    char key[100];
+    snprintf(key, sizeof key, "tprpc/name/%s", name);
+    request.size = sizeof request;
+    request.kind = TPRPC_STORE_GET;
+    request.key = key;
+    tprpc_status status = tprpc_store_wait(store, &request, TPRPC_NOW, entry, &size, NULL);
+    bury_key(store, key);
+    if (status != TPRPC_OK || size < 12) return;
+    snprintf(key, sizeof key, "tprpc/member/%u", entry[8] + 256u * entry[9]);   /* its id, behind the nonce */
+    bury_key(store, key);
 }
 
 /* ---- one side: a context, an agent, its methods ---- */

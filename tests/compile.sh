@@ -408,6 +408,30 @@ END
     done <levels
 }
 
+# Without files an agent that is to write a trace is refused, in a sentence; one that is not is created.
+no_trace() {
+    compiles gcc c99 -DTPRPC_NO_FILES "$implement" "$include" || return 1
+    cat >main.c <<'END'
+#include "tprpc.h"
+#include <stdio.h>
+int main(void) {
+    tprpc_agent_desc desc = {.name = "a", .init_method = "tcp://127.0.0.1:29599", .world_size = 1};
+    tprpc_agent *agent = NULL;
+    tprpc_error error = {TPRPC_OK, 0, 0, ""};
+    if (tprpc_agent_create(&desc, &agent, &error) || tprpc_agent_flush_trace(agent, NULL)) return 1;
+    tprpc_agent_destroy(agent);
+    desc.trace = "a";
+    tprpc_status status = tprpc_agent_create(&desc, &agent, &error);
+    puts(error.text);
+    return status != TPRPC_ERROR_UNSUPPORTED || agent;
+}
+END
+    compile gcc c99 main.c x.o $libraries -o main || return 1
+    run ./main >said || { cat said; return 1; }
+    cat said
+    grep -q 'a trace needs files.*TPRPC_NO_FILES' said
+}
+
 # A system header came first without _GNU_SOURCE: one error that says so, and nothing else.
 one_error() {
     write x "$2" '#include <string.h>' "$implement" "$include"
@@ -625,7 +649,26 @@ check "symbols without dlopen" leaves_none -DTPRPC_NO_DLOPEN 'dl(m?open|v?sym|cl
 opening='(__)?(open|openat|creat|fopen|freopen|tmpfile|mkostemps?|mkstemps?)(64)?(_2)?|openat2|fdopen|opendir'
 naming='mkdtemp|mkdir(at)?|(un)?link(at)?|rename(at|at2)?|l?stat(64)?|access|readlink(at)?|truncate(64)?|remove'
 check "symbols without files" leaves_none -DTPRPC_NO_FILES "$opening|$naming|realpath|flock|lockf(64)?"
+check "no trace without files" no_trace
 check "symbols without getenv" leaves_none -DTPRPC_NO_GETENV '(__)?(secure_)?getenv|(__)?environ'
+
+# What can be added. The header of PMIx is not ours: no warning of its own counts.
+pmix=
+for folder in /usr/include /usr/local/include /usr/lib/*/pmix2/include; do
+    [ ! -f "$folder/pmix.h" ] || pmix="-DTPRPC_WITH_PMIX -idirafter $folder"
+done
+if [ -n "$pmix" ]; then
+    for compiler in $compilers; do
+        for std in c99 c++11 c++20; do
+            check "with: TPRPC_WITH_PMIX $compiler $std" compiles $compiler $std "$pmix" "$implement" "$include"
+        done
+    done
+    check "with: TPRPC_WITH_PMIX, symbols" leaves_none "$pmix" 'PMIx_.*'
+    check "with: TPRPC_WITH_PMIX, symbols without dlopen" leaves_none "$pmix -DTPRPC_NO_DLOPEN" 'PMIx_.*|dl(open|sym|error)'
+    check "with: TPRPC_WITH_PMIX, without: all" compiles gcc c99 "$pmix$all" "$implement" "$include"
+else
+    skip compile_pmix 'pmix.h is missing'
+fi
 
 check "two copies, hidden" vendored -fvisibility=hidden -fvisibility=hidden
 check "two copies, static" vendored -DTPRPC_STATIC -DTPRPC_STATIC

@@ -159,6 +159,16 @@ wave_cuda() {
     else ok wave_cuda_corruption; fi
 }
 
+# One worker is killed and replaced meanwhile: two processes had its name, nobody's call failed for it.
+parameter_server() {
+    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    if ! timeout 60 build/parameter_server 4 2500 "tcp://127.0.0.1:$port" >"$out" 2>&1; then
+        bad parameter_server "exit status $?"
+    elif [ "$(awk '/^worker[0-9]/ { print $1 $2 }' "$out" | sort | tr '\n' ' ')" != \
+            'worker02 worker11 worker21 worker31 ' ]; then bad parameter_server 'not these workers'
+    else ok parameter_server; fi
+}
+
 runs_on shm
 runs_on tcp
 wave_cuda
@@ -176,6 +186,7 @@ greets hello build/hello client
 readme_cpp
 late_reply
 engine_loop
+parameter_server
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

@@ -267,8 +267,8 @@ static void on_echo(tprpc_request request, const tprpc_message *message, void *u
     tprpc_reply(request, message);
 }
 
-/* Two agents meet in a store of the kind and call each other. */
-static bool agents(const char *url) {
+/* Two agents meet in a store of the kind and call each other. trace: NULL, or where they trace it. */
+static bool agents(const char *url, const char *trace) {
     static const char *const names[] = {"ann", "bob"};
     tprpc_agent *both[2] = {NULL, NULL};
     tprpc_error error = {0};
@@ -284,6 +284,7 @@ static bool agents(const char *url) {
         desc.rank = i;
         desc.world_size = 2;
         desc.start_timeout_ms = desc.timeout_ms = PATIENCE_MS;
+        desc.trace = trace;
         echo.name = "echo";
         echo.handler = on_echo;
         tprpc_status status = tprpc_agent_create(&desc, &both[i], &error);
@@ -316,13 +317,13 @@ static bool agents(const char *url) {
 static bool agents_by_tcp(void) {
     char url[64];
     snprintf(url, sizeof url, "tcp://127.0.0.1:%d", reserved_port);
-    return agents(url);
+    return agents(url, NULL);
 }
 
 static bool agents_by_file(void) {
     char path[250], url[300];
     snprintf(url, sizeof url, "file://%s", test_temp_path(path, sizeof path));
-    return agents(url);
+    return agents(url, path);
 }
 
 /* ---- the whole of it: two agents meet, call each other in every way, leave and end ---- */
@@ -503,6 +504,7 @@ static bool whole_start(whole *w) {
         {"heard", on_heard, NULL, NULL, w, 0}, {"later", on_later, NULL, NULL, w, 0},
         {"refuse", on_refuse, NULL, NULL, w, 0},
     };
+    const tprpc_device host = {TPRPC_CPU, 0};
     tprpc_store_desc store = {0};
     tprpc_error error = {0};
     tprpc_status status = TPRPC_OK;
@@ -522,6 +524,8 @@ static bool whole_start(whole *w) {
         status = tprpc_agent_create(&desc, &w->agent[i], &error);
         for (size_t m = 0; m < sizeof methods / sizeof methods[0] && status == TPRPC_OK; m++)
             status = tprpc_agent_register(w->agent[i], &methods[m], &error);
+        if (status == TPRPC_OK)            /* so that there are maps to exchange, which change nothing */
+            status = tprpc_agent_set_device_map(w->agent[i], i ? NULL : "bob", &host, &host, 1, &error);
         if (status == TPRPC_OK) status = tprpc_agent_start(w->agent[i], on_ready, &w->e, &error);
         if (status == TPRPC_OK) w->begun++;
     }

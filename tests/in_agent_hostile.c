@@ -259,6 +259,21 @@ static void intro_too_long(mallory *m) {
     intro_of(m, name, 129, 0);
 }
 
+/* Device maps behind an introduction: too many, cut, or a number alone. */
+static void maps_of(mallory *m, uint32_t count, size_t bytes) {
+    uint8_t body[200] = {0};
+    tprpc_message message = {0};
+    const size_t size = tpr_wire_put_intro(body, sizeof body, "mallory", 7);
+    tpr_base_store_le32(body + size, count);
+    message.metadata = body;
+    message.metadata_size = size + bytes;
+    say(m, TPR_WIRE_INTRO, 0, 0, &message);
+}
+static void maps_too_many(mallory *m) { maps_of(m, TPR_WIRE_MAPS + 1, 100); }
+static void maps_wild(mallory *m) { maps_of(m, UINT32_MAX, 100); }
+static void maps_cut(mallory *m) { maps_of(m, 3, 4 + 3 * TPR_WIRE_MAP_BYTES - 1); }
+static void maps_begun(mallory *m) { maps_of(m, 0, 3); }
+
 static const struct { const char *name; void (*run)(mallory *m); } attacks[] = {
     {"call_first", call_first}, {"cancel_first", cancel_first}, {"intro_twice", intro_twice},
     {"reply_to_it", reply_to_it}, {"error_to_it", error_to_it}, {"kind_0", kind_0}, {"kind_6", kind_6},
@@ -266,6 +281,7 @@ static const struct { const char *name; void (*run)(mallory *m); } attacks[] = {
     {"no_prefix", no_prefix}, {"short_prefix", short_prefix}, {"payloads_in_a_call", payloads_in_a_call},
     {"intro_empty", intro_empty}, {"intro_no_name", intro_no_name}, {"intro_not_utf8", intro_not_utf8},
     {"intro_with_0", intro_with_0}, {"intro_cut", intro_cut}, {"intro_too_long", intro_too_long},
+    {"maps_too_many", maps_too_many}, {"maps_wild", maps_wild}, {"maps_cut", maps_cut}, {"maps_begun", maps_begun},
 };
 
 static void attack_all(side *s) {
@@ -472,6 +488,24 @@ static void error_status_wild(mallory *m, const tpr_wire_call *call) {
     say_error_of(m, call->id, "\xff\xff\xff\xff\1\0\0\0\0\0\0\0", 12);
 }
 
+/* Replies with a tensor that is said to be on a device, of which evil published 64:3 to 64:4, and to go to another. */
+static void say_on(mallory *m, uint64_t id, int32_t kind, int32_t index, int32_t to_kind, int32_t to_index) {
+    tprpc_tensor tensor = bytes_of(NULL, 0);
+    const tprpc_message message = tensors_of(&tensor, 1);
+    tensor.device.kind = kind;
+    tensor.device.index = index;
+    tensor.target.kind = to_kind;
+    tensor.target.index = to_index;
+    say(m, TPR_WIRE_REPLY, 0, id, &message);
+}
+static void on_its_own(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, 4, TPRPC_CPU, 0); }
+static void on_too_high(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, 5, TPRPC_CPU, 0); }
+static void on_too_low(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, 2, TPRPC_CPU, 0); }
+static void on_below_0(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, -1, TPRPC_CPU, 0); }
+static void on_no_kind(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, 77, 0, TPRPC_CPU, 0); }
+static void to_no_kind(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_CPU, 0, 77, 1); }
+static void to_its_own(mallory *m, const tpr_wire_call *c) { say_on(m, c->id, TPRPC_DEVICE_USER, 4, 0, 0); }
+
 static const struct { const char *name; void (*answer)(mallory *, const tpr_wire_call *); tprpc_status status;
                       bool ends; } answers[] = {
     {"reply_well", reply_well, TPRPC_OK, false}, {"call_back", call_back, TPRPC_ERROR_PROTOCOL, true},
@@ -483,7 +517,13 @@ static const struct { const char *name; void (*answer)(mallory *, const tpr_wire
     {"error_endless", error_endless, TPRPC_ERROR_PROTOCOL, false}, {"reply_others", reply_others, TPRPC_OK, false},
     {"reply_twice", reply_twice, TPRPC_OK, false}, {"error_status_0", error_status_0, TPRPC_ERROR_REMOTE, false},
     {"error_status_wild", error_status_wild, TPRPC_ERROR_REMOTE, false},
+    {"on_its_own", on_its_own, TPRPC_OK, false}, {"on_too_high", on_too_high, TPRPC_ERROR_PROTOCOL, false},
+    {"on_too_low", on_too_low, TPRPC_ERROR_PROTOCOL, false}, {"on_below_0", on_below_0, TPRPC_ERROR_PROTOCOL, false},
+    {"on_no_kind", on_no_kind, TPRPC_ERROR_PROTOCOL, false}, {"to_no_kind", to_no_kind, TPRPC_ERROR_UNSUPPORTED, false},
+    {"to_its_own", to_its_own, TPRPC_ERROR_UNSUPPORTED, false},
 };
+
+static bool evil_is_old;               /* it says nothing of its devices */
 
 static tprpc_listener *evil_listen(side *s, tprpc_context *ctx) {
     const char *addresses[] = {"tcp://127.0.0.1:0"};
@@ -497,7 +537,11 @@ static tprpc_listener *evil_listen(side *s, tprpc_context *ctx) {
     REQUIRE_EQ_INT(tpr_pipe_listen_for(ctx, &desc, &ctx->loops[0], evil_accepts, ctx, &listener, NULL), TPRPC_OK);
     memset(&worker, 0, sizeof worker);
     snprintf(worker.name, sizeof worker.name, "evil");
-    worker.address_count = 1;
+    worker.address_count = worker.tells_devices = worker.run_count = 1;
+    worker.runs[0].kind = TPRPC_DEVICE_USER;
+    worker.runs[0].first = 3;
+    worker.runs[0].count = 2;
+    if (evil_is_old) worker.tells_devices = 0;
     snprintf(worker.addresses[0], sizeof worker.addresses[0], "%s", tprpc_listener_address(listener, "tcp"));
     request.size = sizeof request;
     request.kind = TPRPC_STORE_SET;
@@ -558,3 +602,125 @@ static void call_evil(side *s) {
     STORE(&shared->stop, 1);
 }
 IN_MODES(answers_of_a_hostile_worker, INSIDE_MODES) { with_bob(with, call_evil); }
+
+/* ---- as a worker of an older version, which says nothing of its devices ---- */
+
+/* What a map has to do with it is not checked, and of its replies where they go alone; it is told the map, which it would
+   not understand. */
+static void call_old(side *s) {
+    heap h = {0};
+    tprpc_context *ctx = raw_context(&h, s->mode->transports);
+    tprpc_listener *listener;
+    tpr_wire_reader maps;
+    uint32_t count = 0;
+    evil_is_old = true;
+    listener = evil_listen(s, ctx);
+    CHECK(until(s, &shared->ready, 1));
+    for (size_t i = 0; i < 3; i++) {
+        void (*const asked[])(mallory *, const tpr_wire_call *) = {on_no_kind, to_its_own, reply_well};
+        const tprpc_status expected[] = {TPRPC_OK, TPRPC_ERROR_UNSUPPORTED, TPRPC_OK};
+        tprpc_call_options options = {0};
+        int done = 0;
+        evil.answer = asked[i];
+        options.on_done = done_once;
+        options.user = &done;
+        REQUIRE_EQ_INT(tprpc_call(s->agent, "evil", "echo", NULL, &options, NULL), TPRPC_OK);
+        REQUIRE(drive_until(s, ctx, &done, 1));
+        CHECK_EQ_INT(LOAD(&shared->status[0]), expected[i]);
+    }
+    CHECK_EQ_INT(evil.got[0].prefix.kind, TPR_WIRE_INTRO);
+    CHECK(tpr_wire_get_intro_maps(evil.got[0].body, evil.got[0].size, &maps, &count));
+    REQUIRE_EQ_INT(count, 1);
+    CHECK_EQ_INT(tpr_wire_read_map(&maps).to.index, 50);
+    if (evil.pipe) mallory_close(&evil);
+    tprpc_listener_close(listener);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+    CHECK_EQ_INT(h.blocks, 0);
+    STORE(&shared->stop, 1);
+}
+
+IN_MODES(a_worker_of_an_older_version, INSIDE_MODES) {
+    side sides[2] = {{0}};
+    group g;
+    const tprpc_device from = {TPRPC_CPU, 0}, to = {TPRPC_DEVICE_USER, 50};
+    share();
+    for (int i = 0; i < 2; i++) {
+        sides[i].methods = methods;
+        sides[i].tune = dynamic;
+    }
+    sides[0].mode = with;
+    sides[1].main = serve;
+    group_open(&g, sides, 2);
+    REQUIRE_EQ_INT(pthread_create(&sides[1].self, NULL, side_thread, &sides[1]), 0);
+    side_open(&sides[0]);
+    REQUIRE_EQ_INT(tprpc_agent_set_device_map(sides[0].agent, "evil", &from, &to, 1, NULL), TPRPC_OK);
+    side_join(&sides[0]);
+    call_old(&sides[0]);
+    side_leave(&sides[0]);
+    side_close(&sides[0]);
+    pthread_join(sides[1].self, NULL);
+    group_close(&g);
+}
+
+/* ---- as a worker of a static group, whose device maps are not what they should be ---- */
+
+static void put_key(tprpc_store *store, const char *key, const void *value, size_t size) {
+    tprpc_store_request request = {0};
+    request.size = sizeof request;
+    request.kind = TPRPC_STORE_SET;
+    request.key = key;
+    request.value = value;
+    request.value_size = size;
+    REQUIRE_EQ_INT(tprpc_store_wait(store, &request, WAIT_MS, NULL, NULL, NULL), TPRPC_OK);
+}
+
+/* How the start of ann ends in a group with evil, who said that he has maps: with these, or NULL: with none. */
+static void start_with(const void *maps, size_t size, uint32_t rank, tprpc_status status, const char *text) {
+    heap h = {0};
+    tprpc_context *ctx = raw_context(&h, NULL);
+    tprpc_store_desc store = {0};
+    tprpc_agent_desc desc = {0};
+    tprpc_agent *agent = NULL;
+    tprpc_error error = {0};
+    tpr_wire_worker worker;
+    uint8_t value[1400];
+    store.url = "local://";
+    REQUIRE_EQ_INT(tprpc_store_open(ctx, &store, &desc.store, NULL), TPRPC_OK);
+    memset(&worker, 0, sizeof worker);
+    snprintf(worker.name, sizeof worker.name, "evil");
+    worker.rank = rank;
+    worker.tells_devices = worker.has_maps = 1;
+    put_key(desc.store, "tprpc/rank/1", value, tpr_wire_put_worker(value, sizeof value, &worker));
+    if (maps) put_key(desc.store, "tprpc/devices/1", maps, size);
+    desc.context = ctx;
+    desc.name = "ann";
+    desc.world_size = 2;
+    desc.start_timeout_ms = maps ? WAIT_MS : 20;
+    REQUIRE_EQ_INT(tprpc_agent_create(&desc, &agent, NULL), TPRPC_OK);
+    if (text) CHECK_EQ_INT(tprpc_agent_wait_ready(agent, 0, &error), status);
+    else tprpc_agent_wait_ready(agent, 0, &error);
+    if (text) CHECK_CONTAINS(error.text, text);
+    CHECK_EQ_INT(tprpc_agent_destroy(agent), TPRPC_OK);
+    tprpc_store_close(desc.store);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+    CHECK_EQ_INT(h.blocks, 0);
+}
+
+TEST(odd_maps_in_the_store) {
+    uint8_t bytes[400];
+    tpr_wire_map maps[3];
+    tprpc_error outcome = {0};
+    memset(maps, 0xff, sizeof maps);   /* for every worker, to devices that nobody has */
+    size_t size = tpr_wire_put_mapped(bytes, sizeof bytes, &outcome, maps, 3);
+    start_with(bytes, size, 1, TPRPC_OK, "");
+    start_with(bytes, size - 1, 1, TPRPC_ERROR_PROTOCOL, "device maps in the store cannot be read");
+    start_with("", 0, 1, TPRPC_ERROR_PROTOCOL, "device maps in the store cannot be read");
+    start_with(NULL, 0, 1, TPRPC_ERROR_TIMEOUT, "the device maps of rank 1 did not come");
+    outcome.status = TPRPC_ERROR_INVALID;
+    memset(outcome.text, 'x', sizeof outcome.text - 1);
+    size = tpr_wire_put_mapped(bytes, sizeof bytes, &outcome, maps, 0);
+    start_with(bytes, size, 1, TPRPC_ERROR_INVALID, "ann cannot join: xxxxx");
+    start_with(bytes, size, 2, TPRPC_OK, NULL);   /* ranks that are not in the group, whatever comes of that */
+    start_with(bytes, size, 0, TPRPC_OK, NULL);
+    start_with(bytes, size, UINT32_MAX, TPRPC_OK, NULL);
+}

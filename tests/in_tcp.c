@@ -875,6 +875,52 @@ TEST(silent_peer) {
     world_close(&w);
 }
 
+static int option_of(int fd, int level, int name) {
+    int value = -1;
+    socklen_t size = sizeof value;
+    CHECK_EQ_INT(getsockopt(fd, level, name, &value, &size), 0);
+    return value;
+}
+
+// The last probe of the kernel's has its interval, too: then the peer is dead.
+TEST(probes_end_with_the_silence) {
+    for (int64_t ms = 2000; ms <= 3600000; ms += ms < 10000 ? 500 : 59500) {
+        int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        tpr_os_tcp_options(fd, ms);
+        int idle = option_of(fd, IPPROTO_TCP, TCP_KEEPIDLE), between = option_of(fd, IPPROTO_TCP, TCP_KEEPINTVL);
+        CHECK_EQ_INT(option_of(fd, SOL_SOCKET, SO_KEEPALIVE), 1);
+        CHECK_EQ_INT(idle + between * option_of(fd, IPPROTO_TCP, TCP_KEEPCNT), (ms + 999) / 1000);
+        CHECK(idle >= 1 && between >= 1);
+        close(fd);
+    }
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    tpr_os_tcp_options(fd, TPRPC_FOREVER);
+    CHECK_EQ_INT(option_of(fd, SOL_SOCKET, SO_KEEPALIVE), 0);
+    CHECK_EQ_INT(option_of(fd, IPPROTO_TCP, TCP_NODELAY), 1);
+    close(fd);
+}
+
+TEST(silence_of_a_context) {
+    static const struct { int64_t given, silence_us; } cases[] = {
+        {0, 30000000}, {2000, 2000000}, {3600000, INT64_C(3600000000)}, {TPRPC_FOREVER, INT64_MAX},
+        {1999, 0}, {1, 0}, {3600001, 0}, {TPRPC_NOW, 0}, {-30000, 0}, {INT64_MAX, 0},
+    };
+    for (size_t i = 0; i < TPR_COUNT(cases); i++) {
+        tprpc_context_desc desc = TPR_ZERO;
+        tprpc_context *ctx = NULL;
+        tprpc_error error = TPR_ZERO;
+        desc.silence_ms = cases[i].given;
+        desc.transports = "tcp";
+        tprpc_status status = tprpc_context_create(&desc, &ctx, &error);
+        CHECK_EQ_INT(status, cases[i].silence_us ? TPRPC_OK : TPRPC_ERROR_INVALID);
+        if (!ctx) CHECK_CONTAINS(error.text, "silence_ms");
+        for (uint32_t b = 0; ctx && b < ctx->backend_count; b++)
+            if (strcmp(ctx->backends[b].backend->name, "tcp") == 0)
+                CHECK_EQ_INT(((tpr_tcp *)ctx->backends[b].instances[0])->silence_us, cases[i].silence_us);
+        CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+    }
+}
+
 // ---- whose socket
 
 static void connect_as(void *arg) {   // another user connects, says something and waits for the end

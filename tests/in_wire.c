@@ -580,6 +580,58 @@ TEST(calls) {
     CHECK(!intro_decode(bytes, size + 1));
 }
 
+static bool kind_decode(const uint8_t *bytes, size_t size) {
+    tpr_wire_kind kind;
+    return tpr_wire_get_kind(bytes, size, &kind);
+}
+
+static bool members_decode(const uint8_t *bytes, size_t size) {
+    tpr_wire_members members;
+    return tpr_wire_get_members(bytes, size, &members);
+}
+
+static bool leave_decode(const uint8_t *bytes, size_t size) {
+    tpr_wire_leave word;
+    return tpr_wire_get_leave(bytes, size, &word);
+}
+
+TEST(words_of_groups) {
+    static uint8_t bytes[400], taken[3] = {1, 2, 3};
+    tpr_wire_kind kind;
+    tpr_wire_members members, back;
+    tpr_wire_leave word, said;
+    size_t size = tpr_wire_put_kind(bytes, sizeof bytes, 77, 3, "ann");
+    CHECK(tpr_wire_get_kind(bytes, size, &kind) && kind.nonce == 77 && kind.world_size == 3);
+    CHECK_STR(kind.name, "ann");
+    decode_all(kind_decode, bytes, size);
+    CHECK(!kind_decode(bytes, tpr_wire_put_kind(bytes, sizeof bytes, 77, 3, "")));
+    memset(&members, 0, sizeof members);
+    members.generation = 5;
+    members.holder = 6;
+    snprintf(members.name, sizeof members.name, "bob");
+    members.taken.data = taken;
+    members.taken.size = sizeof taken;
+    size = tpr_wire_put_members(bytes, sizeof bytes, &members);
+    CHECK(tpr_wire_get_members(bytes, size, &back) && back.generation == 5 && back.holder == 6);
+    CHECK_STR(back.name, "bob");
+    if (CHECK_EQ_INT(back.taken.size, sizeof taken)) CHECK_MEM(back.taken.data, taken, sizeof taken);
+    decode_all(members_decode, bytes, size);
+    tpr_base_store_le32(bytes + size - 7, TPR_WIRE_MEMBERS + 1);
+    CHECK(!members_decode(bytes, sizeof bytes));
+    memset(&word, 0, sizeof word);
+    word.activity = 9;
+    word.calls = 10;
+    word.requests = 11;
+    for (int named = 0; named < 2; named++) {
+        snprintf(word.method, sizeof word.method, "%s", named ? "hold" : "");
+        size = tpr_wire_put_leave(bytes, sizeof bytes, &word);
+        CHECK(tpr_wire_get_leave(bytes, size, &said) && memcmp(&word, &said, sizeof word) == 0);
+        decode_all(leave_decode, bytes, size);
+    }
+    bytes[size - 1] = 0xFF;                      /* a method that is no UTF-8 */
+    CHECK(!leave_decode(bytes, size));
+}
+
 TEST(workers) {
     static tpr_wire_worker in, out;
     static uint8_t bytes[2000];
@@ -590,6 +642,7 @@ TEST(workers) {
     in.rank = 12;
     in.space = UINT64_C(0x1020304050607080);
     in.process = 4711;
+    in.level = TPR_WIRE_LEVEL;
     in.address_count = TPR_WIRE_ADDRESSES;
     for (i = 0; i < in.address_count; i++)
         snprintf(in.addresses[i], sizeof in.addresses[i], "tcp://127.0.0.1:%u", 1000 + i);
@@ -599,8 +652,26 @@ TEST(workers) {
     CHECK(out.nonce == in.nonce && out.rank == 12 && out.address_count == in.address_count);
     for (i = 0; i < in.address_count; i++) CHECK_STR(out.addresses[i], in.addresses[i]);
     CHECK(out.space == in.space && out.process == 4711);
-    decode_all(worker_decode, bytes, size - 12);
-    CHECK(tpr_wire_get_worker(bytes, size - 12, &out) && out.space == 0 && out.process == 0);   /* as it once was */
+    CHECK_EQ_INT(out.level, TPR_WIRE_LEVEL);
+    decode_all(worker_decode, bytes, size - 16);
+    CHECK(tpr_wire_get_worker(bytes, size - 16, &out) && out.space == 0 && out.process == 0);   /* as it once was, */
+    CHECK(tpr_wire_get_worker(bytes, size - 4, &out) && out.process == 4711 && out.level == 0);   /* and later, */
+    CHECK(tpr_wire_get_worker(bytes, size, &out) && !out.tells_devices);   /* and after that */
+    in.tells_devices = in.has_maps = 1;
+    in.run_count = TPR_WIRE_RUNS;
+    for (i = 0; i < in.run_count; i++) {
+        in.runs[i].kind = (int32_t)(60 + i);
+        in.runs[i].first = i;
+        in.runs[i].count = 7 * i;
+    }
+    size_t most = tpr_wire_put_worker(bytes, sizeof bytes, &in);
+    CHECK_EQ_INT(most, size + 8 + TPR_WIRE_RUNS * 12);
+    CHECK_LE_INT(most, TPR_WIRE_ENTRY);          /* what the agents have room for */
+    CHECK(tpr_wire_get_worker(bytes, most, &out) && memcmp(&in, &out, sizeof in) == 0);
+    for (i = 1; i < 8; i++) CHECK(tpr_wire_get_worker(bytes, size + i, &out) && !out.tells_devices);
+    for (size_t cut = size + 8; cut < most; cut++) CHECK(!worker_decode(bytes, cut));
+    bytes[size + 4]++;                           /* a run too many */
+    CHECK(!worker_decode(bytes, sizeof bytes));
     memset(bytes + 12 + 4 + 10 + 4, 0, sizeof bytes - 30);
     tpr_base_store_le32(bytes + 12 + 4 + 10, TPR_WIRE_ADDRESSES);
     CHECK(worker_decode(bytes, sizeof bytes));
@@ -609,6 +680,95 @@ TEST(workers) {
     bytes[16] = 0xFF;                            /* a name that is no UTF-8 */
     tpr_base_store_le32(bytes + 12 + 4 + 10, 0);
     CHECK(!worker_decode(bytes, sizeof bytes));
+}
+
+/* ---- device maps ---- */
+
+static void map_fill(tpr_wire_map *maps, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) {
+        maps[i].rank = i % 3 ? i : UINT32_MAX;
+        maps[i].from.kind = (int32_t)i + 1;
+        maps[i].from.index = -(int32_t)i;
+        maps[i].to.kind = TPRPC_DEVICE_USER;
+        maps[i].to.index = (int32_t)(i * 7);
+    }
+}
+
+static bool maps_same(tpr_wire_reader *r, const tpr_wire_map *maps, uint32_t count) {
+    bool same = true;
+    for (uint32_t i = 0; i < count; i++) {
+        tpr_wire_map map = tpr_wire_read_map(r);
+        same &= memcmp(&map, &maps[i], sizeof map) == 0;
+    }
+    return same && !r->failed;
+}
+
+static bool intro_maps_decode(const uint8_t *bytes, size_t size) {
+    tpr_wire_reader r;
+    uint32_t count;
+    bool good = tpr_wire_get_intro_maps(bytes, size, &r, &count);
+    for (uint32_t i = 0; good && i < count; i++) tpr_wire_read_map(&r);
+    return good && !r.failed;
+}
+
+static bool mapped_decode(const uint8_t *bytes, size_t size) {
+    tpr_wire_reader r;
+    tprpc_error said;
+    uint32_t count;
+    bool good = tpr_wire_get_mapped(bytes, size, &said, &r, &count);
+    for (uint32_t i = 0; good && i < count; i++) tpr_wire_read_map(&r);
+    return good && !r.failed;
+}
+
+/* Behind an introduction, which an older worker reads and skips them; and none behind an older worker's. */
+TEST(maps_of_a_caller) {
+    static tpr_wire_map maps[TPR_WIRE_MAPS + 1];
+    static uint8_t bytes[30000];
+    char name[TPR_WIRE_NAME];
+    const uint32_t counts[] = {1, 3, TPR_WIRE_MAPS};
+    tpr_wire_reader r;
+    uint32_t rank, count;
+    size_t size = tpr_wire_put_intro(bytes, sizeof bytes, "ann", 9);
+    map_fill(maps, TPR_WIRE_MAPS + 1);
+    CHECK(tpr_wire_get_intro_maps(bytes, size, &r, &count) && count == 0);
+    for (int i = 0; i < 3; i++) {
+        tpr_wire_writer w = tpr_wire_writer_of(bytes + size, sizeof bytes - size);
+        tpr_wire_write_maps(&w, maps, counts[i]);
+        const size_t whole = (size_t)(w.at - bytes);
+        CHECK_EQ_INT(whole, size + 4 + counts[i] * TPR_WIRE_MAP_BYTES);
+        CHECK(tpr_wire_get_intro(bytes, whole, name, sizeof name, &rank) && rank == 9);
+        REQUIRE(tpr_wire_get_intro_maps(bytes, whole, &r, &count) && count == counts[i]);
+        CHECK(maps_same(&r, maps, count));
+        for (size_t cut = size + 1; cut < whole; cut++) CHECK(!intro_maps_decode(bytes, cut));
+    }
+    tpr_base_store_le32(bytes + size, TPR_WIRE_MAPS + 1);
+    CHECK(!intro_maps_decode(bytes, sizeof bytes));
+}
+
+TEST(maps_in_the_store) {
+    static tpr_wire_map maps[TPR_WIRE_MAPS];
+    static uint8_t bytes[30000];
+    tpr_wire_reader r;
+    tprpc_error in, out;
+    uint32_t count;
+    map_fill(maps, TPR_WIRE_MAPS);
+    memset(&in, 0, sizeof in);
+    in.status = TPRPC_ERROR_NO_WORKER;
+    memset(in.text, 'x', sizeof in.text - 1);
+    size_t size = tpr_wire_put_mapped(bytes, TPR_WIRE_MAPPED_BYTES, &in, maps, TPR_WIRE_MAPS);
+    CHECK_EQ_INT(size, TPR_WIRE_MAPPED_BYTES);
+    CHECK_LE_INT(size, TPR_WIRE_STORE_VALUE);
+    CHECK_EQ_INT(tpr_wire_put_mapped(bytes, size - 1, &in, maps, TPR_WIRE_MAPS), 0);
+    REQUIRE(tpr_wire_get_mapped(bytes, size, &out, &r, &count) && count == TPR_WIRE_MAPS);
+    CHECK(maps_same(&r, maps, count));
+    CHECK_EQ_INT(out.status, in.status);
+    CHECK_STR(out.text, in.text);
+    size = tpr_wire_put_mapped(bytes, sizeof bytes, &in, maps, 2);
+    decode_all(mapped_decode, bytes, size);
+    tpr_base_store_le32(bytes, TPRPC_PENDING);   /* no outcome */
+    CHECK(!mapped_decode(bytes, size));
+    tpr_base_store_le32(bytes, TPRPC_ERROR_SYSTEM + 1);
+    CHECK(!mapped_decode(bytes, size));
 }
 
 /* ---- what stores say ---- */

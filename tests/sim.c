@@ -172,6 +172,7 @@ static void sim_choose_weather(void) {
     sim_net_is.slow = sim_chance(500) ? sim_below(30) : 0;
     sim_net_is.store_us = sim_between(10, 5000);
     sim_net_is.store_slow = sim_chance(400) ? sim_below(100) : 0;
+    if (sim.large) sim_net_is.store_slow /= 30;    /* members come and go one at a time, and each has a minute for it */
     sim_net_is.store_error = !sim.quiet && sim_chance(150) ? sim_between(1, 20) : 0;
     sim_net_is.mended = false;
     sim_repeats = sim_chance(300);

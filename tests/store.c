@@ -825,10 +825,9 @@ TEST(a_lost_server) {
     char url[64];
     server s;
     outcome o = {0};
-    tprpc_error error = {0};
     pid_t pid = start_server(&s, tcp_url(url, sizeof url));
     tprpc_context *ctx = new_context(0);
-    tprpc_store *store = open_store(ctx, url, false, 0);
+    tprpc_store *store = open_store(ctx, url, false, 200);
     CHECK_EQ_INT(wait_add(store, "n", 3, NULL), 3);
     CHECK_EQ_INT(tprpc_store_get(store, "k", TPRPC_FOREVER, on_outcome, &o), TPRPC_OK);
     for (int i = 0; i < 5; i++) tprpc_poll(ctx, 1000, 0);
@@ -836,11 +835,54 @@ TEST(a_lost_server) {
     CHECK(poll_for(ctx, &o, 1, 5));
     CHECK_EQ_INT(o.status, TPRPC_ERROR_PEER);
     CHECK_CONTAINS(o.text, url);
-    CHECK_EQ_INT(wait_set(store, "k", "v", &error), TPRPC_ERROR_PEER);
-    CHECK_CONTAINS(error.text, "lost its server");
+    CHECK_CONTAINS(o.text, "lost its server");
+    for (int i = 0; i < 2; i++) {      /* each waits for it to come back, as at the start */
+        o.count = 0;
+        CHECK_EQ_INT(tprpc_store_set(store, "k", "v", 1, on_outcome, &o), TPRPC_OK);
+        CHECK(poll_for(ctx, &o, 1, 10));
+        CHECK_EQ_INT(o.status, TPRPC_ERROR_UNREACHABLE);
+        CHECK_CONTAINS(o.text, "no server after 200 ms");
+    }
     CHECK_EQ_INT(test_wait_child(pid, 10), 128 + SIGKILL);
     close(s.quit[1]);
     CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+}
+
+/* Killed and started again at its address, over and over: what is asked meanwhile is done when it is back. */
+TEST(a_server_that_returns) {
+    char url[64], value[64];
+    server s;
+    tprpc_error error = {0};
+    pid_t pid = start_server(&s, tcp_url(url, sizeof url));
+    tprpc_context *ctx = new_context(0);
+    tprpc_store *store = open_store(ctx, url, false, 0);
+    for (int round = 0; round < 3; round++) {
+        outcome got = {0}, set[2] = {{0}}, found = {0};
+        CHECK_EQ_INT(wait_add(store, "n", 1, NULL), 1);          /* what it held is lost with it */
+        CHECK_EQ_INT(tprpc_store_get(store, "k", TPRPC_FOREVER, on_outcome, &got), TPRPC_OK);
+        for (int i = 0; i < 5; i++) tprpc_poll(ctx, 1000, 0);
+        kill(pid, SIGKILL);
+        CHECK_EQ_INT(test_wait_child(pid, 10), 128 + SIGKILL);
+        close(s.quit[1]);
+        CHECK(poll_for(ctx, &got, 1, 5));
+        CHECK_EQ_INT(got.status, TPRPC_ERROR_PEER);
+        CHECK_EQ_INT(tprpc_store_set(store, "a", "1", 1, on_outcome, &set[0]), TPRPC_OK);
+        for (int i = 0; i < 5; i++) tprpc_poll(ctx, 1000, 0);
+        CHECK_EQ_INT(tprpc_store_get(store, "b", 20000, on_outcome, &found), TPRPC_OK);
+        CHECK_EQ_INT(set[0].count + found.count, 0);
+        pid = start_server(&s, url);
+        CHECK(poll_for(ctx, &set[0], 1, 10));
+        CHECK_EQ_INT(set[0].status, TPRPC_OK);
+        CHECK_EQ_INT(tprpc_store_set(store, "b", "2", 1, on_outcome, &set[1]), TPRPC_OK);
+        CHECK(poll_for(ctx, &found, 1, 10));
+        CHECK_EQ_INT(found.status, TPRPC_OK);
+        CHECK_MEM(found.value, "2", 1);
+        CHECK_EQ_INT(wait_get(store, "a", TPRPC_NOW, value, sizeof value, &error), TPRPC_OK);
+        CHECK_STR(value, "1");
+        CHECK_EQ_INT(set[0].count + found.count + got.count, 3);
+    }
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+    stop_server(&s, pid);
 }
 
 /* Sends bytes to a server and waits for it to hang up. Returns whether it did. */
@@ -1166,39 +1208,77 @@ TEST(env_store_names_what_is_wrong) {
     CHECK_EQ_INT(try_open("env://", &error), TPRPC_OK);
 }
 
-/* torchrun may serve a store of its own at MASTER_PORT: rank 0, which cannot, says what to do, here and as an agent. */
+/* Sets what torchrun does for a rank of two. `own`: of whether it serves a store at MASTER_PORT it says nothing (0), that
+   it does not (1) or that it does (2). */
+static void as_torchrun(int port, const char *rank, int own) {
+    static const char *const all[][2] = {
+        {"MASTER_ADDR", "127.0.0.1"}, {"WORLD_SIZE", "2"}, {"LOCAL_WORLD_SIZE", "2"}, {"GROUP_RANK", "0"},
+        {"GROUP_WORLD_SIZE", "1"}, {"ROLE_NAME", "default"}, {"ROLE_WORLD_SIZE", "2"}, {"TORCHELASTIC_RUN_ID", "none"},
+        {"TORCHELASTIC_RESTART_COUNT", "0"}, {"TORCHELASTIC_MAX_RESTARTS", "0"}, {"OMP_NUM_THREADS", "1"},
+    };
+    char text[16];
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) setenv(all[i][0], all[i][1], 1);
+    snprintf(text, sizeof text, "%d", port);
+    setenv("MASTER_PORT", text, 1);
+    setenv("RANK", rank, 1);
+    setenv("LOCAL_RANK", rank, 1);
+    setenv("ROLE_RANK", rank, 1);
+    if (own) setenv("TORCHELASTIC_USE_AGENT_STORE", own == 2 ? "True" : "False", 1);
+    else unsetenv("TORCHELASTIC_USE_AGENT_STORE");
+}
+
+/* Listens at a port whose next is free, or, if `both`, taken by the second. */
+static void listen_before(uint16_t *port, int fd[2], bool both) {
+    for (int tries = 0; tries < 100; tries++) {
+        struct sockaddr_in at;
+        fd[0] = socket_listen(port);
+        memset(&at, 0, sizeof at);
+        at.sin_family = AF_INET;
+        at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        at.sin_port = htons((uint16_t)(*port + 1));
+        fd[1] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        bool next = bind(fd[1], (struct sockaddr *)(void *)&at, sizeof at) == 0 && listen(fd[1], 1) == 0;
+        if (next && both) return;
+        close(fd[1]);
+        fd[1] = -1;
+        if (next) return;
+        close(fd[0]);
+    }
+    REQUIRE(false);
+}
+
+/* torchrun may serve a store of its own at MASTER_PORT. Then it is the port after it; where that is taken, or nothing is
+   said of a store, rank 0 says what is in its way, here and as an agent. */
 TEST(env_store_where_torchrun_serves) {
     tprpc_error error;
-    char port[16];
-    uint16_t taken;
-    int fd = socket_listen(&taken);
-    snprintf(port, sizeof port, "%d", taken);
-    setenv("MASTER_ADDR", "127.0.0.1", 1);
-    setenv("MASTER_PORT", port, 1);
-    setenv("WORLD_SIZE", "2", 1);
-    setenv("RANK", "0", 1);
-    for (int own = 0; own < 3; own++) {
-        tprpc_agent_desc desc = {.name = "ann", .init_method = "env://"};
-        tprpc_agent *agent = NULL;
-        if (own) setenv("TORCHELASTIC_USE_AGENT_STORE", own == 2 ? "True" : "False", 1);
-        else unsetenv("TORCHELASTIC_USE_AGENT_STORE");
+    for (int own = 0; own < 4; own++) {            /* 3: as 2, and the next port is taken as well */
+        tprpc_agent_desc desc = {.name = "ann", .init_method = "env://", .start_timeout_ms = 1};
+        uint16_t port;
+        int fd[2];
+        listen_before(&port, fd, own == 3);
+        as_torchrun(port, "0", own == 3 ? 2 : own);
         for (int i = 0; i < 2; i++) {
+            tprpc_agent *agent = NULL;
             memset(&error, 0, sizeof error);
             if (i) REQUIRE(tprpc_agent_create(&desc, &agent, NULL) == TPRPC_OK);
-            CHECK_EQ_INT(i ? tprpc_agent_start(agent, NULL, NULL, &error) : try_open("env://", &error),
-                         TPRPC_ERROR_UNREACHABLE);
-            CHECK_CONTAINS(error.text, port);
-            CHECK_EQ_INT(error.os_code, EADDRINUSE);
-            CHECK_EQ_INT(strstr(error.text, "give all workers another MASTER_PORT") != NULL, own == 2);
+            tprpc_status status = i ? tprpc_agent_start(agent, NULL, NULL, &error) : try_open("env://", &error);
+            CHECK_EQ_INT(status, own == 2 ? TPRPC_OK : TPRPC_ERROR_UNREACHABLE);
+            CHECK_EQ_INT(error.os_code, own == 2 ? 0 : EADDRINUSE);
+            CHECK_EQ_INT(strstr(error.text, "the port after MASTER_PORT") != NULL, own == 3);
+            CHECK_EQ_INT(tprpc_agent_destroy(agent), TPRPC_OK);
         }
-        CHECK_EQ_INT(tprpc_agent_destroy(agent), TPRPC_OK);
+        if (error.text[0]) fprintf(stderr, "%s\n", error.text);
+        close(fd[0]);
+        if (fd[1] >= 0) close(fd[1]);
     }
-    fprintf(stderr, "%s\n", error.text);
-    close(fd);
+    as_torchrun(65535, "0", 2);
+    CHECK_EQ_INT(try_open("env://", &error), TPRPC_ERROR_INVALID);
+    CHECK_CONTAINS(error.text, "65535");
 }
 
 static void run_rank(void *arg) {
     setenv("RANK", (const char *)arg, 1);
+    setenv("LOCAL_RANK", (const char *)arg, 1);
     tprpc_context *ctx = new_context(0);
     tprpc_store *store = open_store(ctx, "env://", false, 0);
     char value[64];
@@ -1211,15 +1291,66 @@ static void run_rank(void *arg) {
     CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
 }
 
+static void between_two_ranks(void) {
+    char zero[] = "0", one[] = "1";
+    pid_t second = test_fork_run(run_rank, one), first = test_fork_run(run_rank, zero);
+    CHECK_EQ_INT(test_wait_child(first, 20), 0);
+    CHECK_EQ_INT(test_wait_child(second, 20), 0);
+}
+
 TEST(env_store_between_two_ranks) {
-    char port[16], zero[] = "0", one[] = "1";
+    char port[16];
     snprintf(port, sizeof port, "%d", socket_free_port());
     setenv("MASTER_ADDR", "localhost", 1);
     setenv("MASTER_PORT", port, 1);
     setenv("WORLD_SIZE", "2", 1);
-    pid_t second = test_fork_run(run_rank, one), first = test_fork_run(run_rank, zero);
-    CHECK_EQ_INT(test_wait_child(first, 20), 0);
-    CHECK_EQ_INT(test_wait_child(second, 20), 0);
+    between_two_ranks();
+}
+
+TEST(env_store_between_two_ranks_of_torchrun) {
+    uint16_t port;
+    int fd[2];
+    listen_before(&port, fd, false);
+    as_torchrun(port, "0", 2);
+    between_two_ranks();
+    close(fd[0]);
+}
+
+/* ---- pmix: what stands in its way; tests/pmix.sh shows it at work ------------------------------------------ */
+
+static const char *pmix_call;
+static int fail_pmix(const char *call, int64_t *size) {
+    (void)size;
+    return pmix_call && strcmp(call, pmix_call) == 0 ? ENOENT : 0;
+}
+
+TEST(pmix_store_names_what_is_missing) {
+    static const struct { const char *call, *why; } cases[] = {
+        {NULL, "PMIX_NAMESPACE is not set"}, {"dlopen", "libpmix.so.2 cannot be loaded: No such file"},
+        {"dlsym", "libpmix.so.2 lacks a function"}, {"pmix_init", "PMIx_Init: "},
+    };
+    tprpc_error error;
+    char name[400] = "pmix://";
+    tprpc_context *ctx = new_context(0);   /* not under the hook */
+    tprpc_store_desc desc = {.url = "pmix://", .timeout_ms = 200};
+    tprpc_store *store = NULL;
+    unsetenv("PMIX_NAMESPACE");
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        memset(&error, 0, sizeof error);
+        pmix_call = cases[i].call;
+        tprpc_test_hook = fail_pmix;
+        CHECK_EQ_INT(tprpc_store_open(ctx, &desc, &store, &error), TPRPC_ERROR_UNSUPPORTED);
+        tprpc_test_hook = NULL;
+        CHECK(store == NULL);
+        if (strstr(error.text, "built without TPRPC_WITH_PMIX")) SKIP("pmix.h was missing when this was built");
+        CHECK_CONTAINS(error.text, "pmix://");
+        CHECK_CONTAINS(error.text, cases[i].why);
+        setenv("PMIX_NAMESPACE", "nobody", 1);
+    }
+    memset(name + 7, 'n', sizeof name - 8);
+    desc.url = name;
+    CHECK_EQ_INT(tprpc_store_open(ctx, &desc, &store, &error), TPRPC_ERROR_INVALID);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
 }
 
 /* ---- the n-th allocation or system call fails ------------------------------------------------------------ */

@@ -205,6 +205,15 @@ timers() {
     else ok bench_timers; fi
 }
 
+agents() {
+    names="pending_bytes serving_bytes one_mps threads_mps join_ms"
+    timeout 60 build/bench-agent --calls 5000 --workers 20 --seconds 1 >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 0 ]; then bad bench_agent "exit status $status"
+    elif ! is_json "$names" "" "$names"; then bad bench_agent "$(tail -n 1 "$dir/why")"
+    else ok bench_agent; fi
+}
+
 # It says who it is and stays until it is killed; bench.py looks at both.
 idle() {        # OPTION...
     name=bench_idle$(echo "$*" | tr -d ' -')
@@ -529,7 +538,7 @@ two_ends frame "$times iters bandwidth_gbps" "size=1048576 channel=basic" --iter
 # What tprpc-info tells of this machine, as a table and as JSON.
 info_table() {
     build/tprpc-info >"$out" 2>"$said" || { bad info_table "exit status $?"; return; }
-    for word in '^tprpc ' '^transports' '^  tcp  ' '^channels' '^  basic ' '^limits' '^  open files '; do
+    for word in '^tprpc ' '^transports' '^  tcp  ' '^channels' '^  basic ' '^converters' '^limits' '^  open files '; do
         grep -q "$word" "$out" || { bad info_table "nothing like \"$word\""; return; }
     done
     ok info_table
@@ -541,9 +550,11 @@ info_json() {
 import json, os, re, resource, sys
 header = open("tprpc.h").read() + open("tprpc_cuda.h").read()
 told = json.loads(open(sys.argv[1]).read())
-assert sorted(told) == ["channels", "gpus", "gpus_reason", "limits", "stand_in", "transports", "version"], sorted(told)
-names = [b["name"] for kind in ("transports", "channels") for b in told[kind]]
-known = set(re.findall(r"&tpr_(\w+)_backend,", header)) - {"cuda_convert"}
+assert sorted(told) == ["channels", "converters", "gpus", "gpus_reason", "limits", "stand_in", "transports",
+                        "version"], sorted(told)
+assert bool(told["gpus"]) is (told["gpus_reason"] == ""), told
+names = [b["name"] for kind in ("transports", "channels", "converters") for b in told[kind]]
+known = {name.replace("cuda_convert", "cuda") for name in re.findall(r"&tpr_(\w+)_backend,", header)}
 assert sorted(names) == sorted(known), (names, known)
 for kind in ("transports", "channels"):
     order = [b["priority"] for b in told[kind]]
@@ -638,6 +649,7 @@ refuses channel_of_other_ends_rpc xth build/tprpc-perf --test rpc --iters 100 --
 refuses spin '"often"' build/tprpc-perf --spin often
 refuses device '^tprpc-perf: --device "tape"' build/tprpc-perf --device tape
 refuses peer_device '^tprpc-perf: --peer-device "tape"' build/tprpc-perf --peer-device tape
+refuses trace 'which make calls' build/tprpc-perf --trace a --iters 1
 refuses device_number '^tprpc-perf: --device "cuda:x"' build/tprpc-perf --device cuda:x
 refuses device_ordered 'yes or no' build/tprpc-perf --device cuda:0 --ordered maybe
 refuses device_register 'yes or no' build/tprpc-perf --device cuda:0 --register often
@@ -661,7 +673,9 @@ refuses two_ends 'give one of them' build/tprpc-perf --listen a --connect b
 refuses timers 'usage' build/bench-timers --often
 refuses timers_count '"none" is no number' build/bench-timers --count none
 refuses idle 'usage' build/bench-idle --often
+refuses agent 'usage' build/bench-agent --often
 timers
+agents
 idle
 idle --threads 1
 peers

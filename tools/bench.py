@@ -142,6 +142,7 @@ def other_measurements(build):
                 "pipes", "--transport", transport, "--count", str(count), "--spin", "always", expect=transport)
     found["idle"] = lambda: take.idle(build)
     found["timers"] = lambda: take.timers(build)
+    found["agent"] = lambda: take.agent(build)
     found["compile"] = take.compile_s
     return found
 
@@ -235,6 +236,11 @@ def other_rows():
         Row("two idle agents, threaded: wake-ups", "", ("idle", 3), None, (), at_most(10)),
         Row("call timeout of 1,000,000, set, cancel", "ns", ("timers", 0), None, (), at_most(200)),
         Row("call timeout, the timing wheel alone", "ns", ("timers", 1), None, (), at_most(200)),
+        Row("call that is pending, memory", "bytes", ("agent", 0), None, (), at_most(256)),
+        Row("call that is served, memory", "bytes", ("agent", 1)),
+        Row("64 B calls a second, 16 threads", "million", ("agent", 2), ("one thread", ("agent", 3)), (),
+            [("one thread", ("agent", 3), ">=", 0.8)]),
+        Row("joining a dynamic group of 200", "ms", ("agent", 4), None, (), at_most(50)),
         Row("compiling the implementation, -O2", "s", "compile", None, (), at_most(5)),
     ]
 

@@ -240,6 +240,17 @@ def timers(build):
     return [t["call_ns"] + t["call_cancel_ns"] - t["bare_ns"] - t["bare_cancel_ns"], t["set_ns"] + t["cancel_ns"]]
 
 
+def agent(build):
+    """[bytes of a pending call, of one that is served, calls/s of 16 threads, of one, ms of a join in a group of 200]"""
+    command = os.path.join(build, "bench-agent")
+    t = parse_json(run([command]), command)
+    keys = ["pending_bytes", "serving_bytes", "threads_mps", "one_mps", "join_ms"]
+    missing = [key for key in keys if not isinstance(t.get(key), (int, float))]
+    if missing:
+        raise Failed(f"{command}: gave no {' or '.join(missing)}")
+    return [t[key] for key in keys]
+
+
 def compile_s():
     begin = time.monotonic()
     run(["gcc", "-std=c99", "-O2", "-DTPRPC_IMPLEMENTATION", "-x", "c", "-c", os.path.join(ROOT, "tprpc.h"), "-o",

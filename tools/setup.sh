@@ -24,6 +24,12 @@ links_sanitizer() { links 'int main(void) { return 0; }' "-fsanitize=$1"; }
 links_fuzzer() {
     links 'int LLVMFuzzerTestOneInput(const char *data, unsigned long size) { return !data && size; }' -fsanitize=fuzzer
 }
+has_header() {      # has_header NAME FOLDER...: in one of them
+    header=$1
+    shift
+    for folder; do [ ! -f "$folder/$header" ] || return 0; done
+    return 1
+}
 has_llvm() {        # a tool of LLVM's, clang's own or on the path
     has "$(clang "-print-prog-name=$1" 2>/dev/null)"
 }
@@ -42,6 +48,8 @@ missing_for() {
     has ip                                                              || echo iproute2
     { has unshare && has setpriv; }                                     || echo util-linux
     has valgrind                                                        || echo valgrind
+    has_header pmix.h /usr/include /usr/local/include /usr/lib/*/pmix2/include  || echo libpmix-dev
+    has mpirun                                                          || echo openmpi-bin
     # The cross compiler recommends the libc it compiles against, and recommended packages are not installed here.
     has aarch64-linux-gnu-gcc                                           || echo gcc-aarch64-linux-gnu
     compiles aarch64-linux-gnu-gcc '#include <pthread.h>' -x c -c       || echo libc6-dev-arm64-cross

@@ -170,7 +170,9 @@ static bool info_reaches(const tprpc_cuda_device *gpu, size_t other) { return (g
 
 // ---- output ---------------------------------------------------------------------------------------------------------
 
-static const char *const info_groups[] = {"", "transports", "channels"};   // by kind
+static const char *const info_groups[] = {"", "transports", "channels", "converters"};   // by kind
+static const char *const info_order[] = {"", "the first that both ends can use", "the first that both ends can use",
+                                         "for tensors on devices other than the host"};
 
 static int info_first_larger(const void *a, const void *b) {
     const int32_t left = ((const tprpc_backend_info *)a)->priority, right = ((const tprpc_backend_info *)b)->priority;
@@ -227,7 +229,7 @@ static void info_print_json(const tprpc_backend_info *all, size_t count, const i
                             const info_limit *limits, size_t limit_count) {
     char domain[2 * sizeof all->domain + 1];
     printf("{\"version\": %d, ", (int)tprpc_version());
-    for (int kind = TPRPC_BACKEND_TRANSPORT; kind <= TPRPC_BACKEND_CHANNEL; kind++) {
+    for (int kind = TPRPC_BACKEND_TRANSPORT; kind <= TPRPC_BACKEND_CONVERTER; kind++) {
         const char *between = "";
         printf("\"%s\": [", info_groups[kind]);
         for (size_t i = 0; i < count; i++) {
@@ -278,14 +280,17 @@ static void info_print(const tprpc_backend_info *all, size_t count, const info_g
     char domain[2 * sizeof all->domain + 1];
     uname(&name);
     printf("tprpc %d on %s %s, %s\n", (int)tprpc_version(), name.sysname, name.release, name.machine);
-    for (int kind = TPRPC_BACKEND_TRANSPORT; kind <= TPRPC_BACKEND_CHANNEL; kind++) {
-        printf("\n%s, the first that both ends can use\n", info_groups[kind]);
+    for (int kind = TPRPC_BACKEND_TRANSPORT; kind <= TPRPC_BACKEND_CONVERTER; kind++) {
+        bool none = true;
+        printf("\n%s, %s\n", info_groups[kind], info_order[kind]);
         for (size_t i = 0; i < count; i++) {
             if (all[i].kind != kind) continue;
+            none = false;
             printf("  %-15s %5d  %s\n", all[i].name, (int)all[i].priority, all[i].summary);
             if (!all[i].viable) printf("  %23s NOT HERE: %s\n", "", all[i].why);
             else if (all[i].domain_size) printf("  %23s within %s\n", "", info_domain(&all[i], domain, sizeof domain));
         }
+        if (none) printf("  none\n");
     }
     info_print_gpus(gpus);
     printf("\nlimits\n");

@@ -80,6 +80,7 @@ typedef struct perf_options {
     perf_test   test;
     const char *transport, *channel;         // NULL: the library chooses
     const char *listen, *connect;            // NULL both: this process runs the two ends
+    const char *trace;                       // NULL: none
     int64_t     size, iters, count, rate, warmup;    // -1 where not given, until perf_fill_in
     int64_t     lanes;                       // 0: the library's default
     perf_spin   spin;
@@ -129,6 +130,8 @@ static const char perf_usage[] =
     "  --listen ADDR    run one end and wait for the other; with --test rpc or loaded when the other end has it\n"
     "  --connect ADDR   run the other end; ADDR as host:port or transport://address. Without authentication: use it\n"
     "                   on a network you trust\n"
+    "  --trace PREFIX   rpc and loaded: each end writes a timeline of its last calls to PREFIXserving.json and\n"
+    "                   PREFIXmeasuring.json, for tools/merge-traces.py\n"
     "  --no-pin         do not pin the two ends to two cores; with GPUs they never are\n"
     "  --json           one JSON object instead of a table\n";
 
@@ -230,6 +233,7 @@ static void perf_set_option(perf_options *o, const char *name, const char *value
     else if (strcmp(name, "--iters") == 0) o->iters = perf_parse_number(name, value, false);
     else if (strcmp(name, "--count") == 0) o->count = perf_parse_number(name, value, false);
     else if (strcmp(name, "--rate") == 0) o->rate = perf_parse_number(name, value, false);
+    else if (strcmp(name, "--trace") == 0) o->trace = value;
     else if (strcmp(name, "--lanes") == 0) o->lanes = perf_parse_number(name, value, false);
     else if (strcmp(name, "--spin") == 0) o->spin = perf_parse_spin(value);
     else if (strcmp(name, "--device") == 0) o->devices[0] = perf_parse_device(name, value);
@@ -311,6 +315,7 @@ static void perf_check(const perf_options *o) {
     if (o->in_process && (two || o->test == PERF_PIPES || o->test == PERF_LOADED))
         perf_refuse("--test %s is about two processes: without --in-process.", perf_test_names[o->test]);
     if (o->test == PERF_RATE && o->channel) perf_refuse("--test rate sends no tensors, so --channel says nothing.");
+    if (o->trace && !perf_between_agents(o)) perf_refuse("--trace is for --test rpc and loaded, which make calls.");
     if (o->test == PERF_RAW) perf_check_raw(o);
     perf_check_gpus(o);
     perf_check_numbers(o);
@@ -1689,7 +1694,7 @@ static void perf_agent_register(perf_agent *a, const tprpc_method_desc *method) 
 static void perf_agent_begin(perf_agent *a, const perf_options *o, const char *init_method, int rank) {
     tprpc_error error = {.status = TPRPC_OK};
     tprpc_agent_desc desc = {.name = rank ? "measuring" : "serving", .init_method = init_method, .rank = rank,
-                             .world_size = 2, .insecure = o->listen || o->connect};
+                             .world_size = 2, .insecure = o->listen || o->connect, .trace = o->trace};
     tprpc_method_desc echo = {.name = "echo", .handler = perf_agent_echo, .place = perf_agent_place, .user = a};
     tprpc_method_desc quit = {.name = "quit", .handler = perf_agent_quit, .place = perf_agent_place, .user = a};
     a->o = o;

@@ -1078,6 +1078,7 @@ static void user_deed_agent(void) {
         break;
     case 6:
         tprpc_agent_report(live.agent, text, sizeof text);
+        tprpc_agent_prometheus(live.agent, text, sizeof text);
         FUZZ_CHECK(tprpc_agent_get_stats(live.agent, &stats, sizeof stats) == TPRPC_OK);
         break;
     case 7: live.policy = fuzz_u8(); break;

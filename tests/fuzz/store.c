@@ -151,7 +151,26 @@ static tpr_base_bytes worker_bytes(uint8_t *room, size_t size) {
     snprintf(worker.name, sizeof worker.name, "%s", how & 4 ? "evil" : "me");
     for (uint32_t i = 0; i < worker.address_count; i++)
         snprintf(worker.addresses[i], sizeof worker.addresses[i], how & 8 ? "tcp://127.0.0.1:%u" : "tcp://%u", ear_port);
+    worker.tells_devices = how & 1;
+    worker.has_maps = how >> 1 & 1;
+    worker.run_count = how >> 2 & 3;
+    for (uint32_t i = 0; i < worker.run_count; i++) worker.runs[i].count = worker.runs[i].first = (uint32_t)how << i;
     bytes.size = tpr_wire_put_worker(room, size, &worker);
+    return bytes;
+}
+
+/* Its device maps. */
+static tpr_base_bytes mapped_bytes(uint8_t *room, size_t size) {
+    tpr_base_bytes bytes = {room, 0};
+    tpr_wire_map maps[20];
+    tprpc_error outcome;
+    uint8_t how = fuzz_u8();
+    memset(&outcome, 0, sizeof outcome);
+    memset(maps, how, sizeof maps);
+    maps[0].rank = how & 1;
+    outcome.status = how & 2 ? TPRPC_OK : (tprpc_status)(how >> 2);
+    snprintf(outcome.text, sizeof outcome.text, "%d", how);
+    bytes.size = tpr_wire_put_mapped(room, size, &outcome, maps, how & 15);
     return bytes;
 }
 
@@ -210,7 +229,10 @@ static void hear(uint32_t i, bool reply) {
                 memset(room, 0, 16);
                 room[0] = (uint8_t)fuzz_below(4);
                 answer.value.size = frame.kind == TPRPC_STORE_ADD ? 8 : frame.kind == TPRPC_STORE_DELETE ? 1 : 0;
-                if (frame.kind == TPRPC_STORE_GET) answer.value = worker_bytes(room, sizeof room);
+                static const char maps[] = "tprpc/devices/";
+                const bool asks_maps = frame.key.size > strlen(maps) && memcmp(frame.key.data, maps, strlen(maps)) == 0;
+                if (frame.kind == TPRPC_STORE_GET)
+                    answer.value = asks_maps ? mapped_bytes(room, sizeof room) : worker_bytes(room, sizeof room);
                 if (frame.kind == TPRPC_STORE_COMPARE_SET && frame.value.size < sizeof room) {
                     memcpy(room, frame.value.data, frame.value.size);
                     answer.value.size = frame.value.size;
@@ -312,6 +334,11 @@ static void agent_begin(uint8_t how) {
     desc.start_timeout_ms = 1000;
     desc.timeout_ms = 1000;
     FUZZ_CHECK(tprpc_agent_create(&desc, &agent, NULL) == TPRPC_OK);
+    if (how & 64) {                    /* a map of its own: to who may not be there, to what he may not have */
+        const tprpc_device host = {TPRPC_CPU, 0}, far = {TPRPC_DEVICE_USER, 3};
+        FUZZ_CHECK(tprpc_agent_set_device_map(agent, how & 32 ? "evil" : NULL, &host, how & 16 ? &host : &far, 1,
+                                              NULL) == TPRPC_OK);
+    }
     operations[operation_count].ended = false;
     if (tprpc_agent_start(agent, agent_done, (void *)(uintptr_t)operation_count, NULL) == TPRPC_OK) operation_count++;
     fuzz_poll(ctx, 1);

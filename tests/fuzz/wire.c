@@ -237,10 +237,48 @@ static void try_intro(void) {
     for (size_t room = 0; room < size; room++) FUZZ_CHECK(tpr_wire_put_intro(again, room, one, rank) == 0);
 }
 
+/* Behind an introduction, and in the store. Tried with workers, so that the corpus keeps its numbers. */
+static void try_maps(void) {
+    static tpr_wire_map maps[TPR_WIRE_MAPS];
+    tpr_wire_reader r;
+    tprpc_error one, two;
+    uint32_t count, back;
+    if (tpr_wire_get_intro_maps(block, block_size, &r, &count)) {
+        FUZZ_CHECK(count <= TPR_WIRE_MAPS);
+        for (uint32_t i = 0; i < count; i++) tpr_wire_read_map(&r);
+        FUZZ_CHECK(!r.failed && r.at <= block + block_size);
+    }
+    if (!tpr_wire_get_mapped(block, block_size, &one, &r, &count)) return;
+    FUZZ_CHECK(count <= TPR_WIRE_MAPS && one.status <= TPRPC_ERROR_SYSTEM && strlen(one.text) < sizeof one.text);
+    for (uint32_t i = 0; i < count; i++) maps[i] = tpr_wire_read_map(&r);
+    FUZZ_CHECK(!r.failed);
+    size_t size = tpr_wire_put_mapped(again, sizeof again, &one, maps, count);
+    FUZZ_CHECK(size && size <= block_size && tpr_wire_get_mapped(again, size, &two, &r, &back) && back == count);
+    FUZZ_CHECK(memcmp(again, block, size) == 0);
+}
+
+/* What else a group has in its store. */
+static void try_group(void) {
+    tpr_wire_kind kind;
+    tpr_wire_members members;
+    tpr_wire_leave word, back;
+    if (tpr_wire_get_kind(block, block_size, &kind))
+        FUZZ_CHECK(tpr_wire_put_kind(again, sizeof again, kind.nonce, kind.world_size, kind.name) <= block_size);
+    if (tpr_wire_get_members(block, block_size, &members)) {
+        size_t size = tpr_wire_put_members(again, sizeof again, &members);
+        FUZZ_CHECK(size ? memcmp(again, block, size) == 0 : members.taken.size + 200 > sizeof again);
+    }
+    if (!tpr_wire_get_leave(block, block_size, &word)) return;
+    size_t size = tpr_wire_put_leave(again, sizeof again, &word);
+    FUZZ_CHECK(size && tpr_wire_get_leave(again, size, &back) && memcmp(&word, &back, sizeof word) == 0);
+}
+
 static void try_worker(void) {
     static tpr_wire_worker one, two;
+    try_maps();
+    try_group();
     if (!tpr_wire_get_worker(block, block_size, &one)) return;
-    FUZZ_CHECK(one.address_count <= TPR_WIRE_ADDRESSES && one.name[0]);
+    FUZZ_CHECK(one.address_count <= TPR_WIRE_ADDRESSES && one.run_count <= TPR_WIRE_RUNS && one.name[0]);
     size_t size = tpr_wire_put_worker(again, sizeof again, &one);
     FUZZ_CHECK(size && tpr_wire_get_worker(again, size, &two) && memcmp(&one, &two, sizeof one) == 0);
     for (size_t room = 0; room < size; room += 7) FUZZ_CHECK(tpr_wire_put_worker(again, room, &one) == 0);
