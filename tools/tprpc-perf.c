@@ -945,9 +945,11 @@ static void perf_prepare_gpu(perf_end *end) {
     const size_t size = perf_message_size(o);
     const bool sends = o->test == PERF_RTT || !end->serving, takes = o->test == PERF_RTT || end->serving;
     unsigned char *data = sends ? perf_gpu_memory(&end->gpu, size) : NULL;
-    if (sends) perf_gpu_fill(&end->gpu, data, size, end->serving ? 2 : 1);
-    if (sends) perf_lend(o, end->ctx, &end->gpu, data);
-    perf_lay_out(o, &end->gpu, end->tensors, data, &o->devices[!end->serving]);
+    if (sends) {
+        perf_gpu_fill(&end->gpu, data, size, end->serving ? 2 : 1);
+        perf_lend(o, end->ctx, &end->gpu, data);
+        perf_lay_out(o, &end->gpu, end->tensors, data, &o->devices[!end->serving]);
+    }
     end->message = (tprpc_message){.tensors = end->tensors, .tensor_count = (size_t)o->count, .release = perf_released,
                                    .release_user = end};
     for (int i = 0; i < 2; i++)
