@@ -4,6 +4,8 @@
 
 #include "cuda_common.h"
 
+enum { TWO_ACCEPTED = 31 };
+
 /* What both see. Flags go up. */
 typedef struct two_shared { int flags[32]; char address[128]; uint64_t gate; } two_shared;
 
@@ -49,6 +51,7 @@ static UNUSED void two_child(void *arg) {
     t.s.ctx = two_context(peer->address, peer->channels);
     while (!LOAD(t.shared->flags[0])) test_sleep_us(100);
     t.s.pipe = connect_to(t.s.ctx, t.shared->address, 0, 0);
+    two_await(&t, TWO_ACCEPTED);       /* who closes before is never accepted */
     peer->run(&t, peer->arg);
     tprpc_pipe_close(t.s.pipe);
     CHECK_EQ_INT(tprpc_context_destroy(t.s.ctx), TPRPC_OK);
@@ -77,6 +80,7 @@ static UNUSED void two_open(two *t, const char *address, const char *channels, v
     WAIT(&t->s, accept.o.runs, 1);
     REQUIRE_EQ_INT(accept.o.status, TPRPC_OK);
     t->s.pipe = accept.pipe;
+    two_raise(t, TWO_ACCEPTED);
 }
 
 /* status: of the child; -1: it was killed. */
