@@ -7,8 +7,9 @@
 # failure more for a program that ends without such a line or fails beside it, and for each "SKIP name: reason" that
 # tests/README.md does not allow by a line "- SKIP name: condition".
 #
-# As many run side by side as there are processors, or TEST_JOBS; those after an argument "--" one by one when the others
-# have ended, for they need the machine to themselves. They are shown in the order of the arguments.
+# One more than there are processors run side by side, for they wait more than they work, or TEST_JOBS; those after an
+# argument "--" one by one when the others have ended, for they need the machine to themselves. They are shown in the
+# order of the arguments.
 set -u
 readme=$(dirname "$0")/README.md
 running=
@@ -80,7 +81,7 @@ workers=
 trap 'rm -rf "$dir"' EXIT
 # shellcheck disable=SC2086
 trap 'kill $workers; wait; exit 130' INT TERM HUP
-jobs=${TEST_JOBS:-$(nproc 2>/dev/null || echo 1)}
+jobs=${TEST_JOBS:-$(($(nproc 2>/dev/null || echo 1) + 1))}
 while [ "$jobs" -gt 0 ]; do
     work -- "$@" &
     workers="$workers $!"
