@@ -18310,7 +18310,7 @@ TPR_COLD static tprpc_status tpr_agent_fill(tprpc_agent *agent, const tprpc_agen
     for (uint32_t i = 0; i < ctx->loop_count; i++) {
         tpr_agent_loop *on = &agent->loops[i];
         on->calls.memory = on->requests.memory = memory;
-        on->calls.object_size = (uint32_t)((sizeof(tpr_agent_call) + 63) & ~(size_t)63);
+        on->calls.object_size = (uint32_t)sizeof(tpr_agent_call);   // not padded: a million may be pending
         on->requests.object_size = (uint32_t)((sizeof(tpr_agent_request) + 63) & ~(size_t)63);
         on->calls.limit = on->requests.limit = limit <= UINT32_MAX / 2 ? 2 * limit : UINT32_MAX;
         tpr_base_list_init(&on->servers);
