@@ -41,7 +41,7 @@ ASAN  = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitiz
 TSAN  = -O1 -g -fno-omit-frame-pointer -fsanitize=thread
 # A test of internals has an implementation of its own. To optimise each takes longer than they run, so that is left to
 # impl.c, which most tests use; and what nobody optimises away, a sanitizer sees.
-PLAIN_IN = $(PLAIN) -O1
+PLAIN_IN = $(PLAIN) -O0
 ASAN_IN  = $(ASAN) -O0
 TSAN_IN  = $(TSAN) -O0
 # The counters are mapped from the profile's file, so that they are there however a process ends, by _exit or killed.
