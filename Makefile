@@ -1,8 +1,9 @@
 # make          the library, tools and examples, in build/
-# make demo     the wave simulation; installs what it needs
+# make demo     the wave simulation; installs what it needs. Where GPUs and nvcc are, on those, and installs nothing
 # make test     all tests; installs what they need
 # make gpu-test the tests of CUDA on this machine's GPUs; installs nothing
 # make bench    measurements against others; installs what it needs
+# make gpu-bench  measurements on this machine's GPUs, beside driver calls and PyTorch; installs nothing
 # make soak     the tests that are the better the longer they run, until stopped or for SOAK_SECONDS
 # make fuzz     the fuzz targets, until stopped or for FUZZ_SECONDS
 # make coverage line coverage by section, of the tests and the fuzz targets' corpora; installs what it needs
@@ -24,6 +25,9 @@ CXX_FLAGS = -std=c++11 $(WARNINGS) -Wold-style-cast -fno-exceptions -fno-rtti -p
 LIBRARIES = -pthread -ldl -lm
 # Where a toolkit is, its cuda.h is compared with what we declare; nothing else looks at it.
 CUDA_HOME  ?= /usr/local/cuda
+# One example is for nvcc, and left out where that is missing. Nothing is contracted there either.
+NVCC       := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc))
+NVCC_FLAGS  = -std=c++17 -O2 -g -fmad=false -Xcompiler=-ffp-contract=off,-Wall,-Wextra,-Wshadow,-pthread
 CUDA_FLAGS := $(addprefix -isystem ,$(patsubst %/cuda.h,%,$(wildcard $(CUDA_HOME)/include/cuda.h)))
 
 # No floating-point contraction: the demo compares fields bit for bit.
@@ -41,6 +45,7 @@ COVERAGE = -O1 -g -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-co
 FUZZ     = -O1 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 
 WAVE_ARGS  =
+WAVE_CUDA_ARGS =
 # make soak runs these parts in turn, each for SOAK_TURN seconds; each alone runs for SOAK_SECONDS. 0: until stopped
 SOAK_PARTS   = soak-sim soak-pressure soak-crash soak-load soak-slow soak-valgrind
 SOAK_SECONDS = 0
@@ -48,6 +53,7 @@ SOAK_TURN    = 300
 
 BENCH      = tools/bench.py
 BENCH_ARGS =
+GPU_BENCH_ARGS =
 FUZZ_SECONDS  = 0
 COVERAGE_ARGS =
 
@@ -65,13 +71,16 @@ COVERED   = $(patsubst %,build/coverage/tests/%,$(filter-out agent_cost,$(TESTS_
             $(FUZZERS:build/%=build/coverage/%)
 TOOLS     = $(patsubst tools/%.c,build/%,$(wildcard tools/*.c))
 EXAMPLES  = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c)) \
-            $(patsubst examples/%.cpp,build/%,$(wildcard examples/*.cpp))
+            $(patsubst examples/%.cpp,build/%,$(wildcard examples/*.cpp)) \
+            $(if $(NVCC),$(patsubst examples/%.cu,build/%,$(wildcard examples/*.cu)))
 # Programs that need a library are left out where it is missing; not by a target that installs it first: $(2).
 # (Whether a # within a function is to be escaped, versions of make do not agree on.)
 hash := \#
 lacks = $(filter none,$(if $(filter $(2),$(MAKECMDGOALS)),,$(shell echo '$(hash)include <$(1)>' | $(CC) -E - \
         >/dev/null 2>&1 || echo none)))
-EXAMPLES := $(if $(call lacks,png.h,demo test),$(filter-out build/wave,$(EXAMPLES)),$(EXAMPLES))
+# The demo's GPUs: the word that each line about one begins with.
+GPUS     := $(if $(and $(NVCC),$(filter demo,$(MAKECMDGOALS))),$(filter GPU,$(shell nvidia-smi -L 2>/dev/null)))
+EXAMPLES := $(if $(call lacks,png.h,$(if $(GPUS),,demo) test),$(filter-out build/wave,$(EXAMPLES)),$(EXAMPLES))
 TOOLS    := $(if $(call lacks,zmq.h,bench),$(filter-out build/bench-zmq,$(TOOLS)),$(TOOLS))
 TOOLS    := $(if $(call lacks,nng/nng.h,bench),$(filter-out build/bench-nng,$(TOOLS)),$(TOOLS))
 
@@ -89,15 +98,15 @@ in_order = $(filter-out %/agent_cost,$(1)) -- $(filter %/agent_cost,$(1))
 # The simulated network uses all processors by itself.
 SIMS = build/sim build/asan/sim
 
-# make test, gpu-test, demo and coverage compile on all cores without being asked to.
-ifneq ($(filter demo test gpu-test coverage,$(MAKECMDGOALS)),)
+# make test, gpu-test, gpu-bench, demo and coverage compile on all cores without being asked to.
+ifneq ($(filter demo test gpu-test gpu-bench coverage,$(MAKECMDGOALS)),)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 endif
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all demo test gpu-test bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
+.PHONY: all demo test gpu-test bench gpu-bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
         setup-demo setup-test setup-bench setup-coverage \
         test-plain test-asan test-tsan test-sim test-compile test-scripts test-fuzz test-floors
 
@@ -107,13 +116,15 @@ tsan: $(tsan_tests)
 
 # ---- what installs: before the first compilation, hence the order-only $(SETUP) below ----
 
-SETUP = $(patsubst %,setup-%,$(filter demo test bench coverage,$(MAKECMDGOALS)))
+SETUP = $(patsubst %,setup-%,$(filter $(if $(GPUS),,demo) test bench coverage,$(MAKECMDGOALS)))
 
 setup-demo setup-test setup-bench setup-coverage:
 	@tools/setup.sh $(@:setup-%=%)
 
-demo: build/wave
-	build/wave $(WAVE_ARGS)
+DEMOS = $(if $(GPUS),build/wave_cuda) $(filter build/wave,$(EXAMPLES))
+demo: $(DEMOS)
+	$(if $(GPUS),build/wave_cuda $(WAVE_CUDA_ARGS))
+	$(if $(filter build/wave,$(DEMOS)),build/wave $(WAVE_ARGS))
 
 test: $(plain_tests) $(asan_tests) $(tsan_tests) $(SIMS) $(TOOLS) $(EXAMPLES) $(FUZZERS)
 	@tests/run.sh $(call in_order,$(FLOORS) tests/compile.sh tests/fuzz.sh $(plain_tests) $(SCRIPTS) $(asan_tests) \
@@ -151,6 +162,9 @@ test-floors:
 
 gpu-test: $(TESTS_GPU:%=build/gpu/tests/%)
 	@CUDA_LIBRARY=libcuda.so.1 tests/run.sh -- $^
+
+gpu-bench: build/tprpc-perf build/tprpc-info
+	tools/gpu-bench.py $(GPU_BENCH_ARGS)
 
 # ---- at length; programs find their seed in SOAK_SEED ----
 
@@ -262,6 +276,10 @@ build/%: $(1)/%.c build/libtprpc.a $$(HEADERS) | $$(SETUP)
 build/%: $(1)/%.cpp build/libtprpc.a $$(HEADERS) | $$(SETUP)
 	$$(CXX) -I. $$(CXX_FLAGS) $$(PLAIN) $$< build/libtprpc.a $$(LIBRARIES) -o $$@
 endef
+
+build/%: examples/%.cu $(HEADERS) | $(SETUP)
+	@mkdir -p $(@D)
+	$(NVCC) -I. $(NVCC_FLAGS) $< -ldl -o $@
 
 $(eval $(call program,examples))
 $(eval $(call program,tools))

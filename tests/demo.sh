@@ -138,8 +138,30 @@ engine_loop() {
     else ok engine_loop; fi
 }
 
+# Where nvcc is, it was built; where no GPU is, it says so.
+wave_cuda() {
+    [ -x build/wave_cuda ] || return 0
+    small='--steps 60 --every 20 --width 200 --height 150'
+    if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+        if timeout 20 build/wave_cuda >"$out" 2>&1; then bad wave_cuda_none 'it does without a GPU'
+        elif ! says '^wave_cuda: no GPU: '; then bad wave_cuda_none 'it does not say that there is no GPU'
+        else ok wave_cuda_none; fi
+        return
+    fi
+    for n in 1 2 3; do
+        # shellcheck disable=SC2086
+        if timeout 60 build/wave_cuda -n $n $small >"$out" 2>&1 && says 'bit for bit'; then ok wave_cuda_of_$n
+        else bad wave_cuda_of_$n 'not the same field'; fi
+    done
+    # shellcheck disable=SC2086
+    if timeout 60 build/wave_cuda -n 2 $small --corrupt 7 >"$out" 2>&1 || ! says 'cells differ'; then
+        bad wave_cuda_corruption 'a changed halo is not seen'
+    else ok wave_cuda_corruption; fi
+}
+
 runs_on shm
 runs_on tcp
+wave_cuda
 starts_from shm
 starts_from tcp
 wrong_image

@@ -49,11 +49,13 @@ keys="test transport channel device peer_device size iters min_us p50_us p99_us 
       cpu_s"
 pipes="count bytes_per_pipe fds_per_pipe connect_us hot_us alone_us cold_us"
 loaded="idle_p50_us idle_p99_us unloaded_gbps late"
+gpu="count ordered registered cpu_us peer_cpu_us"
 times="min_us p50_us p99_us p999_us mean_us"
 
 # The keys of a test's JSON: the usual ones, and its own.
 wanted_of() {   # TEST TRANSPORT
     case $1-$2 in
+    *-gpu | raw-cuda-*) echo "$keys $gpu" ;;
     pipes-*) echo "$keys $pipes" ;;
     loaded-*) echo "$keys $loaded" ;;
     raw-memcpy | raw-nontemporal | raw-readv*) echo "$keys chunk" ;;
@@ -93,7 +95,7 @@ perf_channels() {
     build/tprpc-info --json >"$out" 2>"$said"
     python3 -c 'import json, sys
 for c in json.load(sys.stdin)["channels"]:
-    if c["viable"]:
+    if c["viable"] and not c["name"].startswith("cuda"):
         print(c["name"])' <"$out" >"$dir/channels"
     while read -r channel; do
         found='no two ends have it'
@@ -314,6 +316,72 @@ bench_quotes_not() {    # NAME WORDS FILE FOLDER
     else ok "bench_quotes_$1"; fi
 }
 
+# gpu-bench.py beside programs that say what they are told to: ratios, bounds, rows that say why, two GPUs and one. The
+# figures of a size are those of its line; the outbox fails after its first size.
+gpu_bench_judges() {
+    mkdir -p "$dir/gpu"
+    cat >"$dir/gpu/tprpc-info" <<'END'
+#!/bin/sh
+peers='"peers": [1]'
+more=', {"name": "G", "peers": [0]}'
+[ "${GPUS:-2}" -eq 2 ] || more=
+echo "{\"gpus\": [{\"name\": \"G\", $peers}$more], \"gpus_reason\": \"\", \"stand_in\": false}"
+END
+    cat >"$dir/gpu/tprpc-perf" <<'END'
+#!/bin/sh
+all=$* sizes=
+while [ $# -gt 0 ]; do
+    [ "$1" != --size ] || sizes=$2
+    shift
+done
+trip=11 bandwidth=90
+case $all in
+*raw*) trip=10 bandwidth=100 ;;
+*basic*) echo 'tprpc-perf: no basic today' >&2; exit 1 ;;
+esac
+for size in $(echo "$sizes" | tr , ' '); do
+    echo "{\"size\": $size, \"p50_us\": $trip, \"mean_us\": 50, \"bandwidth_gbps\": $bandwidth," \
+        '"cpu_us": 13, "peer_cpu_us": 2}'
+    case $all in *'register no'*) echo 'tprpc-perf: the outbox is shut' >&2; exit 1 ;; esac
+done
+END
+    chmod +x "$dir/gpu/tprpc-info" "$dir/gpu/tprpc-perf"
+    set -- timeout 60 tools/gpu-bench.py --rounds 2 --only ' 0 ' --build "$dir/gpu" --results "$dir/gpu/results"
+    "$@" >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 1 ]; then bad gpu_bench_judges "exit status $status"
+    elif ! grep -Eq '^8 B, 0 to 1 and back, ordered .* 1\.10 .*<= 1\.15 of bare calls: 1\.10 ok$' "$out" ||
+        ! grep -Eq '^256 MiB, 0 to 1 .*>= 0\.97 of bare peer copy: 0\.90 MISSED$' "$out" ||
+        ! grep -Eq '^256 MiB, 0 to 1, through the outbox .*not measured$' "$out" ||
+        ! grep -Eq '^256 MiB, 0 to 1, without peer access .*not measured$' "$out" ||
+        ! grep -q '^not measured: .*the outbox is shut$' "$out" || ! grep -q '^not measured: .*no basic today$' "$out"
+    then bad gpu_bench_judges 'not what it should say'
+    else ok gpu_bench_judges; fi
+    GPUS=1 "$@" >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 0 ]; then bad gpu_bench_one "exit status $status"
+    elif grep -q '^8 B, 0 to 1 and back, ordered' "$out" ||
+        ! grep -q '^left out: 8 B, 0 to 1 and back, ordered: needs two GPUs$' "$out" ||
+        ! grep -Eq '^256 MiB, 0 to 0, one process .*0\.90 MISSED$' "$out"; then bad gpu_bench_one 'not what it says'
+    else ok gpu_bench_one; fi
+}
+
+# On the stand-in driver it says that it is, and writes nothing that could be quoted; without a driver it says so.
+gpu_bench_stand_in() {
+    LD_LIBRARY_PATH=build/standin timeout 60 tools/gpu-bench.py --rounds 1 --only 'streams idle' \
+        --results "$dir/gpu/stand-in" >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 0 ]; then bad gpu_bench_stand_in "exit status $status"
+    elif ! grep -q "stand-in: these are no figures" "$out" || ls "$dir/gpu/stand-in" | grep -v part | grep -q json ||
+        ! grep -Eq '^8 B, 0 to 1 and back, streams idle .* bare calls ' "$out"; then bad gpu_bench_stand_in 'not so'
+    else ok gpu_bench_stand_in; fi
+    STANDIN_DEVICES=0 LD_LIBRARY_PATH=build/standin timeout 60 tools/gpu-bench.py >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 1 ] || [ -s "$out" ] || ! grep -q '^tools/gpu-bench.py: no GPU to measure: ' "$said"; then
+        bad gpu_bench_no_gpu "exit status $status"
+    else ok gpu_bench_no_gpu; fi
+}
+
 # The drivers of other libraries, where those are installed.
 peers() {
     for peer in zmq nng; do
@@ -338,8 +406,84 @@ peers() {
     done
 }
 
+# With the stand-in driver: what is measured between which devices, and that the bytes arrive. Its devices 0 and 1 reach
+# each other, 0 and 2 do not.
+perf_gpu() {    # NAME TEST NUMBERS FIXED OPTION...
+    name=perf_gpu_$1 test=$2 numbers=$3 fixed=$4
+    shift 4
+    LD_LIBRARY_PATH=build/standin timeout 60 build/tprpc-perf --test "$test" --json "$@" >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 0 ]; then bad "$name" "exit status $status"
+    elif ! is_json "$keys $gpu" "test=$test $fixed" "$numbers"; then bad "$name" "$(tail -n 1 "$dir/why")"
+    else ok "$name"; fi
+}
+
+perf_gpus() {
+    one="device=cuda:0 peer_device=cuda:1"
+    set -- --device cuda:0 --peer-device cuda:1
+    cpu="cpu_s cpu_us peer_cpu_us"
+    perf_gpu rtt rtt "$times $cpu" "$one size=8 iters=20 channel=cuda_ipc ordered=True" --iters 20 "$@"
+    perf_gpu rtt_idle rtt "$times $cpu" "$one size=8 ordered=False" --iters 20 --ordered no "$@"
+    perf_gpu rpc rpc "$times $cpu" "$one size=8 channel=cuda_ipc" --iters 20 "$@"
+    perf_gpu rpc_idle rpc "$times $cpu" "$one ordered=False" --iters 20 --ordered no "$@"
+    perf_gpu bw bw "bandwidth_gbps $cpu" "$one size=1048576 registered=True" --iters 20 --size 1M "$@"
+    perf_gpu bw_odd bw "bandwidth_gbps $cpu" "$one size=70001" --iters 9 --size 70001 "$@"
+    perf_gpu bw_unregistered bw "bandwidth_gbps $cpu" "$one registered=False" --iters 8 --size 1M --register no "$@"
+    perf_gpu bw_count bw "mean_us $cpu" "$one size=4096 count=100" --iters 8 --size 4K --count 100 "$@"
+    perf_gpu rtt_count rtt "$times $cpu" "$one count=100" --iters 8 --size 4K --count 100 "$@"
+    perf_gpu tcp rtt "$times" "$one transport=tcp channel=cuda_basic" --iters 8 --transport tcp "$@"
+    perf_gpu basic bw "bandwidth_gbps" "$one channel=cuda_basic" --iters 8 --size 1M --channel cuda_basic,basic "$@"
+    perf_gpu in_process bw "bandwidth_gbps" "$one channel=cuda_xth" --iters 8 --size 1M --in-process "$@"
+    perf_gpu one_device rtt "$times" "device=cuda:1 peer_device=cuda:1 channel=cuda_ipc" --iters 8 --device cuda:1 \
+        --peer-device cuda:1
+    perf_gpu no_peers rtt "$times" "peer_device=cuda:2 channel=cuda_basic" --iters 8 --device cuda:0 \
+        --peer-device cuda:2
+    perf_gpu to_host bw "bandwidth_gbps" "peer_device=cpu channel=cuda_basic" --iters 8 --size 1M --device cuda:0
+    perf_gpu from_host rtt "$times" "device=cpu" --iters 8 --peer-device cuda:0
+    perf_gpu from_pinned bw "bandwidth_gbps" "device=pinned" --iters 8 --size 1M --device pinned --peer-device cuda:0
+    for medium in peer pinned; do
+        perf_gpu raw_$medium raw "bandwidth_gbps" "$one transport=cuda-$medium size=1048576" --iters 8 --size 1M \
+            --transport cuda-$medium "$@"
+        perf_gpu raw_${medium}_in_process raw "bandwidth_gbps" "$one" --iters 8 --size 1M --transport cuda-$medium \
+            --in-process "$@"
+    done
+    for medium in ordered idle; do
+        perf_gpu raw_$medium raw "$times" "$one transport=cuda-$medium size=8 iters=20" --iters 20 \
+            --transport cuda-$medium "$@"
+    done
+    perf_gpu raw_gather raw "$times" "$one size=4096 count=100" --iters 8 --size 4K --count 100 \
+        --transport cuda-gather "$@"
+}
+
+# Several sizes: an object for each, in turn.
+perf_gpu_sizes() {
+    for test in rtt bw 'raw --transport cuda-peer'; do
+        name=perf_gpu_sizes_${test%% *}
+        # shellcheck disable=SC2086
+        LD_LIBRARY_PATH=build/standin timeout 60 build/tprpc-perf --test $test --json --size 8,4K,1M --iters 8 \
+            --device cuda:0 --peer-device cuda:1 >"$out" 2>"$said"
+        status=$? sizes=$(sed -n 's/.*"size": \([0-9]*\),.*/\1/p' "$out" | tr '\n' ' ')
+        if [ $status -ne 0 ]; then bad "$name" "exit status $status"
+        elif [ "$sizes" != '8 4096 1048576 ' ]; then bad "$name" "sizes $sizes"
+        else ok "$name"; fi
+    done
+}
+
+perf_gpu_table() {
+    LD_LIBRARY_PATH=build/standin timeout 60 build/tprpc-perf --iters 8 --device cuda:0 --peer-device cuda:1 \
+        >"$out" 2>"$said"
+    status=$?
+    if [ $status -ne 0 ]; then bad perf_gpu_table "exit status $status"
+    elif ! grep -q '^rtt over shm, channel cuda_ipc, cuda:0 and cuda:1, 1 x 8 B, 8 times$' "$out"; then
+        bad perf_gpu_table 'no head'
+    else ok perf_gpu_table; fi
+}
+
 perf_all shm
 perf_all tcp
+perf_gpus
+perf_gpu_sizes
+perf_gpu_table
 perf_channels
 for copy in memcpy readv readv2 $([ "$(uname -m)" != x86_64 ] || echo nontemporal); do
     for size in 1 100000 1M; do
@@ -377,13 +521,11 @@ info_json() {
     build/tprpc-info --json >"$out" 2>"$said" || { bad info_json "exit status $?"; return; }
     if python3 - "$out" 2>"$said" <<'END'
 import json, os, re, resource, sys
-header = open("tprpc.h").read()
+header = open("tprpc.h").read() + open("tprpc_cuda.h").read()
 told = json.loads(open(sys.argv[1]).read())
-assert sorted(told) == ["channels", "gpus", "gpus_reason", "limits", "transports", "version"], sorted(told)
-assert bool(told["gpus"]) is (told["gpus_reason"] == ""), told
+assert sorted(told) == ["channels", "gpus", "gpus_reason", "limits", "stand_in", "transports", "version"], sorted(told)
 names = [b["name"] for kind in ("transports", "channels") for b in told[kind]]
-known = re.findall(r"&tpr_(\w+)_backend,", header)
-known += [name for name in re.findall(r"&tpr_(\w+)_backend,", open("tprpc_cuda.h").read()) if name != "cuda_convert"]
+known = set(re.findall(r"&tpr_(\w+)_backend,", header)) - {"cuda_convert"}
 assert sorted(names) == sorted(known), (names, known)
 for kind in ("transports", "channels"):
     order = [b["priority"] for b in told[kind]]
@@ -399,21 +541,6 @@ END
     then ok info_json; else bad info_json "not what it should be"; fi
 }
 
-# GPUs, here the stand-in driver's: which there are, and which reach each other.
-info_gpus() {
-    LD_LIBRARY_PATH=build/standin build/tprpc-info --json >"$out" 2>"$said" || { bad info_gpus "exit status $?"; return; }
-    if python3 - "$out" 2>"$said" <<'END'
-import json, sys
-told = json.loads(open(sys.argv[1]).read())
-gpus = told["gpus"]
-assert [gpu["index"] for gpu in gpus] == [0, 1, 2, 3], gpus
-assert [gpu["peers"] for gpu in gpus] == [[1], [0], [3], [2]], gpus
-assert len({gpu["uuid"] for gpu in gpus}) == 4 and all(gpu["memory"] == 64 << 20 for gpu in gpus), gpus
-assert all(channel["viable"] for channel in told["channels"] if channel["name"].startswith("cuda")), told
-END
-    then ok info_gpus; else bad info_gpus "not what it should be"; fi
-}
-
 # A limit that is low comes with advice.
 info_advice() {
     (ulimit -n 100 && build/tprpc-info) >"$out" 2>"$said" || { bad info_advice "exit status $?"; return; }
@@ -421,9 +548,48 @@ info_advice() {
     else bad info_advice "no advice for 100 open files"; fi
 }
 
+# GPUs, as the stand-in driver shows them, and without a driver; that it is the stand-in is told.
+info_gpus() {
+    LD_LIBRARY_PATH=build/standin build/tprpc-info --json >"$out" 2>"$said" ||
+        { bad info_gpus "exit status $?"; return; }
+    if python3 - "$out" 2>"$said" <<'END'
+import json, sys
+told = json.loads(open(sys.argv[1]).read())
+assert told["stand_in"] is True and told["gpus_reason"] == "", told
+assert [gpu["index"] for gpu in told["gpus"]] == [0, 1, 2, 3], told["gpus"]
+assert [gpu["peers"] for gpu in told["gpus"]] == [[1], [0], [3], [2]], told["gpus"]
+for gpu in told["gpus"]:
+    assert sorted(gpu) == ["compute", "index", "ipc", "memory", "name", "pci", "peers", "uuid"], gpu
+    assert gpu["memory"] == 64 << 20 and gpu["ipc"] is True and gpu["compute"] == "9.0", gpu
+    assert len(gpu["uuid"]) == 40 and gpu["uuid"].startswith("GPU-") and gpu["pci"].startswith("0000:"), gpu
+assert len({gpu["uuid"] for gpu in told["gpus"]}) == 4
+for channel in told["channels"]:
+    assert channel["viable"] or not channel["name"].startswith("cuda"), channel
+END
+    then ok info_gpus; else bad info_gpus "not what it should be"; fi
+    LD_LIBRARY_PATH=build/standin build/tprpc-info >"$out" 2>"$said"
+    if grep -q '^GPUs, .*stand-in.*none of them is real' "$out" && grep -q '^  cuda:3 ' "$out" &&
+        grep -q 'reaches cuda:2;' "$out"; then ok info_gpus_table; else bad info_gpus_table 'not what it should be'; fi
+}
+
+# An old driver, which is there and of no use, stands for none: what this machine has is not known here.
+info_no_gpus() {
+    STANDIN_VERSION=11000 LD_LIBRARY_PATH=build/standin build/tprpc-info --json >"$out" 2>"$said" ||
+        { bad info_no_gpus "exit status $?"; return; }
+    if python3 - "$out" 2>"$said" <<'END'
+import json, sys
+told = json.loads(open(sys.argv[1]).read())
+assert told["gpus"] == [] and told["gpus_reason"] != "", told
+for channel in told["channels"]:
+    assert channel["viable"] is False and channel["reason"] or not channel["name"].startswith("cuda"), channel
+END
+    then ok info_no_gpus; else bad info_no_gpus "not what it should be"; fi
+}
+
 info_table
 info_json
 info_gpus
+info_no_gpus
 info_advice
 refuses info_option "no option --jason" build/tprpc-info --jason
 
@@ -454,6 +620,25 @@ refuses channel_of_other_ends_rpc xth build/tprpc-perf --test rpc --iters 100 --
 refuses spin '"often"' build/tprpc-perf --spin often
 refuses device '^tprpc-perf: --device "tape"' build/tprpc-perf --device tape
 refuses peer_device '^tprpc-perf: --peer-device "tape"' build/tprpc-perf --peer-device tape
+refuses device_number '^tprpc-perf: --device "cuda:x"' build/tprpc-perf --device cuda:x
+refuses device_ordered 'yes or no' build/tprpc-perf --device cuda:0 --ordered maybe
+refuses device_register 'yes or no' build/tprpc-perf --device cuda:0 --register often
+refuses device_test 'about memory of the CPU' build/tprpc-perf --test rate --device cuda:0
+refuses device_raw '--transport memcpy is about' build/tprpc-perf --test raw --transport memcpy --device cuda:0
+refuses device_pinned 'with a GPU at the other end' build/tprpc-perf --device pinned
+refuses device_raw_two 'needs two GPUs' build/tprpc-perf --test raw --transport cuda-peer --device cuda:0
+refuses device_sizes 'where no GPU takes part' build/tprpc-perf --size 8,16
+refuses device_count 'at most 4096' build/tprpc-perf --device cuda:0 --count 4097
+with_standin="env LD_LIBRARY_PATH=build/standin build/tprpc-perf"
+# shellcheck disable=SC2086
+{
+    refuses device_missing 'shows 4 GPUs' $with_standin --device cuda:4
+    refuses peer_device_missing 'shows 4 GPUs' $with_standin --peer-device cuda:9
+    refuses device_out_of_reach 'cannot reach' $with_standin --test raw --transport cuda-peer --device cuda:0 \
+        --peer-device cuda:2
+    refuses device_old_driver 'cuInit\|too old\|cannot be used' env STANDIN_FAIL=cuInit:1:100 $with_standin \
+        --device cuda:0
+}
 refuses two_ends 'give one of them' build/tprpc-perf --listen a --connect b
 refuses timers 'usage' build/bench-timers --often
 refuses timers_count '"none" is no number' build/bench-timers --count none
@@ -464,6 +649,8 @@ idle --threads 1
 peers
 bench_says
 bench_judges
+gpu_bench_judges
+gpu_bench_stand_in
 bench_quotes
 echo 'no markers' >"$dir/plain.md"
 bench_quotes_not without_markers 'has no line' "$dir/plain.md" "$dir/quotes"

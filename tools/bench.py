@@ -421,11 +421,10 @@ def chart_points(curves, figures):
 
 # ---- main -----------------------------------------------------------------------------------------------------------
 
-def write_results(folder, report):
+def write_results(folder, report, prefix, host_kind):
     now = datetime.datetime.now()
-    whole = "" if "charts" in report else "part-"
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"bench-{whole}{now:%Y-%m-%d-%H%M%S}-{take.host_kind()}.json")
+    path = os.path.join(folder, f"{prefix}{now:%Y-%m-%d-%H%M%S}-{host_kind}.json")
     with open(path, "w") as file:
         json.dump({"date": f"{now:%Y-%m-%d %H:%M:%S}", **report}, file, indent=1)
         file.write("\n")
@@ -463,7 +462,8 @@ def run(options):
     bench_report.print_table(report)
     for text in trouble + list(dict.fromkeys(failures.values())):
         print("not measured:", text)
-    print("\n" + os.path.relpath(write_results(options.results, report)))
+    prefix = "bench-part-" if options.only else "bench-"
+    print("\n" + os.path.relpath(write_results(options.results, report, prefix, take.host_kind())))
     if not options.only:
         print(bench_report.draw(report, options.results))
     missed = any(bound["met"] is False for result in report["rows"] for bound in result["bounds"])

@@ -1,14 +1,18 @@
-"""What bench.py shows of a run: the table, the charts (SVG, drawn by gnuplot), and the README's section."""
+"""What bench.py and gpu-bench.py show of a run: the table, the charts (SVG, drawn by gnuplot), the README's section.
+"""
 import glob
 import json
 import os
 import shutil
 import subprocess
 
-BEGIN, END = "<!-- bench.py --readme writes what follows -->", "<!-- bench.py --readme wrote this -->"
 CHARTS = {                           # by name: title, what stands at the y axis
     "rtt": ("There and back", "us"),
     "bandwidth": ("Tensors one way", "GB/s (10^9)"),
+}
+GPU_CHARTS = {
+    "gpu-rtt": ("From one GPU to another and back", "us"),
+    "gpu-bandwidth": ("From one GPU to another", "GB/s (10^9)"),
 }
 
 
@@ -70,7 +74,7 @@ def chart_path(folder, chart, report):
 def chart_script(chart, curves, path):
     """A script for gnuplot: ours thick, peers thin, the medium itself dashed; colours told apart without colour vision
     by the marks."""
-    title, unit = CHARTS[chart]
+    title, unit = {**CHARTS, **GPU_CHARTS}[chart]
     sizes = sorted({point[0] for curve in curves for point in curve["points"]})
     ticks = ", ".join(f'"{tick(size)}" {size}' for size in sizes)
     lines = ['set terminal svg size 960,560 dynamic background "white" font "sans-serif,13" noenhanced',
@@ -79,7 +83,7 @@ def chart_script(chart, curves, path):
     plots = []
     for number, curve in enumerate(curves):
         label = curve["label"]
-        peer = label.startswith(("UCX", "ZeroMQ", "nng"))
+        peer = label.startswith(("UCX", "ZeroMQ", "nng", "PyTorch", "NCCL"))
         style = "lw 3" if label.startswith("tprpc") else "lw 1" if peer else "lw 1 dt 2"
         lines += [f"$curve{number} << END"] + [f"{size} {value:g}" for size, value in curve["points"]] + ["END"]
         plots.append(f'$curve{number} using 1:2 with linespoints {style} pt {number + 1} ps 0.6 title "{label}"')
@@ -113,39 +117,43 @@ def draw(report, folder):
 
 # ---- the README -----------------------------------------------------------------------------------------------------
 
-def newest_whole(folder):
-    paths = [path for path in glob.glob(os.path.join(folder, "bench-*.json")) if "/bench-part-" not in path]
+def newest_whole(folder, kind):
+    paths = [path for path in glob.glob(os.path.join(folder, f"{kind}-*.json")) if f"/{kind}-part-" not in path]
     if not paths:
-        raise LookupError(f"no whole run lies in {folder}: make bench")
+        raise LookupError(f"no whole run lies in {folder}: make {kind}")
     return max(paths, key=lambda path: os.path.basename(path))
 
 
-def section(report, folder, readme):
+def images(charts, report, folder, readme):
     def image(chart):
         path = os.path.relpath(chart_path(folder, chart, report), os.path.dirname(os.path.abspath(readme)))
-        return f"![{CHARTS[chart][0]}, {CHARTS[chart][1]}, by size in bytes]({path})"
+        return f"![{charts[chart][0]}, {charts[chart][1]}, by size in bytes]({path})"
 
-    images = "\n\n".join(image(chart) for chart in CHARTS if os.path.exists(chart_path(folder, chart, report)))
+    return "\n\n".join(image(chart) for chart in charts if os.path.exists(chart_path(folder, chart, report)))
+
+
+def section(report, folder, readme):
     kernel = report["kernel"].split("-")[0]
     machine = f"{report['host_kind']} ({report['cpu']}, Linux {kernel})"
     return (f"Measured {report['date'][:10]} on a {machine}, both ends on it: medians of {report['rounds']} rounds.\n\n"
-            f"{markdown_table(report)}\n\n{images}".rstrip())
+            f"{markdown_table(report)}\n\n{images(CHARTS, report, folder, readme)}".rstrip())
 
 
-def quote(folder, readme):
-    """Makes the newest whole run the one that the README quotes. Returns a sentence."""
-    path = newest_whole(folder)
+def quote(folder, readme, kind="bench", section_of=section):
+    """Makes the newest whole run of `make KIND` the one that the README quotes. Returns a sentence."""
+    begins, ends = f"<!-- {kind}.py --readme writes what follows -->", f"<!-- {kind}.py --readme wrote this -->"
+    path = newest_whole(folder, kind)
     with open(path) as file:
         report = json.load(file)
     with open(readme) as file:
         text = file.read()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(begins)
+    _, end, after = rest.partition(ends)
     if not begin or not end:
-        raise LookupError(f"{readme} has no line \"{BEGIN}\" with \"{END}\" after it")
+        raise LookupError(f"{readme} has no line \"{begins}\" with \"{ends}\" after it")
     said = draw(report, folder)
     quoted = os.path.join(folder, f"quoted-{report['host_kind']}.json")
     shutil.copyfile(path, quoted)
     with open(readme, "w") as file:
-        file.write(f"{before}{BEGIN}\n\n{section(report, folder, readme)}\n\n{END}{after}")
+        file.write(f"{before}{begins}\n\n{section_of(report, folder, readme)}\n\n{ends}{after}")
     return f"{os.path.relpath(readme)} quotes {os.path.relpath(path)}, kept as {os.path.relpath(quoted)}; {said}"

@@ -1,11 +1,12 @@
-// tprpc-info: what this machine has for tprpc: every transport and channel, whether it can be used and why not, its GPUs,
-// and the limits that matter, with advice where one is low.  tprpc-info --help tells the options.
+// tprpc-info: what this machine has for tprpc: every transport and channel, whether it can be used and why not, its
+// GPUs and which of them reach each other, and the limits that matter, with advice where one is low.  tprpc-info --help
+// tells the options.
 
 #define TPRPC_IMPLEMENTATION
 #define TPRPC_CUDA_IMPLEMENTATION
-#include "../tprpc.h"
 #include "../tprpc_cuda.h"
 
+#include <dlfcn.h>
 #include <inttypes.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -138,57 +139,34 @@ static info_limit info_cores(void) {
 // ---- GPUs -----------------------------------------------------------------------------------------------------------
 
 typedef struct info_gpus {
+    tprpc_cuda_device all[INFO_GPUS];
     size_t            count;
     tprpc_error       error;             // why there are none
-    tprpc_cuda_device all[INFO_GPUS];
+    bool              shown;             // their memory to other processes: cuda_ipc can be used
+    bool              stand_in;          // the driver is that of the tests
 } info_gpus;
 
-static const char *info_uuid(const tprpc_cuda_device *gpu, char *out, size_t size) {
-    size_t used = (size_t)snprintf(out, size, "GPU-");
-    for (size_t i = 0; i < sizeof gpu->uuid && used < size; i++)
-        used += (size_t)snprintf(out + used, size - used, "%s%02x", i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "",
-                                 gpu->uuid[i]);
+static void info_find_gpus(info_gpus *gpus, const tprpc_backend_info *backends, size_t count) {
+    memset(gpus, 0, sizeof *gpus);
+    gpus->count = tprpc_cuda_get_devices(gpus->all, INFO_GPUS, sizeof *gpus->all, &gpus->error);
+    if (gpus->count > INFO_GPUS) gpus->count = INFO_GPUS;
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(backends[i].name, "cuda_ipc") == 0) gpus->shown = backends[i].viable;
+    void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    gpus->stand_in = driver && dlsym(driver, "standin_count");
+    if (driver) dlclose(driver);
+}
+
+// As the driver's own tools write it: "GPU-" and the digits in groups.
+static const char *info_uuid(const tprpc_cuda_device *gpu, char out[48]) {
+    int used = snprintf(out, 48, "GPU-");
+    for (int i = 0; i < 16; i++)
+        used += snprintf(out + used, 48 - (size_t)used, "%s%02x", i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "",
+                         (unsigned)gpu->uuid[i]);
     return out;
 }
 
-static void info_json_string(const char *key, const char *text, const char *after);
-
-static void info_print_gpus_json(const info_gpus *gpus) {
-    char uuid[48];
-    printf("\"gpus\": [");
-    for (size_t i = 0; i < gpus->count; i++) {
-        const tprpc_cuda_device *gpu = &gpus->all[i];
-        const char *between = "";
-        printf("%s{\"index\": %d, ", i ? ", " : "", (int)gpu->index);
-        info_json_string("name", gpu->name, ", ");
-        info_json_string("uuid", info_uuid(gpu, uuid, sizeof uuid), ", ");
-        info_json_string("pci", gpu->pci, ", ");
-        printf("\"memory\": %" PRIu64 ", \"compute\": \"%d.%d\", \"peers\": [", gpu->memory_bytes, (int)gpu->major,
-               (int)gpu->minor);
-        for (size_t k = 0; k < gpus->count; k++) {
-            if (!(gpu->peers >> k & 1)) continue;
-            printf("%s%zu", between, k);
-            between = ", ";
-        }
-        printf("]}");
-    }
-    printf("], ");
-    info_json_string("gpus_reason", gpus->count ? "" : gpus->error.text, ", ");
-}
-
-static void info_print_gpus(const info_gpus *gpus) {
-    char uuid[48];
-    printf("\nGPUs, and which reach the memory of which\n");
-    if (!gpus->count) printf("  none: %s\n", gpus->error.text);
-    for (size_t i = 0; i < gpus->count; i++) {
-        const tprpc_cuda_device *gpu = &gpus->all[i];
-        printf("  %-3d %s, %" PRIu64 " MiB, compute %d.%d, %s\n      %s", (int)gpu->index, gpu->name,
-               gpu->memory_bytes >> 20, (int)gpu->major, (int)gpu->minor, gpu->pci, info_uuid(gpu, uuid, sizeof uuid));
-        if (gpu->peers) printf(", reaches");
-        for (size_t k = 0; k < gpus->count; k++) if (gpu->peers >> k & 1) printf(" %zu", k);
-        printf("\n");
-    }
-}
+static bool info_reaches(const tprpc_cuda_device *gpu, size_t other) { return (gpu->peers >> other & 1) != 0; }
 
 // ---- output ---------------------------------------------------------------------------------------------------------
 
@@ -221,6 +199,30 @@ static void info_json_string(const char *key, const char *text, const char *afte
     printf("\"%s", after);
 }
 
+static void info_json_gpus(const info_gpus *gpus) {
+    char uuid[48];
+    printf("\"gpus\": [");
+    for (size_t i = 0; i < gpus->count; i++) {
+        const tprpc_cuda_device *gpu = &gpus->all[i];
+        const char *between = "";
+        printf("%s{\"index\": %d, ", i ? ", " : "", (int)gpu->index);
+        info_json_string("name", gpu->name, ", ");
+        info_json_string("uuid", info_uuid(gpu, uuid), ", ");
+        info_json_string("pci", gpu->pci, ", ");
+        printf("\"compute\": \"%d.%d\", \"memory\": %" PRIu64 ", \"ipc\": %s, \"peers\": [", (int)gpu->major,
+               (int)gpu->minor, gpu->memory_bytes, gpus->shown ? "true" : "false");
+        for (size_t other = 0; other < gpus->count; other++) {
+            if (other == i || !info_reaches(gpu, other)) continue;
+            printf("%s%zu", between, other);
+            between = ", ";
+        }
+        printf("]}");
+    }
+    printf("], ");
+    info_json_string("gpus_reason", gpus->count ? "" : gpus->error.text, ", ");
+    printf("\"stand_in\": %s, ", gpus->stand_in ? "true" : "false");
+}
+
 static void info_print_json(const tprpc_backend_info *all, size_t count, const info_gpus *gpus,
                             const info_limit *limits, size_t limit_count) {
     char domain[2 * sizeof all->domain + 1];
@@ -241,7 +243,7 @@ static void info_print_json(const tprpc_backend_info *all, size_t count, const i
         }
         printf("], ");
     }
-    info_print_gpus_json(gpus);
+    info_json_gpus(gpus);
     printf("\"limits\": [");
     for (size_t i = 0; i < limit_count; i++) {
         printf("%s{", i ? ", " : "");
@@ -251,6 +253,23 @@ static void info_print_json(const tprpc_backend_info *all, size_t count, const i
         info_json_string("advice", limits[i].advice, "}");
     }
     printf("]}\n");
+}
+
+static void info_print_gpus(const info_gpus *gpus) {
+    char uuid[48];
+    printf("\nGPUs%s\n", gpus->stand_in ? ", of the tests' stand-in driver: none of them is real" : "");
+    if (!gpus->count) printf("  %-15s %s\n", "none", gpus->error.text);
+    for (size_t i = 0; i < gpus->count; i++) {
+        const tprpc_cuda_device *gpu = &gpus->all[i];
+        printf("  cuda:%-10d %s, %" PRIu64 " MiB, compute capability %d.%d\n", (int)gpu->index, gpu->name,
+               gpu->memory_bytes >> 20, (int)gpu->major, (int)gpu->minor);
+        printf("  %15s %s, PCI %s\n", "", info_uuid(gpu, uuid), gpu->pci);
+        printf("  %15s reaches", "");
+        for (size_t other = 0; other < gpus->count; other++)
+            if (other != i && info_reaches(gpu, other)) printf(" cuda:%d", (int)gpus->all[other].index);
+        printf("%s; %s\n", gpu->peers & ~(UINT64_C(1) << i) ? "" : " no other",
+               gpus->shown ? "other processes can open its memory" : "no other process can open its memory");
+    }
 }
 
 static void info_print(const tprpc_backend_info *all, size_t count, const info_gpus *gpus, const info_limit *limits,
@@ -290,11 +309,11 @@ int main(int argc, char **argv) {
             return 2;
         }
     }
-    static info_gpus gpus;
     tprpc_backend_info all[INFO_BACKENDS];
     tprpc_error error = {.status = TPRPC_OK};
-    tprpc_context_desc desc = {0};
     tprpc_context *ctx = NULL;
+    tprpc_context_desc desc = {.backends = NULL};
+    static info_gpus gpus;
     desc.backends = tprpc_cuda_backends(&desc.backend_count);
     if (tprpc_context_create(&desc, &ctx, &error) != TPRPC_OK) {
         fprintf(stderr, "tprpc-info: %s\n", error.text);
@@ -303,10 +322,9 @@ int main(int argc, char **argv) {
     size_t count = tprpc_context_get_backends(ctx, all, INFO_BACKENDS, sizeof *all);
     if (count > INFO_BACKENDS) count = INFO_BACKENDS;
     qsort(all, count, sizeof *all, info_first_larger);
-    gpus.count = tprpc_cuda_get_devices(gpus.all, INFO_GPUS, sizeof *gpus.all, &gpus.error);
-    if (gpus.count > INFO_GPUS) gpus.count = INFO_GPUS;
     const info_limit limits[] = {info_cores(),  info_descriptors(), info_mappings(), info_shared_memory(),
                                  info_locked(), info_ptrace()};
+    info_find_gpus(&gpus, all, count);
     if (json) info_print_json(all, count, &gpus, limits, sizeof limits / sizeof *limits);
     else info_print(all, count, &gpus, limits, sizeof limits / sizeof *limits);
     tprpc_context_destroy(ctx);

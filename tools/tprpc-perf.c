@@ -2,7 +2,8 @@
 // (--listen on one host, --connect on the other), and prints a table or one JSON object.
 //
 // Contents: options, numbers, the processes, the ends, the tests over a pipe (there and back, one way, frame, pipes),
-// those between agents (rpc, loaded), the bare medium (raw: lines, sockets, copies), main.
+// those between agents (rpc, loaded), the bare medium (raw: lines, sockets, copies), main. What GPUs need is in
+// perf_cuda.h.
 //
 // Two rules keep the tool out of its own figures: a round trip reads the clock once, while the next message is already
 // under way; and memory that takes part was written before the measurement begins.
@@ -11,7 +12,8 @@
 #define _GNU_SOURCE 1                // sched_setaffinity, which this file itself needs
 #endif
 #define TPRPC_IMPLEMENTATION
-#include "../tprpc.h"
+#define TPRPC_CUDA_IMPLEMENTATION
+#include "../tprpc_cuda.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -44,6 +46,8 @@ enum { PERF_KIB = 1024, PERF_MIB = 1024 * 1024, PERF_GIB = 1024 * 1024 * 1024 };
 enum { PERF_BODY_MAX = 64 * PERF_KIB };      // larger messages travel as a tensor, smaller ones as metadata
 enum { PERF_CONTROL_MAX = 256 };             // bytes of a message by which the ends agree on a test
 enum { PERF_LIST_MAX = 8 };                  // transports in --transport
+enum { PERF_SIZES_MAX = 16 };                // sizes in --size
+enum { PERF_TENSORS_MAX = 4096 };            // of a message, by --count
 
 // ---- options ------------------------------------------------------------------------------------------------------
 
@@ -55,11 +59,22 @@ static const char *const perf_test_names[PERF_TESTS] = {
 };
 
 typedef enum perf_medium {           // what --transport means to --test raw
-    PERF_LINE, PERF_SOCKET, PERF_MEMCPY, PERF_NONTEMPORAL, PERF_READV, PERF_READV2, PERF_MEDIA
+    PERF_LINE, PERF_SOCKET, PERF_MEMCPY, PERF_NONTEMPORAL, PERF_READV, PERF_READV2,
+    PERF_BARE_PEER, PERF_BARE_ORDERED, PERF_BARE_IDLE, PERF_BARE_PINNED, PERF_BARE_GATHER, PERF_MEDIA
 } perf_medium;
-static const char *const perf_medium_names[PERF_MEDIA] = {"shm", "tcp", "memcpy", "nontemporal", "readv", "readv2"};
+static const char *const perf_medium_names[PERF_MEDIA] = {
+    "shm", "tcp", "memcpy", "nontemporal", "readv", "readv2",
+    "cuda-peer", "cuda-ordered", "cuda-idle", "cuda-pinned", "cuda-gather"
+};
 
 typedef enum perf_spin { PERF_SPIN_ALWAYS, PERF_SPIN_ADAPTIVE, PERF_SPIN_NEVER } perf_spin;
+
+typedef enum perf_kind { PERF_HOST, PERF_PINNED, PERF_CUDA } perf_kind;
+typedef struct perf_where {          // the memory of an end
+    perf_kind   kind;
+    int         index;
+    const char *name;                // as it was given
+} perf_where;
 
 typedef struct perf_options {
     perf_test   test;
@@ -71,6 +86,10 @@ typedef struct perf_options {
     perf_medium medium;                      // of --test raw
     bool        tensor, json, pin, in_process;
     int         cpus[2];                     // where each end is pinned; -1: nowhere
+    perf_where  devices[2];                  // of the end that measures, and of the other one
+    bool        idle, lent;                  // --ordered no, --register yes
+    int64_t     sizes[PERF_SIZES_MAX], asked_iters;          // size and iters: of the one that is measured now
+    int         size_count;
 } perf_options;
 
 static const char perf_usage[] =
@@ -84,23 +103,33 @@ static const char perf_usage[] =
     "                   loaded calls of 64 B at a stated rate between agents: alone, and while tensors stream\n"
     "                          the same way; and the stream alone\n"
     "                   raw    the bare medium, which --transport then names: shm (a cache line), tcp (a socket),\n"
-    "                          or copies: memcpy, nontemporal, readv, readv2 (process_vm_readv on 1, 2 threads)\n"
+    "                          or copies: memcpy, nontemporal, readv, readv2 (process_vm_readv on 1, 2 threads);\n"
+    "                          or driver calls between --device and --peer-device: cuda-peer (copies one way),\n"
+    "                          cuda-ordered and cuda-idle (there and back, in the streams' order or between streams\n"
+    "                          with nothing on them), cuda-pinned (copies by way of the host, the slower half),\n"
+    "                          cuda-gather (--count tensors by one kernel)\n"
     "  --transport L    transports allowed, in order of preference: shm,tcp (default: the library's choice)\n"
     "  --channel L      channels allowed, likewise; rtt and rpc then send a tensor\n"
     "  --lanes N        connections over which mpt spreads a large tensor, up to 8, at both ends (default: 1)\n"
     "  --size N         bytes of a message; K, M and G are powers of 1024 (default: 64; bw, frame and copies: 64M;\n"
-    "                   loaded's tensors: 256M). Up to 64K they are a message's metadata, beyond that one tensor\n"
+    "                   loaded's tensors: 256M). Up to 64K they are a message's metadata, beyond that one tensor.\n"
+    "                   With GPUs 8 by default, always tensors, and a list such as 8,64K,1M is measured in turn\n"
     "  --iters N        how many are measured (default: as many as take about a second; loaded: 10000 calls)\n"
-    "  --count N        pipes: how many (default: 1000)\n"
+    "  --count N        pipes: how many (default: 1000). With GPUs: tensors of a message, each of --size (default: 1)\n"
     "  --rate N         loaded: calls a second (default: 10000. Calls 100 us apart do not wait for one another, so\n"
     "                   what is seen is the tensors; and the second that they take has room for some tensors)\n"
-    "  --device D       cpu; --peer-device D: cpu\n"
+    "  --device D       where the memory of the end that measures (and sends first) is: cpu (default), cuda:N, or\n"
+    "                   pinned, which is host memory that the driver knows. --peer-device D: of the other end.\n"
+    "                   By hand both ends are given both. With rtt, rpc, bw and raw\n"
+    "  --ordered yes|no yes (default): there is work on the streams, before and after each message; no: each end\n"
+    "                   waits until its stream is idle before it sends\n"
+    "  --register yes|no  whether GPU memory is registered, so that the other end may read it straight (default: yes)\n"
     "  --spin S         always, adaptive (the library's default) or never: how a wait begins (default: adaptive)\n"
     "  --in-process     the two ends are threads of one process, for channels such as xth\n"
     "  --listen ADDR    run one end and wait for the other; with --test rpc or loaded when the other end has it\n"
     "  --connect ADDR   run the other end; ADDR as host:port or transport://address. Without authentication: use it\n"
     "                   on a network you trust\n"
-    "  --no-pin         do not pin the two ends to two cores\n"
+    "  --no-pin         do not pin the two ends to two cores; with GPUs they never are\n"
     "  --json           one JSON object instead of a table\n";
 
 static void perf_refuse(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
@@ -142,9 +171,34 @@ static int64_t perf_parse_number(const char *option, const char *text, bool suff
     return value * unit;
 }
 
-static void perf_parse_device(const char *option, const char *text) {
-    if (strcmp(text, "cpu") != 0)
-        perf_refuse("%s \"%s\": this build moves memory of the CPU alone; use cpu.", option, text);
+static perf_where perf_parse_device(const char *option, const char *text) {
+    char *end = NULL;
+    if (strcmp(text, "cpu") == 0) return (perf_where){PERF_HOST, 0, text};
+    if (strcmp(text, "pinned") == 0) return (perf_where){PERF_PINNED, 0, text};
+    const long index = strncmp(text, "cuda:", 5) == 0 ? strtol(text + 5, &end, 10) : -1;
+    if (index < 0 || index > 63 || end == text + 5 || *end)
+        perf_refuse("%s \"%s\" is none of cpu, pinned and cuda:0, cuda:1, ...", option, text);
+    return (perf_where){PERF_CUDA, (int)index, text};
+}
+
+static bool perf_parse_yes(const char *option, const char *text) {
+    if (strcmp(text, "yes") != 0 && strcmp(text, "no") != 0) perf_refuse("%s is yes or no, not \"%s\".", option, text);
+    return *text == 'y';
+}
+
+// One size, or several with commas between them.
+static void perf_parse_sizes(perf_options *o, const char *text) {
+    char one[32];
+    o->size_count = 0;
+    for (const char *at = text;; at++) {
+        const size_t length = strcspn(at, ",");
+        if (o->size_count == PERF_SIZES_MAX) perf_refuse("--size takes at most %d sizes.", (int)PERF_SIZES_MAX);
+        snprintf(one, sizeof one, "%.*s", length < sizeof one ? (int)length : (int)sizeof one, at);
+        o->sizes[o->size_count++] = perf_parse_number("--size", one, true);
+        at += length;
+        if (!*at) break;
+    }
+    o->size = o->sizes[0];
 }
 
 static perf_test perf_parse_test(const char *text) {
@@ -157,7 +211,8 @@ static perf_medium perf_parse_medium(const char *text) {
     if (!text) return PERF_LINE;
     for (int i = 0; i < PERF_MEDIA; i++)
         if (strcmp(text, perf_medium_names[i]) == 0) return (perf_medium)i;
-    perf_refuse("--test raw knows --transport shm, tcp, memcpy, nontemporal, readv and readv2, not \"%s\".", text);
+    perf_refuse("--test raw knows --transport shm, tcp, memcpy, nontemporal, readv, readv2 and cuda-peer, -ordered, "
+                "-idle, -pinned and -gather, not \"%s\".", text);
 }
 
 static perf_spin perf_parse_spin(const char *text) {
@@ -171,20 +226,28 @@ static void perf_set_option(perf_options *o, const char *name, const char *value
     if (strcmp(name, "--test") == 0) o->test = perf_parse_test(value);
     else if (strcmp(name, "--transport") == 0) o->transport = value;
     else if (strcmp(name, "--channel") == 0) o->channel = value;
-    else if (strcmp(name, "--size") == 0) o->size = perf_parse_number(name, value, true);
+    else if (strcmp(name, "--size") == 0) perf_parse_sizes(o, value);
     else if (strcmp(name, "--iters") == 0) o->iters = perf_parse_number(name, value, false);
     else if (strcmp(name, "--count") == 0) o->count = perf_parse_number(name, value, false);
     else if (strcmp(name, "--rate") == 0) o->rate = perf_parse_number(name, value, false);
     else if (strcmp(name, "--lanes") == 0) o->lanes = perf_parse_number(name, value, false);
     else if (strcmp(name, "--spin") == 0) o->spin = perf_parse_spin(value);
-    else if (strcmp(name, "--device") == 0) perf_parse_device(name, value);
-    else if (strcmp(name, "--peer-device") == 0) perf_parse_device(name, value);
+    else if (strcmp(name, "--device") == 0) o->devices[0] = perf_parse_device(name, value);
+    else if (strcmp(name, "--peer-device") == 0) o->devices[1] = perf_parse_device(name, value);
+    else if (strcmp(name, "--ordered") == 0) o->idle = !perf_parse_yes(name, value);
+    else if (strcmp(name, "--register") == 0) o->lent = perf_parse_yes(name, value);
     else if (strcmp(name, "--listen") == 0) o->listen = value;
     else if (strcmp(name, "--connect") == 0) o->connect = value;
     else perf_refuse("there is no option %s; --help lists them.", name);
 }
 
-static bool perf_copies(const perf_options *o) { return o->test == PERF_RAW && o->medium >= PERF_MEMCPY; }
+static bool perf_bare_cuda(const perf_options *o) { return o->test == PERF_RAW && o->medium >= PERF_BARE_PEER; }
+static bool perf_copies(const perf_options *o) {
+    return o->test == PERF_RAW && o->medium >= PERF_MEMCPY && o->medium < PERF_BARE_PEER;
+}
+static bool perf_on_gpu(const perf_options *o) {
+    return o->devices[0].kind == PERF_CUDA || o->devices[1].kind == PERF_CUDA;
+}
 static bool perf_between_agents(const perf_options *o) { return o->test == PERF_RPC || o->test == PERF_LOADED; }
 
 static void perf_check_raw(const perf_options *o) {
@@ -198,6 +261,30 @@ static void perf_check_raw(const perf_options *o) {
 #endif
 }
 
+static void perf_check_gpus(const perf_options *o) {
+    const bool both = o->devices[0].kind == PERF_CUDA && o->devices[1].kind == PERF_CUDA;
+    if (perf_bare_cuda(o) && !both && o->medium != PERF_BARE_PINNED)
+        perf_refuse("--transport %s needs two GPUs: --device cuda:0 --peer-device cuda:1, or one twice.",
+                    perf_medium_names[o->medium]);
+    if (!perf_on_gpu(o)) {
+        if (o->devices[0].kind == PERF_PINNED || o->devices[1].kind == PERF_PINNED || perf_bare_cuda(o))
+            perf_refuse("pinned memory is measured with a GPU at the other end: --device or --peer-device cuda:0.");
+        if (o->size_count > 1) perf_refuse("--size is one size where no GPU takes part.");
+        return;
+    }
+    if (o->test != PERF_RTT && o->test != PERF_RPC && o->test != PERF_BW && !perf_bare_cuda(o))
+        perf_refuse("--test %s%s%s is about memory of the CPU: without --device and --peer-device.",
+                    perf_test_names[o->test], o->test == PERF_RAW ? " --transport " : "",
+                    o->test == PERF_RAW ? perf_medium_names[o->medium] : "");
+    if (o->test == PERF_RPC && o->size_count > 1) perf_refuse("--test rpc measures one size.");
+    if (o->size_count > 1 && (o->listen || o->connect)) perf_refuse("--size is one size between two hosts.");
+    for (int i = 0; i < o->size_count; i++)
+        if (o->sizes[i] == 0 || o->sizes[i] > INT64_C(8) * PERF_GIB)
+            perf_refuse("--size is between 1 and 8G for memory of a GPU.");
+    if (o->count > PERF_TENSORS_MAX)
+        perf_refuse("--count is at most %d tensors of a message.", (int)PERF_TENSORS_MAX);
+}
+
 static void perf_check_numbers(const perf_options *o) {
     bool one_size = o->test == PERF_RAW || o->test == PERF_BW || o->test == PERF_FRAME || o->test == PERF_LOADED;
     if (o->size == 0 && (o->channel || one_size))
@@ -208,7 +295,8 @@ static void perf_check_numbers(const perf_options *o) {
     if (o->iters == 0) perf_refuse("--iters is at least 1.");
     if (o->iters > 100000000) perf_refuse("--iters is at most 100000000.");
     if (o->count == 0 || o->count > 1000000) perf_refuse("--count is between 1 and 1000000.");
-    if (o->count > 0 && o->test != PERF_PIPES) perf_refuse("--count is for --test pipes; others take --iters.");
+    if (o->count > 0 && o->test != PERF_PIPES && !perf_on_gpu(o))
+        perf_refuse("--count is for --test pipes; others take --iters.");
     if (o->iters > 0 && o->test == PERF_PIPES) perf_refuse("--iters is not for --test pipes, which takes --count.");
     if (o->rate == 0 || o->rate > 1000000) perf_refuse("--rate is between 1 and 1000000 calls a second.");
     if (o->rate > 0 && o->test != PERF_LOADED) perf_refuse("--rate is for --test loaded.");
@@ -219,15 +307,25 @@ static void perf_check(const perf_options *o) {
     if (o->listen && o->connect) perf_refuse("--listen and --connect are two ends: give one of them.");
     if (o->in_process && (o->listen || o->connect))
         perf_refuse("--in-process runs both ends: without --%s.", o->listen ? "listen" : "connect");
-    if (o->in_process && (o->test == PERF_RAW || o->test == PERF_PIPES || o->test == PERF_LOADED))
+    const bool two = o->test == PERF_RAW && o->medium != PERF_BARE_PEER && o->medium != PERF_BARE_PINNED;
+    if (o->in_process && (two || o->test == PERF_PIPES || o->test == PERF_LOADED))
         perf_refuse("--test %s is about two processes: without --in-process.", perf_test_names[o->test]);
     if (o->test == PERF_RATE && o->channel) perf_refuse("--test rate sends no tensors, so --channel says nothing.");
     if (o->test == PERF_RAW) perf_check_raw(o);
+    perf_check_gpus(o);
     perf_check_numbers(o);
+}
+
+// With GPUs: what takes a tenth of a second or so, or 4 GiB.
+static int64_t perf_default_iters_gpu(const perf_options *o) {
+    const bool one_way = o->test == PERF_BW || o->medium == PERF_BARE_PEER || o->medium == PERF_BARE_PINNED;
+    const int64_t fits = INT64_C(4) * PERF_GIB / (o->size * o->count), most = one_way ? 4000 : 2000;
+    return fits > most ? most : fits < 8 ? 8 : fits;
 }
 
 // The default number of iterations: about a second's worth at speeds of this decade.
 static int64_t perf_default_iters(const perf_options *o) {
+    if (perf_on_gpu(o)) return perf_default_iters_gpu(o);
     bool raw_stream = perf_copies(o) || (o->test == PERF_RAW && o->size >= PERF_MIB);
     if (o->test == PERF_LOADED) return 10000;
     if (o->test == PERF_RATE) return 5000000;
@@ -242,23 +340,37 @@ static int64_t perf_default_iters(const perf_options *o) {
 }
 
 static void perf_choose_cpus(perf_options *o);
+static void perf_gpu_look(const perf_options *o);
 
 static void perf_fill_in(perf_options *o) {
     bool bulk = o->test == PERF_BW || o->test == PERF_FRAME || o->test == PERF_LOADED;
-    if (o->size < 0) o->size = o->test == PERF_LOADED ? 256 * PERF_MIB : bulk || perf_copies(o) ? 64 * PERF_MIB : 64;
-    if (o->count < 0) o->count = 1000;
+    const bool one_way = bulk || perf_copies(o) || (perf_bare_cuda(o) && o->medium != PERF_BARE_ORDERED &&
+                                                    o->medium != PERF_BARE_IDLE);
+    if (o->size < 0 && o->test == PERF_LOADED) o->size = 256 * PERF_MIB;
+    if (o->size < 0) o->size = one_way ? 64 * PERF_MIB : perf_on_gpu(o) ? 8 : 64;
+    if (o->size_count == 0) o->size_count = 1;
+    if (o->count < 0) o->count = perf_on_gpu(o) ? 1 : 1000;
     if (o->rate < 0) o->rate = 10000;
     if (o->iters < 0) o->iters = perf_default_iters(o);
-    o->tensor = bulk || o->size > PERF_BODY_MAX || (o->channel && (o->test == PERF_RTT || o->test == PERF_RPC));
+    o->tensor = bulk || perf_on_gpu(o) || o->size > PERF_BODY_MAX ||
+                (o->channel && (o->test == PERF_RTT || o->test == PERF_RPC));
     o->warmup = o->iters / 10 < 4 ? 4 : o->iters / 10 > 20000 ? 20000 : o->iters / 10;
     if (o->tensor && o->test != PERF_LOADED && o->warmup * o->size > PERF_GIB)      // loaded warms up by small calls
         o->warmup = o->size > PERF_GIB ? 1 : PERF_GIB / o->size;
-    perf_choose_cpus(o);
+}
+
+// The options for one of the sizes.
+static perf_options perf_of_size(const perf_options *o, int i) {
+    perf_options one = *o;
+    if (o->size_count > 1) one.size = o->sizes[i];
+    one.iters = o->asked_iters;
+    perf_fill_in(&one);
+    return one;
 }
 
 static perf_options perf_parse(int argc, char **argv) {
     perf_options o = {.size = -1, .iters = -1, .count = -1, .rate = -1, .spin = PERF_SPIN_ADAPTIVE,
-                      .pin = true};
+                      .pin = true, .devices = {{.name = "cpu"}, {.name = "cpu"}}, .lent = true};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0) {
             fputs(perf_usage, stdout);
@@ -273,7 +385,9 @@ static perf_options perf_parse(int argc, char **argv) {
     }
     if (o.test == PERF_RAW) o.medium = perf_parse_medium(o.transport);
     perf_check(&o);
+    o.asked_iters = o.iters;
     perf_fill_in(&o);
+    perf_choose_cpus(&o);
     return o;
 }
 
@@ -285,6 +399,7 @@ typedef struct perf_result {         // NAN: makes no sense for this test
     double count, bytes_per_pipe, fds_per_pipe, connect_us, hot_us, alone_us, cold_us;     // of pipes
     double idle_p50_us, idle_p99_us, unloaded_gbps, late;                                  // of loaded
     double chunk;                                                                          // of copies, in bytes
+    double cpu_us[2];                // with GPUs: of each end for a message that it sent or took
     int64_t iters;
 } perf_result;
 
@@ -292,7 +407,8 @@ static perf_result perf_result_empty(void) {
     return (perf_result){.min_us = NAN, .p50_us = NAN, .p99_us = NAN, .p999_us = NAN, .mean_us = NAN,
                          .bandwidth_gbps = NAN, .rate_mps = NAN, .cpu_s = NAN, .count = NAN, .bytes_per_pipe = NAN,
                          .fds_per_pipe = NAN, .connect_us = NAN, .hot_us = NAN, .alone_us = NAN, .cold_us = NAN,
-                         .idle_p50_us = NAN, .idle_p99_us = NAN, .unloaded_gbps = NAN, .late = NAN, .chunk = NAN};
+                         .idle_p50_us = NAN, .idle_p99_us = NAN, .unloaded_gbps = NAN, .late = NAN, .chunk = NAN,
+                         .cpu_us = {NAN, NAN}};
 }
 
 static int64_t perf_now_ns(void) {
@@ -351,8 +467,8 @@ static void perf_print_json(const perf_options *o, const perf_result *r) {
     perf_json_string("test", perf_test_names[o->test]);
     perf_json_string("transport", r->transport);
     perf_json_string("channel", r->channel);
-    perf_json_string("device", "cpu");
-    perf_json_string("peer_device", "cpu");
+    perf_json_string("device", o->devices[0].name);
+    perf_json_string("peer_device", o->devices[1].name);
     if (o->test == PERF_PIPES) printf("\"size\": null, \"iters\": null");
     else printf("\"size\": %" PRId64 ", \"iters\": %" PRId64, o->size, r->iters);
     perf_json_number("min_us", r->min_us);
@@ -377,7 +493,14 @@ static void perf_print_json(const perf_options *o, const perf_result *r) {
         perf_json_number("unloaded_gbps", r->unloaded_gbps);
         perf_json_number("late", r->late);
     } else if (perf_copies(o)) perf_json_number("chunk", r->chunk);
+    else if (perf_on_gpu(o)) {
+        perf_json_number("count", (double)o->count);
+        printf(", \"ordered\": %s, \"registered\": %s", o->idle ? "false" : "true", o->lent ? "true" : "false");
+        perf_json_number("cpu_us", r->cpu_us[0]);
+        perf_json_number("peer_cpu_us", r->cpu_us[1]);
+    }
     puts("}");
+    fflush(stdout);                  // one of several: the next ones may fail
 }
 
 static void perf_row(const char *name, double value, const char *unit) {
@@ -392,6 +515,10 @@ static void perf_print_table(const perf_options *o, const perf_result *r) {
     else if (o->test == PERF_LOADED)
         printf(", %" PRId64 " B tensors, %" PRId64 " calls of 64 B, %" PRId64 " a second\n", o->size, r->iters,
                o->rate);
+    else if (perf_on_gpu(o))
+        printf(", %s %s %s, %" PRId64 " x %" PRId64 " B, %" PRId64 " times\n", o->devices[0].name,
+               o->test == PERF_BW || o->test == PERF_RAW ? "to" : "and", o->devices[1].name, o->count, o->size,
+               r->iters);
     else printf(", %" PRId64 " B, %" PRId64 " times\n", o->size, r->iters);
     perf_row("min", r->min_us, "us");
     perf_row("p50", r->p50_us, "us");
@@ -412,6 +539,13 @@ static void perf_print_table(const perf_options *o, const perf_result *r) {
     perf_row("the stream alone", r->unloaded_gbps, "GB/s (10^9)");
     perf_row("in chunks of", r->chunk, "bytes");
     perf_row("CPU time", r->cpu_s, "s");
+    if (perf_on_gpu(o)) perf_row("of this end, a message", r->cpu_us[0], "us");
+    if (perf_on_gpu(o)) perf_row("of the other end", r->cpu_us[1], "us");
+}
+
+static void perf_print(const perf_options *o, const perf_result *r) {
+    if (o->json) perf_print_json(o, r);
+    else perf_print_table(o, r);
 }
 
 // ---- the processes ------------------------------------------------------------------------------------------------
@@ -438,6 +572,7 @@ static void perf_choose_cpus(perf_options *o) {
     cpu_set_t allowed;
     size_t cpu = 0, first, second;
     o->cpus[0] = o->cpus[1] = -1;
+    if (perf_on_gpu(o)) return;      // the driver's own threads would be pinned with the one that starts them
     if (!o->pin || sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
     while (!CPU_ISSET(cpu, &allowed)) cpu++;
     first = cpu++;
@@ -480,6 +615,20 @@ static double perf_cpu_s(pid_t other) {
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &mine);
     if (other > 0 && clock_getcpuclockid(other, &clock) == 0) clock_gettime(clock, &theirs);
     return (double)(mine.tv_sec + theirs.tv_sec) + (double)(mine.tv_nsec + theirs.tv_nsec) / 1e9;
+}
+
+// What each end spent for a message; begin: the same at the beginning. Of ends in one process nothing is known.
+static void perf_cpu_sides(double out[2], pid_t other) {
+    out[0] = perf_cpu_s(0);
+    out[1] = perf_cpu_s(other) - out[0];
+}
+
+static void perf_cpu_of(perf_result *r, const double begin[2], pid_t other, int64_t messages) {
+    double now[2];
+    perf_cpu_sides(now, other);
+    for (int i = 0; i < 2; i++)
+        if (other > 0) r->cpu_us[i] = (now[i] - begin[i]) * 1e6 / (double)messages;
+    r->cpu_s = now[0] + now[1] - begin[0] - begin[1];
 }
 
 typedef void (*perf_body)(const perf_options *o, void *user);
@@ -540,11 +689,13 @@ static void *perf_memory(size_t size) {
     return memory;
 }
 
+#include "perf_cuda.h"
+
 // ---- the ends -----------------------------------------------------------------------------------------------------
 
 typedef struct perf_end perf_end;
 
-typedef struct perf_slot {           // memory for one tensor on its way in
+typedef struct perf_slot {           // memory for one message's tensors on their way in
     perf_end      *end;
     unsigned char *data;
     bool           busy;
@@ -559,8 +710,10 @@ struct perf_end {                    // one end of a measurement over a pipe
     bool            closing;         // this end leaves: reads that end now are no failure
     pid_t           other;           // the serving end when it is a child of this process; 0
 
+    perf_gpu        gpu;
     tprpc_message   message;         // what this end sends, again and again
-    tprpc_tensor    tensor;
+    tprpc_tensor   *tensors;         // its own, all in one piece of memory
+    tprpc_tensor   *places;          // those of a slot
     int64_t         flying;          // tensors, or groups of messages, that the library still holds
 
     void          (*on_message)(perf_end *end);   // a message of the test has arrived
@@ -569,6 +722,9 @@ struct perf_end {                    // one end of a measurement over a pipe
     perf_slot       slots[2];        // tensors arrive in these, two at a time
     bool            describing;      // a read of a descriptor is pending
     bool            check_all;       // every byte of a tensor, not a sample
+    perf_slot      *landed[2];       // with GPUs: what a callback was told of, for after the poll
+    int             landed_count;
+    int64_t         landings;        // messages that have
 
     char            control[PERF_CONTROL_MAX];   // the last control message
     bool            control_here;
@@ -582,6 +738,7 @@ static tprpc_context *perf_context(const perf_options *o) {
     if (o->spin == PERF_SPIN_NEVER) desc.spin_us = TPRPC_NOW;
     desc.lanes = o->lanes > 8 ? 9 : (int32_t)o->lanes;                      // 9 is refused with a sentence
     if (o->count > 16000) desc.limits.pipes = (uint32_t)o->count + 1000;
+    if (perf_on_gpu(o)) desc.backends = tprpc_cuda_backends(&desc.backend_count);
     tprpc_status status = tprpc_context_create(&desc, &ctx, &error);
     if (status == TPRPC_ERROR_INVALID) perf_refuse("%s", error.text);       // an unknown --transport or --channel
     if (status != TPRPC_OK) perf_die("context", &error);
@@ -594,10 +751,23 @@ static void perf_die_status(const char *what, tprpc_status status) {
     perf_die(what, &error);
 }
 
+static void perf_landed(perf_end *end, perf_slot *slot);
+
 // One wait for anything. False: the other end has left, there is nothing to wait for.
 static bool perf_turn(perf_end *end) {
-    if (!end->over) tprpc_poll(end->ctx, TPRPC_FOREVER, 0);
+    if (!end->over && end->landed_count == 0) tprpc_poll(end->ctx, TPRPC_FOREVER, 0);
+    while (end->landed_count) {
+        perf_slot *slot = end->landed[0];
+        end->landed[0] = end->landed[1];
+        end->landed_count--;
+        perf_landed(end, slot);
+    }
     return !end->over;
+}
+
+// Until all that is queued on this end's stream has happened; the library goes on meanwhile.
+static void perf_settle(perf_end *end) {
+    while (!perf_gpu_settled(&end->gpu)) tprpc_poll(end->ctx, TPRPC_NOW, 0);
 }
 
 static void perf_turn_for_us(perf_end *end, int64_t us) {
@@ -676,13 +846,14 @@ static void perf_agree(perf_end *end) {
 // The serving end takes it over, as far as an honest tprpc-perf can have sent it: it may come from a network.
 static void perf_be_told(perf_end *end, perf_options *o) {
     int test = -1, tensor = -1;
+    const int64_t places = o->count; // with GPUs: what this end was told to have
     perf_control_expect(end);
     const char *text = perf_control_wait(end);
     int fields = sscanf(text, "tprpc-perf 2 %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %" SCNd64 " %d", &test, &o->size,
                         &o->iters, &o->warmup, &o->count, &tensor);
     if (fields != 6 || test < 0 || test >= PERF_RAW || test == PERF_RPC || o->size < 0 ||
         o->size > INT64_C(8) * PERF_GIB || o->iters < 1 || o->warmup < 1 || o->count < 1 || o->count > 1000000 ||
-        (tensor ? o->size == 0 : o->size > PERF_BODY_MAX)) {
+        (tensor ? o->size == 0 : o->size > PERF_BODY_MAX) || (end->gpu.used && (o->count != places || !tensor))) {
         perf_control_send(end, "it does not know this test: another version, or --test rpc at one end alone");
         perf_turn_for_us(end, 100000);
         perf_refuse("the other end asked for a test that this one does not know.");
@@ -739,17 +910,62 @@ static void perf_released(void *user) {
     ((perf_end *)user)->flying--;
 }
 
+static tprpc_device perf_device_of(const perf_where *where) {
+    const bool gpu = where->kind == PERF_CUDA;
+    return (tprpc_device){gpu ? TPRPC_CUDA : TPRPC_CPU, gpu ? where->index : 0};
+}
+
+// A message's tensors, one behind the other. target: where the other end has its own; NULL: they are received.
+static void perf_lay_out(const perf_options *o, const perf_gpu *gpu, tprpc_tensor *tensors, unsigned char *data,
+                         const perf_where *target) {
+    for (int64_t i = 0; i < o->count; i++)
+        tensors[i] = (tprpc_tensor){.data = data + i * o->size, .size = (size_t)o->size,
+                                    .device = perf_device_of(&gpu->where),
+                                    .stream = perf_gpu_is_device(gpu) ? gpu->stream : NULL,
+                                    .target = perf_device_of(target ? target : &gpu->where)};
+}
+
+static size_t perf_message_size(const perf_options *o) { return (size_t)o->size * (size_t)o->count; }
+
+static void perf_lend(const perf_options *o, tprpc_context *ctx, const perf_gpu *gpu, unsigned char *data) {
+    tprpc_error error = {.status = TPRPC_OK};
+    if (!perf_gpu_is_device(gpu) || !o->lent) return;
+    tprpc_status status = tprpc_cuda_register(ctx, gpu->where.index, data, perf_message_size(o), &error);
+    if (status != TPRPC_OK && status != TPRPC_ERROR_UNSUPPORTED) perf_die("register", &error);
+}
+
+// The same with GPUs. Each end's bytes are other ones: seeds 1 and 2.
+static void perf_prepare_gpu(perf_end *end) {
+    const perf_options *o = end->o;
+    const size_t size = perf_message_size(o);
+    const bool sends = o->test == PERF_RTT || !end->serving, takes = o->test == PERF_RTT || end->serving;
+    unsigned char *data = sends ? perf_gpu_memory(&end->gpu, size) : NULL;
+    if (sends) perf_gpu_fill(&end->gpu, data, size, end->serving ? 2 : 1);
+    if (sends) perf_lend(o, end->ctx, &end->gpu, data);
+    perf_lay_out(o, &end->gpu, end->tensors, data, &o->devices[!end->serving]);
+    end->message = (tprpc_message){.tensors = end->tensors, .tensor_count = (size_t)o->count, .release = perf_released,
+                                   .release_user = end};
+    for (int i = 0; i < 2; i++)
+        end->slots[i] = (perf_slot){.end = end, .data = takes ? perf_gpu_memory(&end->gpu, size) : NULL};
+}
+
 // What this end sends: a body, which the library copies, or a tensor, which is lent, any number of times at once.
 static void perf_prepare(perf_end *end) {
     size_t size = (size_t)end->o->size;
+    end->tensors = (tprpc_tensor *)perf_memory((size_t)end->o->count * sizeof *end->tensors);
+    end->places = (tprpc_tensor *)perf_memory((size_t)end->o->count * sizeof *end->places);
+    if (end->gpu.used) {
+        perf_prepare_gpu(end);
+        return;
+    }
     const perf_test test = end->o->test;
     bool sends = test == PERF_RTT || test == PERF_PIPES || end->serving == (test == PERF_FRAME);
     bool takes = test == PERF_RTT || !sends;
     unsigned char *data = sends || !end->o->tensor ? perf_pattern_memory(size) : NULL;
     end->message = (tprpc_message){.metadata = data, .metadata_size = size};
     if (!end->o->tensor) return;
-    end->tensor = (tprpc_tensor){.data = data, .size = size, .device = {TPRPC_CPU, 0}};
-    end->message = (tprpc_message){.tensors = &end->tensor, .tensor_count = 1, .release = perf_released,
+    end->tensors[0] = (tprpc_tensor){.data = data, .size = size, .device = {TPRPC_CPU, 0}};
+    end->message = (tprpc_message){.tensors = end->tensors, .tensor_count = 1, .release = perf_released,
                                    .release_user = end};
     for (int i = 0; i < 2; i++)
         end->slots[i] = (perf_slot){.end = end, .data = takes ? (unsigned char *)perf_memory(size) : NULL};
@@ -757,6 +973,7 @@ static void perf_prepare(perf_end *end) {
 
 static void perf_send(perf_end *end) {
     if (end->o->tensor) end->flying++;
+    if (end->gpu.used && !end->o->idle && end->o->test == PERF_RTT) perf_gpu_work(&end->gpu);
     perf_write(end, &end->message, NULL);
 }
 
@@ -786,6 +1003,10 @@ static void perf_on_tensor(tprpc_status status, const tprpc_message *message, co
     perf_end *end = slot->end;
     (void)message;
     if (perf_ended(end, status, error)) return;
+    if (end->gpu.used) {
+        end->landed[end->landed_count++] = slot;
+        return;
+    }
     perf_check_arrival(end, slot->data);
     slot->busy = false;
     end->on_message(end);
@@ -796,10 +1017,11 @@ static void perf_on_described(tprpc_status status, const tprpc_message *message,
     perf_end *end = (perf_end *)user;
     if (perf_ended(end, status, error)) return;
     perf_slot *slot = end->slots[0].busy ? &end->slots[1] : &end->slots[0];
-    tprpc_tensor tensor = {.data = slot->data, .size = (size_t)end->o->size, .device = {TPRPC_CPU, 0}};
-    tprpc_message allocation = {.tensors = &tensor, .tensor_count = 1};
+    tprpc_message allocation = {.tensors = end->places, .tensor_count = end->gpu.used ? (size_t)end->o->count : 1};
+    end->places[0] = (tprpc_tensor){.data = slot->data, .size = (size_t)end->o->size, .device = {TPRPC_CPU, 0}};
+    if (end->gpu.used) perf_lay_out(end->o, &end->gpu, end->places, slot->data, NULL);
     errno = EBADMSG;
-    if (message->tensor_count != 1 || message->tensors[0].size != tensor.size)
+    if (message->tensor_count != allocation.tensor_count || message->tensors[0].size != (size_t)end->o->size)
         perf_die("a tensor arrived with another size", NULL);
     end->describing = false;
     slot->busy = true;
@@ -817,6 +1039,27 @@ static void perf_tensor_expect(perf_end *end) {
     perf_die_status("read", status);
 }
 
+static void perf_check_landed(perf_end *end, const perf_slot *slot) {
+    perf_settle(end);
+    errno = EBADMSG;
+    if (!perf_gpu_holds(&end->gpu, slot->data, perf_message_size(end->o), end->serving ? 1 : 2))
+        perf_die("a tensor arrived with other bytes", NULL);
+}
+
+// With GPUs: tensors are there in the order of the stream. The first ones and the last ones are looked at as a whole;
+// so that the last are not those of the warm-up, its last two are cleared.
+static void perf_landed(perf_end *end, perf_slot *slot) {
+    const perf_options *o = end->o;
+    const int64_t number = ++end->landings;
+    if (number == 1) perf_check_landed(end, slot);
+    if (number == o->warmup || number == o->warmup - 1) perf_gpu_clear(&end->gpu, slot->data, perf_message_size(o));
+    if (o->test == PERF_RTT && !o->idle) perf_gpu_work(&end->gpu);
+    slot->busy = false;
+    end->on_message(end);
+    if (number == o->warmup + o->iters) perf_check_landed(end, slot);
+    perf_tensor_expect(end);
+}
+
 // From here on messages of the test are taken in; on_message runs for each. Bodies: `ahead` reads are always posted.
 static void perf_expect(perf_end *end, void (*on_message)(perf_end *end), int ahead) {
     end->on_message = on_message;
@@ -824,11 +1067,25 @@ static void perf_expect(perf_end *end, void (*on_message)(perf_end *end), int ah
     else for (int i = 0; i < ahead; i++) perf_read(end, perf_on_body);
 }
 
+// The channel that moves memory of these GPUs: the best of those that both ends have, which are not the one for host
+// memory.
+static const char *perf_gpu_path(const perf_options *o, const tprpc_pipe_info *info) {
+    static const char *const names[] = {"cuda_xth", "cuda_ipc", "cuda_basic"};
+    for (size_t n = perf_gpu_peers(o) ? 0 : o->in_process ? 0 : 2; n < sizeof names / sizeof *names; n++)
+        for (uint32_t i = 0; i < info->path_count; i++) {
+            const tprpc_path *path = &info->paths[i];
+            const bool works = path->chosen || strcmp(path->why, "another channel comes first") == 0;
+            if (works && strcmp(path->name, names[n]) == 0) return names[n];
+        }
+    return "";
+}
+
 // A small tensor would travel within the message where none of the channels asked for can be had.
 static void perf_path(const perf_options *o, const tprpc_pipe_info *info, perf_result *r) {
-    if (o->channel && !info->channel[0]) perf_no_channel(o);
+    const char *channel = perf_on_gpu(o) ? perf_gpu_path(o, info) : info->channel;
+    if (o->channel && !channel[0]) perf_no_channel(o);
     snprintf(r->transport, sizeof r->transport, "%s", info->transport);
-    if (o->tensor) snprintf(r->channel, sizeof r->channel, "%s", info->channel);
+    if (o->tensor) snprintf(r->channel, sizeof r->channel, "%s", channel);
 }
 
 static void perf_used_path(perf_end *end, perf_result *r) {
@@ -839,6 +1096,7 @@ static void perf_used_path(perf_end *end, perf_result *r) {
 // ---- there and back -----------------------------------------------------------------------------------------------
 
 static void perf_echo(perf_end *end) {
+    if (end->gpu.used && end->o->idle) perf_settle(end);
     perf_send(end);
 }
 
@@ -847,6 +1105,13 @@ static void perf_rtt_back(perf_end *end) {
     if (end->at + 1 < end->total) perf_send(end);
     end->at++;
     end->stamps[end->at] = perf_now_ns();
+}
+
+// With GPUs a trip ends when this host knows that its memory holds what came back, and the next one begins then.
+static void perf_rtt_back_gpu(perf_end *end) {
+    perf_settle(end);
+    end->stamps[++end->at] = perf_now_ns();
+    if (end->at < end->total) perf_send(end);
 }
 
 static void perf_rtt_phase(perf_end *end, int64_t count) {
@@ -861,13 +1126,14 @@ static void perf_rtt(perf_end *end, perf_result *r) {
     const perf_options *o = end->o;
     int64_t most = o->iters > o->warmup ? o->iters : o->warmup;
     end->stamps = (int64_t *)perf_memory(sizeof(int64_t) * (size_t)(most + 1));
-    perf_expect(end, perf_rtt_back, 2);
+    double cpu[2];
+    perf_expect(end, end->gpu.used ? perf_rtt_back_gpu : perf_rtt_back, 2);
     end->check_all = true;
     perf_rtt_phase(end, o->warmup);
     end->check_all = false;
-    double cpu = perf_cpu_s(end->other);
+    perf_cpu_sides(cpu, end->other);
     perf_rtt_phase(end, o->iters);
-    r->cpu_s = perf_cpu_s(end->other) - cpu;
+    perf_cpu_of(r, cpu, end->other, 2 * o->iters);
     perf_differences(end->stamps, o->iters);
     perf_distribution(r, end->stamps, o->iters);
 }
@@ -878,14 +1144,16 @@ enum { PERF_GROUP = 64, PERF_GROUPS = 32 };  // of small messages, one in a grou
 
 // Tensors in flight: enough to hide a hop, no more than the caches and the other end's patience are good for.
 static int64_t perf_window(const perf_options *o) {
-    int64_t fits = INT64_C(64) * PERF_MIB / o->size;
+    int64_t fits = INT64_C(64) * PERF_MIB / (o->size * (perf_on_gpu(o) ? o->count : 1));
     return fits < 4 ? 4 : fits > 64 ? 64 : fits;
 }
 
 static void perf_sink(perf_end *end) {
     end->at++;
     if (end->at == end->o->warmup) end->check_all = false;
-    if (end->at == end->o->warmup || end->at == end->o->warmup + end->o->iters) perf_control_send(end, "done");
+    if (end->at != end->o->warmup && end->at != end->o->warmup + end->o->iters) return;
+    perf_settle(end);
+    perf_control_send(end, "done");
 }
 
 static void perf_group_written(tprpc_status status, const tprpc_error *error, void *user) {
@@ -921,11 +1189,12 @@ static int64_t perf_one_way_phase(perf_end *end, int64_t count) {
 }
 
 static void perf_one_way(perf_end *end, perf_result *r) {
+    double cpu[2];
     perf_one_way_phase(end, end->o->warmup);
-    double cpu = perf_cpu_s(end->other);
+    perf_cpu_sides(cpu, end->other);
     int64_t elapsed = perf_one_way_phase(end, end->o->iters);
-    r->cpu_s = perf_cpu_s(end->other) - cpu;
-    perf_throughput(r, elapsed, end->o->iters, end->o->size);
+    perf_cpu_of(r, cpu, end->other, end->o->iters);
+    perf_throughput(r, elapsed, end->o->iters, end->o->size * (end->gpu.used ? end->o->count : 1));
 }
 
 // ---- frame: an engine's loop while tensors pour in ------------------------------------------------------------------
@@ -1229,7 +1498,6 @@ static tprpc_listener *perf_listener(perf_end *end, const perf_serving *serving)
     const char *address = tprpc_listener_address(listener, NULL);
     if (serving->tell < 0) fprintf(stderr, "tprpc-perf: listening on %s\n", address);
     else if (write(serving->tell, address, strlen(address) + 1) < 0) perf_die("pipe", NULL);
-    if (serving->tell >= 0) close(serving->tell);
     return listener;
 }
 
@@ -1238,10 +1506,27 @@ static void perf_first_accepted(tprpc_status status, tprpc_pipe *pipe, const tpr
     ((perf_end *)user)->pipe = pipe;
 }
 
+// With GPUs memory is given back, for there may be another turn.
+static void perf_end_close(perf_end *end) {
+    tprpc_error error = {.status = TPRPC_OK};
+    unsigned char *mine = end->gpu.used ? (unsigned char *)end->tensors[0].data : NULL;
+    end->closing = true;
+    if (end->gpu.used) perf_gpu_wait(&end->gpu);
+    tprpc_pipe_close(end->pipe);
+    while (mine && perf_gpu_is_device(&end->gpu) && end->o->lent &&
+           tprpc_cuda_unregister(end->ctx, mine, &error) == TPRPC_PENDING) tprpc_poll(end->ctx, 1000, 0);
+    tprpc_context_destroy(end->ctx);
+    if (!end->gpu.used) return;
+    perf_gpu_free(&end->gpu, mine);
+    for (int i = 0; i < 2; i++) perf_gpu_free(&end->gpu, end->slots[i].data);
+    perf_gpu_close(&end->gpu);
+}
+
 // The serving end, from start to finish.
-static void perf_serve(const perf_options *asked, void *user) {
+static void perf_serve_one(const perf_options *asked, void *user) {
     perf_options o = *asked;
     perf_end end = {.o = &o, .ctx = perf_context(&o), .serving = true};
+    perf_gpu_open(&end.gpu, &o, 1);
     tprpc_listener *listener = perf_listener(&end, (const perf_serving *)user);
     tprpc_status status = tprpc_accept(listener, perf_first_accepted, &end);
     if (status != TPRPC_OK) perf_die_status("accept", status);
@@ -1257,9 +1542,14 @@ static void perf_serve(const perf_options *asked, void *user) {
         perf_control_send(&end, "ready");
         while (perf_turn(&end)) {}
     }
-    end.closing = true;
-    tprpc_pipe_close(end.pipe);
-    tprpc_context_destroy(end.ctx);
+    perf_end_close(&end);
+}
+
+static void perf_serve(const perf_options *o, void *user) {
+    for (int i = 0; i < o->size_count; i++) {
+        const perf_options one = perf_of_size(o, i);
+        perf_serve_one(&one, user);
+    }
 }
 
 // The measuring end.
@@ -1267,6 +1557,7 @@ static void perf_measure(const perf_options *o, const char *address, pid_t other
     perf_end end = {.o = o, .ctx = perf_context(o), .other = other};
     tprpc_error error = {.status = TPRPC_OK};
     tprpc_pipe_desc desc = {.address = address, .insecure = o->connect != NULL};
+    perf_gpu_open(&end.gpu, o, 0);
     perf_prepare(&end);              // first, since it may take longer than the other end waits for an agreement
     if (tprpc_connect(end.ctx, &desc, &end.pipe, &error) != TPRPC_OK) perf_die("connect", &error);
     perf_agree(&end);
@@ -1275,17 +1566,17 @@ static void perf_measure(const perf_options *o, const char *address, pid_t other
     else if (o->test == PERF_FRAME) perf_frame(&end, r);
     else perf_one_way(&end, r);
     perf_used_path(&end, r);
-    end.closing = true;
-    tprpc_pipe_close(end.pipe);
-    tprpc_context_destroy(end.ctx);
+    perf_end_close(&end);
 }
 
-static void perf_run_pipes(const perf_options *o, perf_result *r) {
+static void perf_run_pipes(const perf_options *o) {
     char address[256] = "";
+    perf_result r = perf_result_empty();
     int tell[2];
     if (o->connect) {
         perf_pin(o, 0);
-        perf_measure(o, perf_full_address(o->connect, address), 0, r);
+        perf_measure(o, perf_full_address(o->connect, address), 0, &r);
+        perf_print(o, &r);
         return;
     }
     if (pipe(tell) != 0) perf_die("pipe", NULL);
@@ -1293,12 +1584,17 @@ static void perf_run_pipes(const perf_options *o, perf_result *r) {
     perf_other other;
     perf_start(&other, o, perf_serve, &serving);
     if (!o->in_process) close(tell[1]);
-    if (read(tell[0], address, sizeof address - 1) <= 0) {
-        perf_join(&other);           // it has said why
-        perf_die("the other end said nothing", NULL);
+    for (int i = 0; i < o->size_count; i++) {
+        const perf_options one = perf_of_size(o, i);
+        r = perf_result_empty();
+        if (read(tell[0], address, sizeof address - 1) <= 0) {
+            perf_join(&other);       // it has said why
+            perf_die("the other end said nothing", NULL);
+        }
+        perf_measure(&one, address, other.pid, &r);
+        perf_print(&one, &r);
     }
     close(tell[0]);
-    perf_measure(o, address, other.pid, r);
     perf_join(&other);
 }
 
@@ -1310,21 +1606,41 @@ typedef struct perf_agent {          // one end of a measurement between agents
     tprpc_agent   *agent;
     tprpc_call_options call;
     tprpc_message  message;          // what this end sends: as perf_prepare's
-    tprpc_tensor   tensor;
-    unsigned char *place;            // where a tensor arrives
+    tprpc_tensor  *tensors;
+    unsigned char *place;            // where tensors arrive
     bool           quit;
+    perf_gpu       gpu;
+    int            end;              // 1: it serves
+    bool           checked;
 } perf_agent;
 
 static void perf_nothing(void *user) { (void)user; }
 
+static void perf_agent_prepare_gpu(perf_agent *a) {
+    const perf_options *o = a->o;
+    unsigned char *data;
+    perf_gpu_open(&a->gpu, o, a->end);
+    data = perf_gpu_memory(&a->gpu, perf_message_size(o));
+    perf_gpu_fill(&a->gpu, data, perf_message_size(o), a->end ? 2 : 1);
+    perf_lend(o, a->ctx, &a->gpu, data);
+    perf_lay_out(o, &a->gpu, a->tensors, data, &o->devices[!a->end]);
+    a->place = perf_gpu_memory(&a->gpu, perf_message_size(o));
+    a->message = (tprpc_message){.tensors = a->tensors, .tensor_count = (size_t)o->count, .release = perf_nothing};
+}
+
 static void perf_agent_prepare(perf_agent *a) {
     size_t size = (size_t)a->o->size;
+    a->tensors = (tprpc_tensor *)perf_memory((size_t)a->o->count * sizeof *a->tensors);
+    if (perf_on_gpu(a->o)) {
+        perf_agent_prepare_gpu(a);
+        return;
+    }
     unsigned char *data = perf_pattern_memory(size);
     a->message = (tprpc_message){.metadata = data, .metadata_size = size};
     if (!a->o->tensor) return;
     a->place = (unsigned char *)perf_memory(size);
-    a->tensor = (tprpc_tensor){.data = data, .size = size, .device = {TPRPC_CPU, 0}};
-    a->message = (tprpc_message){.tensors = &a->tensor, .tensor_count = 1, .release = perf_nothing};
+    a->tensors[0] = (tprpc_tensor){.data = data, .size = size, .device = {TPRPC_CPU, 0}};
+    a->message = (tprpc_message){.tensors = a->tensors, .tensor_count = 1, .release = perf_nothing};
 }
 
 // Calls follow one another, so one place is enough.
@@ -1332,20 +1648,36 @@ static tprpc_status perf_agent_place(tprpc_placement *placement, void *user) {
     perf_agent *a = (perf_agent *)user;
     const tprpc_message *descriptor = placement->descriptor;
     if (descriptor->tensor_count == 0) return TPRPC_OK;
-    if (descriptor->tensor_count != 1 || descriptor->tensors[0].size != (size_t)a->o->size || !a->place)
-        return TPRPC_ERROR_INVALID;
-    placement->tensors[0].data = a->place;
+    if (!a->place || descriptor->tensor_count != a->message.tensor_count) return TPRPC_ERROR_INVALID;
+    for (size_t i = 0; i < descriptor->tensor_count; i++) {
+        if (descriptor->tensors[i].size != (size_t)a->o->size) return TPRPC_ERROR_INVALID;
+        placement->tensors[i].data = a->place + i * (size_t)a->o->size;
+        if (perf_gpu_is_device(&a->gpu)) placement->tensors[i].stream = a->gpu.stream;
+    }
     return TPRPC_OK;
+}
+
+// With GPUs: whether what arrived is what the other end has; once.
+static void perf_agent_check(perf_agent *a) {
+    if (!a->gpu.used || a->checked) return;
+    a->checked = true;
+    errno = EBADMSG;
+    if (!perf_gpu_holds(&a->gpu, a->place, perf_message_size(a->o), a->end ? 1 : 2))
+        perf_die("a tensor arrived with other bytes", NULL);
 }
 
 static void perf_agent_echo(tprpc_request request, const tprpc_message *message, void *user) {
     perf_agent *a = (perf_agent *)user;
+    if (message->tensor_count) perf_agent_check(a);
+    if (message->tensor_count && a->gpu.used && !a->o->idle) perf_gpu_work(&a->gpu);
+    else if (a->gpu.used) perf_gpu_wait(&a->gpu);
     tprpc_reply(request, message->tensor_count ? &a->message : message);
 }
 
 static void perf_agent_quit(tprpc_request request, const tprpc_message *message, void *user) {
-    ((perf_agent *)user)->quit = true;
-    tprpc_reply(request, message);
+    perf_agent *a = (perf_agent *)user;
+    a->quit = true;
+    tprpc_reply(request, message->tensor_count ? &a->message : message);
 }
 
 static void perf_agent_register(perf_agent *a, const tprpc_method_desc *method) {
@@ -1361,6 +1693,7 @@ static void perf_agent_begin(perf_agent *a, const perf_options *o, const char *i
     tprpc_method_desc echo = {.name = "echo", .handler = perf_agent_echo, .place = perf_agent_place, .user = a};
     tprpc_method_desc quit = {.name = "quit", .handler = perf_agent_quit, .place = perf_agent_place, .user = a};
     a->o = o;
+    a->end = rank == 0;
     a->ctx = desc.context = perf_context(o);
     a->call = (tprpc_call_options){.place = perf_agent_place, .user = a};
     if (tprpc_agent_create(&desc, &a->agent, &error) != TPRPC_OK) perf_die("agent", &error);
@@ -1399,9 +1732,11 @@ static void perf_agent_serve(const perf_options *o, void *init_method) {
 
 static void perf_one_call(perf_agent *a, tprpc_method_id method, int64_t *stamp) {
     tprpc_future future = {NULL, 0};
+    if (a->gpu.used && !a->o->idle) perf_gpu_work(&a->gpu);
+    if (a->gpu.used) *stamp = perf_now_ns();
     tprpc_status status = tprpc_call_id(a->agent, method, &a->message, a->place ? &a->call : NULL, &future);
     if (status != TPRPC_OK) perf_die_status("call", status);
-    *stamp = perf_now_ns();          // while the call is on its way
+    if (!a->gpu.used) *stamp = perf_now_ns();        // while the call is on its way
     if (tprpc_future_wait(future, TPRPC_FOREVER) != TPRPC_OK) {
         tprpc_error error = {.status = TPRPC_OK};
         tprpc_future_error(future, &error);
@@ -1411,6 +1746,8 @@ static void perf_one_call(perf_agent *a, tprpc_method_id method, int64_t *stamp)
     errno = EBADMSG;
     if (reply->metadata_size != a->message.metadata_size || reply->tensor_count != a->message.tensor_count)
         perf_die("a reply arrived with another size", NULL);
+    perf_gpu_wait(&a->gpu);          // the reply is there in the stream's order
+    perf_agent_check(a);
     tprpc_future_release(future);
 }
 
@@ -1427,9 +1764,10 @@ static void perf_measure_calls(const perf_options *o, const char *init_method, p
     perf_agent_join(&a);
     tprpc_method_id echo = perf_agent_method(&a, "echo"), quit = perf_agent_method(&a, "quit");
     for (int64_t i = 0; i < o->warmup; i++) perf_one_call(&a, echo, &ignored);
-    double cpu = perf_cpu_s(other);
+    double cpu[2];
+    perf_cpu_sides(cpu, other);
     for (int64_t i = 0; i <= o->iters; i++) perf_one_call(&a, echo, &stamps[i]);
-    r->cpu_s = perf_cpu_s(other) - cpu;
+    perf_cpu_of(r, cpu, other, 2 * o->iters);
     perf_differences(stamps, o->iters);
     perf_distribution(r, stamps, o->iters);
     perf_agent_path(&a, r);
@@ -1583,8 +1921,8 @@ static void perf_measure_loaded(const perf_options *o, const char *init_method, 
     int64_t ignored = 0, *durations = (int64_t *)perf_memory(sizeof(int64_t) * (size_t)o->iters);
     unsigned char *data = perf_pattern_memory((size_t)o->size);
     a.message = load.call = (tprpc_message){.metadata = data, .metadata_size = PERF_CALL_BYTES};
-    a.tensor = (tprpc_tensor){.data = data, .size = (size_t)o->size, .device = {TPRPC_CPU, 0}};
-    load.bulk = (tprpc_message){.tensors = &a.tensor, .tensor_count = 1, .release = perf_nothing};
+    tprpc_tensor tensor = {.data = data, .size = (size_t)o->size, .device = {TPRPC_CPU, 0}};
+    load.bulk = (tprpc_message){.tensors = &tensor, .tensor_count = 1, .release = perf_nothing};
     load.calls = (perf_load_call *)perf_memory(sizeof(perf_load_call) * (size_t)(o->iters + 1));
     for (int64_t i = 0; i <= o->iters; i++) load.calls[i].load = &load;
     perf_agent_begin(&a, o, init_method, 1);
@@ -1941,21 +2279,36 @@ static void perf_run_raw(const perf_options *o, perf_result *r) {
 
 // ---- main -----------------------------------------------------------------------------------------------------------
 
+// What cannot be had is found out before there is a second process to say it again; by a process of its own where it is
+// asked of the driver, which must not have been loaded before a fork. It has said why when it fails.
+static void perf_try(const perf_options *o) {
+    int status = 0;
+    const pid_t pid = perf_on_gpu(o) ? fork() : 0;
+    if (pid < 0) perf_die("fork", NULL);
+    if (pid > 0) {
+        if (waitpid(pid, &status, 0) != pid || !WIFEXITED(status)) perf_die("the driver", NULL);
+        if (WEXITSTATUS(status) != 0) exit(WEXITSTATUS(status));
+        return;
+    }
+    if (perf_on_gpu(o)) perf_gpu_look(o);
+    if (o->test != PERF_RAW && (o->transport || o->channel)) tprpc_context_destroy(perf_context(o));
+    if (perf_on_gpu(o)) exit(0);
+}
+
 int main(int argc, char **argv) {
     perf_options o = perf_parse(argc, argv);
     perf_result r = perf_result_empty();
     perf_raise_descriptors(&o);
-    // An unknown backend is a bad argument too: found out before there is a second process to say it again.
-    if (o.test != PERF_RAW && (o.transport || o.channel)) tprpc_context_destroy(perf_context(&o));
-    if (o.test == PERF_RAW) perf_run_raw(&o, &r);
-    else if (perf_between_agents(&o)) perf_run_agents(&o, &r);
-    else if (o.listen) {
+    perf_try(&o);
+    if (perf_bare_cuda(&o)) perf_raw_cuda(&o);
+    else if (o.test == PERF_RAW || perf_between_agents(&o)) {
+        if (o.test == PERF_RAW) perf_run_raw(&o, &r);
+        else perf_run_agents(&o, &r);
+        if (!o.listen) perf_print(&o, &r);           // the measuring end prints
+    } else if (o.listen) {
         perf_serving serving = {.tell = -1, .address = o.listen};
         perf_pin(&o, 1);
         perf_serve(&o, &serving);
-    } else perf_run_pipes(&o, &r);
-    if (o.listen) return 0;          // the measuring end prints
-    if (o.json) perf_print_json(&o, &r);
-    else perf_print_table(&o, &r);
+    } else perf_run_pipes(&o);
     return 0;
 }
