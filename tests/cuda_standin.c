@@ -67,7 +67,7 @@
 FUNCTIONS(DECLARE)
 static standin_count_fn *count_of;
 static standin_calls_fn *calls_of;
-static standin_host_access_fn *host_access;
+static standin_host_access_fn *host_access;         /* these are NULL for a real driver */
 
 static void find(void *library, const char *name, void *out, size_t size) {
     void *at = dlsym(library, name);
@@ -258,21 +258,22 @@ TEST(streams_work_in_order_and_behind_the_host) {
     OK(cuStreamDestroy_v2(s));
 }
 
+/* Of this seed, ten operations are late by 99 ms in sum. */
 TEST(streams_are_late) {
     CUstream s;
     CUdeviceptr at;
-    int late = 0;
+    int64_t begun;
     of_the_standin_alone();
-    setenv("STANDIN_LAG_US", "200", 1);
+    setenv("STANDIN_LAG_US", "20000", 1);
+    setenv("STANDIN_SEED", "1", 1);
     begin();
     s = new_stream();
     at = new_memory(64);
-    for (int i = 0; i < 50; i++) {
-        OK(cuMemsetD8Async(at, 1, 64, s));
-        late += cuStreamQuery(s) == CUDA_ERROR_NOT_READY;
-        OK(cuStreamSynchronize(s));
-    }
-    CHECK(late > 25);
+    begun = test_now_us();
+    for (int i = 0; i < 10; i++) OK(cuMemsetD8Async(at, 1, 64, s));
+    CHECK_EQ_INT(cuStreamQuery(s), CUDA_ERROR_NOT_READY);
+    OK(cuStreamSynchronize(s));
+    CHECK_LE_INT(80000, test_now_us() - begun);
 }
 
 static uint32_t *new_word(void) { return new_host(64); }
@@ -839,7 +840,7 @@ typedef struct field {
     CUdeviceptr at;
     uint8_t *pinned;
     uint32_t *word;
-    CUfunction spin, fill, gather;
+    CUfunction spin, gather;
     uint32_t long_us;
 } field;
 
@@ -851,9 +852,8 @@ static field new_field(void) {
     f.at = new_memory(SIZE);
     f.pinned = new_host(SIZE);
     f.word = new_word();
-    f.spin = kernel_named("standin_spin");
-    f.fill = kernel_named("standin_fill");
-    f.gather = kernel_named("tprpc_gather");
+    f.spin = standin_is_real() ? NULL : kernel_named("standin_spin");
+    f.gather = standin_is_real() ? NULL : kernel_named("tprpc_gather");
     f.long_us = 60000000;           /* until the process is ended */
     return f;
 }
@@ -980,7 +980,7 @@ TEST(ordered_accesses_are_not) {
     OK(cuMemcpyDtoHAsync_v2(f.pinned, f.at, SIZE, f.b));
     OK(cuMemsetD8Async(f.at, 3, SIZE, f.b));
     OK(cuStreamSynchronize(f.b));                       /* and so of all before it */
-    host_access(f.pinned, SIZE, 1);
+    if (host_access) host_access(f.pinned, SIZE, 1);
     CHECK_EQ_INT(f.pinned[0], 2);
     OK(cuMemsetD8Async(f.at, 4, SIZE, f.a));
     OK(cuLaunchHostFunc(f.a, say_so, f.word));

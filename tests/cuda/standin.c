@@ -731,16 +731,17 @@ static trace *trace_take(trace *traces, uint32_t pid) {
     return NULL;
 }
 
-/* Notes an access where other processes see it. */
-static void trace_begin(touch *a) {
+/* Notes an access where other processes see it, if there is room. */
+static bool trace_begin(touch *a) {
     trace *t = trace_take(a->backing->shared->traces, (uint32_t)g.pid);
-    if (!t) return;
+    if (!t) return false;
     __atomic_store_n(&t->kind, 0, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&t->version, 1, __ATOMIC_SEQ_CST);
     __atomic_store_n(&t->begin, a->begin, __ATOMIC_SEQ_CST);
     __atomic_store_n(&t->end, a->end, __ATOMIC_SEQ_CST);
     __atomic_store_n(&t->kind, TRACE_THERE | (a->write ? TRACE_WRITES : 0u), __ATOMIC_SEQ_CST);
     a->trace = t;
+    return true;
 }
 
 /* Ends the process where an access collides with one that another process has noted. */
@@ -773,10 +774,11 @@ static void trace_end(touch *a) {
 }
 
 static void op_check(op *o) {
+    bool room = true;
     check_accesses(o, o->accesses, o->access_count, &o->after);
     for (size_t i = 0; i < o->access_count; i++) {
         if (!o->accesses[i].backing) continue;
-        trace_begin(&o->accesses[i]);           /* first, so that of two processes one at least sees the other */
+        room = room && trace_begin(&o->accesses[i]);     /* first, so that of two processes one at least sees the other */
         check_traces(o->name, &o->accesses[i]);
     }
     o->checked = true;
