@@ -2555,6 +2555,8 @@ typedef struct tpr_cuda_batch_end {
     tpr_cuda_arena       *arena;       // NULL: not needed so far
     tpr_cuda_arena_memory theirs;      // the peer's arena
     uint32_t              places;      // bit i: its chunk i is being written
+    tpr_cuda_device      *entered;     // while buffers are gone through, for to enter a device costs as much as a copy
+    tpr_cuda_device_guard guard;
     tpr_cuda_batch_gather gather;
 } tpr_cuda_batch_end;
 
@@ -2722,32 +2724,47 @@ static tprpc_status tpr_cuda_batch_order_for(tpr_cuda_batch *batch, tpr_cuda_dev
     return TPRPC_OK;
 }
 
+// Enters the device of the next buffer, where it is another than the last one's; leave comes behind the last.
+static tprpc_status tpr_cuda_batch_enter(tpr_cuda_batch_end *end, tpr_cuda_device *device, tprpc_error *error) {
+    const tpr_cuda_device_set *set = end->net->queue->set;
+    if (end->entered == device) return TPRPC_OK;
+    if (end->entered) tpr_cuda_device_leave(set, &end->guard);
+    end->entered = NULL;
+    const tprpc_status status = tpr_cuda_device_enter(set, device, &end->guard, error);
+    if (status == TPRPC_OK) end->entered = device;
+    return status;
+}
+
+static void tpr_cuda_batch_leave(tpr_cuda_batch_end *end) {
+    if (end->entered) tpr_cuda_device_leave(end->net->queue->set, &end->guard);
+    end->entered = NULL;
+}
+
 // Checks what the user gave, and of a send marks how far its streams are.
 static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *error) {
-    tpr_cuda_stream_queue *queue = batch->end->net->queue;
+    tpr_cuda_batch_end *end = batch->end;
+    tpr_cuda_stream_queue *queue = end->net->queue;
     tpr_cuda_device_range known = TPR_CUDA_ZERO;
     tprpc_status status = TPRPC_OK;
     for (size_t i = 0; i < batch->count && status == TPRPC_OK; i++) {
         const tprpc_buffer *buffer = &batch->buffers[i];
         tpr_cuda_driver_stream stream = (tpr_cuda_driver_stream)buffer->stream;
-        tpr_cuda_device_guard guard;
         tpr_cuda_device *device;
         if (buffer->device.kind != TPRPC_CUDA || !buffer->size) continue;
-        status = tpr_cuda_device_of(queue->set, buffer->device, &device, error);
-        if (status == TPRPC_OK) status = tpr_cuda_device_enter(queue->set, device, &guard, error);
-        if (status != TPRPC_OK) return status;
         const uint32_t before = batch->order_count;
-        status = tpr_cuda_device_check_memory(queue->set, device, buffer->data, buffer->size, &known, error);
+        status = tpr_cuda_device_of(queue->set, buffer->device, &device, error);
+        if (status == TPRPC_OK) status = tpr_cuda_batch_enter(end, device, error);
+        if (status == TPRPC_OK)
+            status = tpr_cuda_device_check_memory(queue->set, device, buffer->data, buffer->size, &known, error);
         if (status == TPRPC_OK) status = tpr_cuda_batch_order_for(batch, device, stream, &batch->order_of[i], error);
-        if (status == TPRPC_OK && batch->order_count > before) {
-            tpr_cuda_batch_order *order = &batch->orders[before];
-            status = tpr_cuda_device_check_stream(queue->set, device, buffer->stream, error);
-            order->busy = batch->sending && status == TPRPC_OK && (int)queue->set->cu->cuStreamQuery(stream) != 0;
-            if (order->busy && !batch->end->net->method->words)
-                status = tpr_cuda_stream_record(queue, device, stream, &order->event, error);
-        }
-        tpr_cuda_device_leave(queue->set, &guard);
+        if (status != TPRPC_OK || batch->order_count == before) continue;
+        tpr_cuda_batch_order *order = &batch->orders[before];
+        status = tpr_cuda_device_check_stream(queue->set, device, buffer->stream, error);
+        order->busy = batch->sending && status == TPRPC_OK && (int)queue->set->cu->cuStreamQuery(stream) != 0;
+        if (order->busy && !end->net->method->words)
+            status = tpr_cuda_stream_record(queue, device, stream, &order->event, error);
     }
+    tpr_cuda_batch_leave(end);
     return status;
 }
 
@@ -3615,7 +3632,6 @@ static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_ba
     const tpr_cuda_batch_order *before = from->device.kind == TPRPC_CUDA ? &send->orders[mark] : NULL;
     tpr_cuda_device *source = NULL, *target = NULL, *device;
     tpr_cuda_driver_stream stream = NULL;
-    tpr_cuda_device_guard guard;
     tprpc_status status = TPRPC_OK;
     if (before) status = tpr_cuda_device_of(queue->set, from->device, &source, error);
     if (status == TPRPC_OK && to->device.kind == TPRPC_CUDA) {
@@ -3624,7 +3640,7 @@ static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_ba
     }
     if (source && target) tpr_cuda_device_pair(queue->set, target, source);
     device = target ? target : source;
-    if (status == TPRPC_OK) status = tpr_cuda_device_enter(queue->set, device, &guard, error);
+    if (status == TPRPC_OK) status = tpr_cuda_batch_enter(receive->end, device, error);
     if (status != TPRPC_OK) return status;
     if (!target) {
         status = tpr_cuda_stream_own(queue, device, &stream, error);
@@ -3641,7 +3657,6 @@ static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_ba
                                      (uintptr_t)from->data, to->size, stream, error);
     else if (status == TPRPC_OK)
         status = tpr_cuda_device_copy(queue->set, target, to->data, source, from->data, to->size, stream, error);
-    tpr_cuda_device_leave(queue->set, &guard);
     return status;
 }
 
@@ -3697,6 +3712,7 @@ static tpr_cuda_batch_outcome tpr_cuda_xth_fetch(tpr_cuda_batch *receive, const 
             host |= send->buffers[i].device.kind == TPRPC_CPU || receive->buffers[i].device.kind == TPRPC_CPU;
             status = tpr_cuda_xth_copy(receive, send, i, error);
         }
+        tpr_cuda_batch_leave(receive->end);
         if (status == TPRPC_OK) status = tpr_cuda_batch_flush(receive->end, error);
         else tpr_cuda_batch_flush(receive->end, NULL);
         tpr_cuda_xth_order(receive, send, host);
@@ -4359,8 +4375,7 @@ static tprpc_status tpr_cuda_ipc_copy(tpr_cuda_batch *receive, tpr_cuda_ipc_impo
     tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
     const tprpc_buffer *buffer = &receive->buffers[receive->buffer];
     tpr_cuda_batch_order *order = &receive->orders[receive->order_of[receive->buffer]];
-    tpr_cuda_device_guard guard;
-    tprpc_status status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
+    tprpc_status status = tpr_cuda_batch_enter(receive->end, order->device, error);
     if (status != TPRPC_OK) return status;
     if (!receive->fresh) status = tpr_cuda_device_check_stream(queue->set, order->device, buffer->stream, error);
     const tpr_cuda_driver_ptr from = status == TPRPC_OK ? tpr_cuda_ipc_open_import(queue, import, order->device) : 0;
@@ -4376,7 +4391,6 @@ static tprpc_status tpr_cuda_ipc_copy(tpr_cuda_batch *receive, tpr_cuda_ipc_impo
         status = tpr_cuda_batch_copy(receive->end, receive->count, order->device,
                                      (uintptr_t)buffer->data + receive->at, NULL, from + part->from + skip, size,
                                      order->stream, error);
-    tpr_cuda_device_leave(queue->set, &guard);
     return status;
 }
 
@@ -4400,11 +4414,9 @@ static tprpc_status tpr_cuda_ipc_take(tpr_cuda_batch *receive, const tpr_cuda_wi
         receive->buffer++;
         receive->at = 0;
     }
-    if (status != TPRPC_OK || !*can) {
-        tpr_cuda_batch_flush(receive->end, NULL);
-        return status;
-    }
+    if (status != TPRPC_OK || !*can) return status;
     receive->moved += part->size;
+    if (part->flags & TPR_CUDA_WIRE_PART_LAST || receive->moved == receive->total) tpr_cuda_batch_leave(receive->end);
     if (part->flags & TPR_CUDA_WIRE_PART_LAST || receive->moved == receive->total)
         status = tpr_cuda_batch_flush(receive->end, error);
     if (status == TPRPC_OK && (part->flags & TPR_CUDA_WIRE_PART_LAST))
@@ -4412,9 +4424,8 @@ static tprpc_status tpr_cuda_ipc_take(tpr_cuda_batch *receive, const tpr_cuda_wi
     return status;
 }
 
-// Takes parts, and tells the sender how far it is.
-static tpr_cuda_batch_outcome tpr_cuda_ipc_take_all(tpr_cuda_batch *receive, const uint8_t *bytes, size_t count,
-                                                    tprpc_error *error) {
+static tpr_cuda_batch_outcome tpr_cuda_ipc_take_parts(tpr_cuda_batch *receive, const uint8_t *bytes, size_t count,
+                                                      tprpc_error *error) {
     const tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(receive);
     bool can = true;
     for (size_t i = 0; i < count; i++, bytes += TPR_CUDA_WIRE_PART) {
@@ -4434,11 +4445,23 @@ static tpr_cuda_batch_outcome tpr_cuda_ipc_take_all(tpr_cuda_batch *receive, con
         if (!can) return TPR_CUDA_BATCH_FAILED;
         const bool say = (part.flags & TPR_CUDA_WIRE_PART_LAST) || i + 1 == count;
         if (receive->moved == receive->total || !say) continue;
+        tpr_cuda_batch_leave(receive->end);
         tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, part.at, 0, 0, NULL);
         if (receive->over) return TPR_CUDA_BATCH_GOING_ON;
     }
-    if (tpr_cuda_batch_flush(receive->end, error) != TPRPC_OK) return TPR_CUDA_BATCH_FAILED;
     return receive->moved == receive->total ? TPR_CUDA_BATCH_FETCHED : TPR_CUDA_BATCH_GOING_ON;
+}
+
+// Takes parts, and tells the sender how far it is.
+static tpr_cuda_batch_outcome tpr_cuda_ipc_take_all(tpr_cuda_batch *receive, const uint8_t *bytes, size_t count,
+                                                    tprpc_error *error) {
+    tprpc_error why = TPR_CUDA_ZERO;
+    const tpr_cuda_batch_outcome outcome = tpr_cuda_ipc_take_parts(receive, bytes, count, error);
+    tpr_cuda_batch_leave(receive->end);
+    const tprpc_status status = tpr_cuda_batch_flush(receive->end, &why);
+    if (status == TPRPC_OK || outcome == TPR_CUDA_BATCH_FAILED) return outcome;
+    *error = why;
+    return TPR_CUDA_BATCH_FAILED;
 }
 
 static tpr_cuda_batch_outcome tpr_cuda_ipc_fetch(tpr_cuda_batch *receive, const uint8_t *descriptor, size_t size,
