@@ -4727,7 +4727,8 @@ static const tprpc_backend tpr_cuda_ipc_backend = {
 };
 
 // >>convert -----------------------------------------------------------------------------------------------------------
-// Device memory as pipes and agents need it: checked, copied, allocated and given back, in the order of streams.
+// Device memory as pipes and agents need it: copied, allocated and given back, in the order of streams. What is sent as
+// it is, the channels check.
 //
 // Uses: driver, device.
 // Invariant: memory goes back on the device that it came from, in the order of a stream of that device.
@@ -4764,16 +4765,6 @@ static tprpc_status tpr_cuda_convert_check(tprpc_context *ctx, const tprpc_tenso
     buffer.stream = tensor->stream;
     tprpc_status status = tpr_cuda_device_of(*set, tensor->device, device, error);
     return status == TPRPC_OK ? tpr_cuda_device_check(*set, &buffer, error) : status;
-}
-
-// The channel looks at the tensor again, when it is sent; here the call can still be refused.
-static tprpc_status tpr_cuda_convert_prepare(void *user, tprpc_context *ctx, tprpc_tensor *tensor, void **keep,
-                                             tprpc_error *error) {
-    tpr_cuda_device_set *set;
-    tpr_cuda_device *device;
-    (void)user;
-    *keep = NULL;
-    return tpr_cuda_convert_check(ctx, tensor, &set, &device, error);
 }
 
 static tprpc_status tpr_cuda_convert_copy(void *user, tprpc_context *ctx, const tprpc_tensor *tensor, void **data,
@@ -4823,7 +4814,7 @@ static void tpr_cuda_convert_release(void *user, tprpc_context *ctx, tprpc_devic
 
 static const tprpc_converter_table tpr_cuda_convert_table = {
     (uint32_t)sizeof(tprpc_converter_table), TPRPC_CUDA, tpr_cuda_convert_device_count, tpr_cuda_convert_stream,
-    tpr_cuda_convert_prepare, NULL, tpr_cuda_convert_copy, tpr_cuda_convert_allocate, tpr_cuda_convert_release,
+    NULL, NULL, tpr_cuda_convert_copy, tpr_cuda_convert_allocate, tpr_cuda_convert_release,
 };
 
 static const tprpc_backend tpr_cuda_convert_backend = {
