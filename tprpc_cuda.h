@@ -2427,12 +2427,14 @@ static bool tpr_cuda_outbox_busy(const tpr_cuda_outbox_chunk *chunk) {
                                                          : tpr_cuda_word_done(side, chunk->slot), chunk->seq);
 }
 
-// A free chunk for that many bytes, with a slot of the link; NULL: none.
-static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cuda_word_link *link, uint64_t size) {
+// A free chunk for that many bytes, with a slot of the link; NULL: none. asked: the receiver waits for it. Every other
+// chunk is for those alone, else what is sent ahead of its receiver may hold them all, and what he waits for gets none.
+static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cuda_word_link *link, uint64_t size,
+                                                   bool asked) {
     const int first = size <= TPR_CUDA_OUTBOX_SMALL ? 0 : TPR_CUDA_OUTBOX_SMALLS;
     for (int i = first; i < TPR_CUDA_OUTBOX_ALL; i++) {
         tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
-        if (chunk->held || tpr_cuda_outbox_busy(chunk)) continue;
+        if ((!asked && i % 2) || chunk->held || tpr_cuda_outbox_busy(chunk)) continue;
         if (!tpr_cuda_word_take(link, &chunk->slot, &chunk->seq)) return NULL;
         chunk->link = link;
         chunk->held = true;
@@ -4106,13 +4108,16 @@ static tprpc_status tpr_cuda_ipc_packed(tpr_cuda_batch *send, tprpc_error *error
     return status;
 }
 
-// Packs as much as there are chunks for; none: the parts stay empty. The device is entered.
-static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, tpr_cuda_ipc_parts *parts, tprpc_error *error) {
+// Packs as much as there are more chunks for; none: the parts stay empty. asked: the receiver waits. The device is
+// entered.
+static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, bool asked, tpr_cuda_ipc_parts *parts,
+                                           tprpc_error *error) {
     tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
     tpr_cuda_outbox *box = (tpr_cuda_outbox *)end->batch.net->queue->lanes[send->orders[0].device->index].outbox;
     tprpc_status status = TPRPC_OK;
     for (int i = 0; i < TPR_CUDA_BATCH_BOXES && send->moved < send->total && status == TPRPC_OK; i++) {
-        send->boxes[i] = tpr_cuda_outbox_take(box, end->words, send->total - send->moved);
+        if (send->boxes[i]) continue;
+        send->boxes[i] = tpr_cuda_outbox_take(box, end->words, send->total - send->moved, asked);
         if (!send->boxes[i]) break;
         if (!send->stream_set)
             status = tpr_cuda_ipc_pack_stream(send, send->order_count == 1 && send->total <= send->boxes[i]->size,
@@ -4133,7 +4138,7 @@ static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, tpr_cuda_ipc_p
     tprpc_status status = tpr_cuda_arena_pin(queue->set, &end->words->mine.memory, send->orders[0].device, error);
     if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, &box, error);
     if (status == TPRPC_OK) status = tpr_cuda_ipc_tell(end, box->export_, error);
-    if (status == TPRPC_OK) status = tpr_cuda_ipc_pack_some(send, parts, error);
+    if (status == TPRPC_OK) status = tpr_cuda_ipc_pack_some(send, false, parts, error);
     if (status == TPRPC_OK && !parts->count) status = tpr_cuda_ipc_pack_stream(send, false, error);
     send->stream_set = true;
     return status;
@@ -4148,7 +4153,7 @@ static bool tpr_cuda_ipc_start(tpr_cuda_batch *send) {
     parts.count = 0;
     tprpc_status status = tpr_cuda_device_enter(queue->set, send->orders[0].device, &guard, &error);
     if (status == TPRPC_OK) {
-        status = tpr_cuda_ipc_pack_some(send, &parts, &error);
+        status = tpr_cuda_ipc_pack_some(send, true, &parts, &error);
         tpr_cuda_device_leave(queue->set, &guard);
     }
     if (status == TPRPC_OK && !parts.count) return false;
@@ -4237,18 +4242,21 @@ static tprpc_status tpr_cuda_ipc_refill(tpr_cuda_batch *send, tpr_cuda_outbox_ch
     tprpc_status status = tpr_cuda_device_enter(queue->set, device, &guard, error);
     if (status != TPRPC_OK) return status;
     parts.count = 0;
-    status = tpr_cuda_word_wait(queue->set, &end->words->mine, chunk->slot, true, chunk->seq, send->stream, error);
-    if (status == TPRPC_OK) {
+    if (tpr_cuda_base_list_empty(&tpr_cuda_ipc_net_of(send)->starved))   // more chunks first, where nobody has none
+        status = tpr_cuda_ipc_pack_some(send, true, &parts, error);
+    if (status == TPRPC_OK && send->moved < send->total) {
+        status = tpr_cuda_word_wait(queue->set, &end->words->mine, chunk->slot, true, chunk->seq, send->stream, error);
         tpr_cuda_word_tend(&tpr_cuda_ipc_net_of(send)->tender);
-        chunk->seq = tpr_cuda_word_again(end->words, chunk->slot);
-        status = tpr_cuda_ipc_pack(send, box, chunk, error);
+        if (status == TPRPC_OK) {
+            chunk->seq = tpr_cuda_word_again(end->words, chunk->slot);
+            status = tpr_cuda_ipc_pack(send, box, chunk, error);
+        }
+        if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
+        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(box, chunk, &parts);
     }
-    if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
     tpr_cuda_device_leave(queue->set, &guard);
-    if (status != TPRPC_OK) return status;
-    tpr_cuda_ipc_chunk_part(box, chunk, &parts);
-    tpr_cuda_ipc_say_parts(send, &parts);
-    return TPRPC_OK;
+    if (status == TPRPC_OK) tpr_cuda_ipc_say_parts(send, &parts);
+    return status;
 }
 
 // The peer goes on with a send.
