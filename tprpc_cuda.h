@@ -103,9 +103,9 @@
 //   the driver                                        -                                     CUDA 12.0 or later
 //   devices of a process                              -                                     64
 //   streams that the tensors of a message are on      -                                     64
-//   a chunk of pinned host memory                     -                                     512 KiB
-//   chunks of an end of a pipe                        -                                     16
-//   chunks of a transfer that are under way           -                                     4
+//   a chunk of pinned host memory                     -                                     2 MiB
+//   chunks of an end of a pipe                        -                                     8
+//   chunks of a transfer that are under way           -                                     6
 //   an outbox, of each device and loop of a context   -                                     28 MiB
 //   chunks of an outbox                               -                                     6 of 4 MiB, 64 of 64 KiB
 //   transfers of a pipe that words order at a time    -                                     512
@@ -1869,7 +1869,7 @@ static void tpr_cuda_stream_part(tpr_cuda_stream_queue *queue) {
 // Invariant: a chunk is busy from when it is taken until nobody writes to it or reads from it, on a device or in the
 // other process; an arena lives as long as its end of a pipe, and as a copy out of a chunk of it is queued.
 
-enum { TPR_CUDA_ARENA_CHUNK = 512 << 10, TPR_CUDA_ARENA_CHUNKS = 16, TPR_CUDA_ARENA_SIZE = 8 << 20 };
+enum { TPR_CUDA_ARENA_CHUNK = 2 << 20, TPR_CUDA_ARENA_CHUNKS = 8, TPR_CUDA_ARENA_SIZE = 16 << 20 };
 
 typedef struct tpr_cuda_arena_memory { // as one end sees it
     uint8_t         *base;             // NULL: there is none
@@ -2491,7 +2491,7 @@ static void tpr_cuda_outbox_close(tpr_cuda_stream_queue *queue) {
 // receiver of this process is at its memory, or when what is at it is ordered before what the user queues next.
 
 enum {
-    TPR_CUDA_BATCH_PIECES = 4,         // of a batch that are under way
+    TPR_CUDA_BATCH_PIECES = 6,         // of a batch that are under way
     TPR_CUDA_BATCH_ORDERS = 64,        // streams that one batch is on
     TPR_CUDA_BATCH_BOXES = 8,          // chunks of an outbox that one batch has
     TPR_CUDA_BATCH_FEW = 4,            // buffers of a batch whose block is kept
