@@ -3980,33 +3980,68 @@ static void tpr_cuda_ipc_say_parts(tpr_cuda_batch *send, tpr_cuda_ipc_parts *par
                            NULL, 0);
 }
 
+// A send's buffers from `first` on that lie one behind the other and are on one stream, so that they are one part.
+// *size: of all. *next: the first that is not of them.
+static void tpr_cuda_ipc_neighbours(const tpr_cuda_batch *send, size_t first, size_t *size, size_t *next) {
+    const tprpc_buffer *buffer = &send->buffers[first];
+    size_t i = first + 1;
+    *size = buffer->size;
+    for (; i < send->count; i++) {
+        const tprpc_buffer *other = &send->buffers[i];
+        if (other->size && (send->order_of[i] != send->order_of[first] || other->data != (char *)buffer->data + *size))
+            break;
+        *size += other->size;
+    }
+    *next = i;
+}
+
+// Whether a send of registered memory is small tensors that lie here and there: they travel faster packed together.
+static bool tpr_cuda_ipc_scattered(const tpr_cuda_batch *send) {
+    size_t parts = 0;
+    if (send->total / send->count > TPR_CUDA_KERNELS_SMALL) return false;
+    for (size_t i = 0, size; i < send->count && parts <= TPR_CUDA_WIRE_PARTS; parts++)
+        tpr_cuda_ipc_neighbours(send, i, &size, &i);
+    return parts > TPR_CUDA_WIRE_PARTS;
+}
+
 // Direct: the next buffers as parts, as many as a message holds.
 static tprpc_status tpr_cuda_ipc_direct_parts(tpr_cuda_batch *send, tpr_cuda_ipc_parts *parts, tprpc_error *error) {
     tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
     tpr_cuda_device_set *set = send->end->net->queue->set;
-    for (; send->buffer < send->count && parts->count < TPR_CUDA_WIRE_PARTS; send->buffer++) {
+    while (send->buffer < send->count && parts->count < TPR_CUDA_WIRE_PARTS) {
         const tprpc_buffer *buffer = &send->buffers[send->buffer];
         const tpr_cuda_batch_order *order = &send->orders[send->order_of[send->buffer]];
         tpr_cuda_wire_part part;
+        size_t size = 0, next = send->buffer + 1;
         bool last = true;
-        if (!buffer->size) continue;
-        tpr_cuda_device_export *export_ = tpr_cuda_export_hold(set, buffer->device.index, buffer->data, buffer->size);
+        if (!buffer->size) {
+            send->buffer = next;
+            continue;
+        }
+        tpr_cuda_ipc_neighbours(send, send->buffer, &size, &next);
+        tpr_cuda_device_export *export_ = tpr_cuda_export_hold(set, buffer->device.index, buffer->data, size);
+        if (!export_) {                // they are neighbours by chance
+            next = send->buffer + 1;
+            size = buffer->size;
+            export_ = tpr_cuda_export_hold(set, buffer->device.index, buffer->data, size);
+        }
         if (!export_) return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "cuda_ipc: memory was unregistered");
         const tprpc_status status = tpr_cuda_ipc_tell(end, export_, error);
         tpr_cuda_export_drop(set, export_);   // the link has it now
         if (status != TPRPC_OK) return status;
-        for (size_t i = send->buffer + 1; last && i < send->count; i++)
+        for (size_t i = next; last && i < send->count; i++)
             last = !send->buffers[i].size || &send->orders[send->order_of[i]] != order;
         part.export_id = export_->id;
         part.from = (uintptr_t)buffer->data - export_->at;
         part.at = send->moved;
-        part.size = buffer->size;
+        part.size = size;
         part.seq = order->seq;
         part.slot = order->slot;
         part.flags = (order->busy ? (uint32_t)TPR_CUDA_WIRE_PART_WAITS : 0) |
                      (last ? (uint32_t)TPR_CUDA_WIRE_PART_LAST : 0);
         tpr_cuda_ipc_add_part(parts, &part);
-        send->moved += buffer->size;
+        send->moved += size;
+        send->buffer = next;
     }
     return TPRPC_OK;
 }
@@ -4204,12 +4239,15 @@ static tprpc_status tpr_cuda_ipc_offer(tpr_cuda_batch *send, uint8_t *descriptor
     tprpc_status status = tpr_cuda_word_make(end->words, error);
     if (status == TPRPC_OK) status = tpr_cuda_ipc_tell_words(end, error);
     if (status != TPRPC_OK) return status;
+    tpr_cuda_os_lock_take(&queue->set->lock);
     for (size_t i = 0; i < send->count; i++) {
         const tprpc_buffer *buffer = &send->buffers[i];
         if (!buffer->size) continue;
-        direct = direct && tpr_cuda_export_has(queue->set, buffer->device.index, buffer->data, buffer->size);
+        direct = direct && tpr_cuda_export_of(queue->set, buffer->device.index, buffer->data, buffer->size);
         one &= buffer->device.index == send->orders[0].device->index;
     }
+    tpr_cuda_os_lock_give(&queue->set->lock);
+    direct = direct && !(one && tpr_cuda_ipc_scattered(send));
     send->way = direct ? TPR_CUDA_IPC_DIRECT : TPR_CUDA_IPC_OUTBOX;
     if (!direct && !one)
         return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,

@@ -360,51 +360,54 @@ TEST(killed_at_any_moment) {
 
 /* ---- many small tensors ---- */
 
-enum { SMALLS = 300, EACH = 4000 };
+enum { SMALLS = 300, EACH = 4000, APART = EACH + 96 };
 
-static tprpc_tensor *smalls(int device, uint8_t *memory, CUstream stream, int target) {
+static tprpc_tensor *smalls(int device, uint8_t *memory, size_t step, CUstream stream, int target) {
     tprpc_tensor *tensors = (tprpc_tensor *)calloc(SMALLS, sizeof *tensors);
     REQUIRE(tensors != NULL);
-    for (size_t i = 0; i < SMALLS; i++) tensors[i] = gpu_tensor(device, memory + i * EACH, EACH, stream, target);
+    for (size_t i = 0; i < SMALLS; i++) tensors[i] = gpu_tensor(device, memory + i * step, EACH, stream, target);
     return tensors;
 }
 
 static void smalls_receive(two *t, void *arg) {
     cargo c;
-    (void)arg;
+    const bool apart = *(const size_t *)arg != EACH;
     CUstream r = gpu_stream(other());
     uint8_t *target = (uint8_t *)gpu_alloc(other(), SMALLS * EACH);
-    tprpc_tensor *in = smalls(other(), target, r, other());
+    tprpc_tensor *in = smalls(other(), target, EACH, r, other());
     for (uint64_t i = 0; i < 3; i++) {
         two_got(t, &c, in, SMALLS);
-        CHECK(gpu_matches(other(), r, target, SMALLS * EACH, i));
+        if (!apart) CHECK(gpu_matches(other(), r, target, SMALLS * EACH, i));
+        for (size_t k = 0; apart && k < SMALLS; k++) CHECK(gpu_matches(other(), r, target + k * EACH, EACH, i + k));
         two_raise(t, 10 + (int)i);
     }
     if (gpu.standin_calls) CHECK_LE_INT(3, gpu.standin_calls("cuLaunchKernel"));   /* by a kernel */
     free(in);
 }
 
-static void many_smalls(bool registered) {
+static void many_smalls(bool registered, size_t step) {
     two t;
     cargo c;
     more_memory();
-    two_open(&t, "shm://", "cuda_ipc,basic", smalls_receive, NULL);
+    two_open(&t, "shm://", "cuda_ipc,basic", smalls_receive, &step);
     CUstream s = gpu_stream(0);
-    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * EACH);
-    tprpc_tensor *out = smalls(0, source, s, other());
-    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * EACH, NULL), TPRPC_OK);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * step);
+    tprpc_tensor *out = smalls(0, source, step, s, other());
+    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * step, NULL), TPRPC_OK);
     for (uint64_t i = 0; i < 3; i++) {
-        gpu_put(0, s, source, SMALLS * EACH, i);
+        if (step == EACH) gpu_put(0, s, source, SMALLS * EACH, i);
+        for (size_t k = 0; step != EACH && k < SMALLS; k++) gpu_put(0, s, source + k * step, EACH, i + k);
         two_sent(&t, &c, out, SMALLS);
-        gpu_set(0, s, source, 0, SMALLS * EACH);
+        gpu_set(0, s, source, 0, SMALLS * step);
         two_await(&t, 10 + (int)i);
     }
     free(out);
     two_close(&t, false);
 }
 
-TEST(many_small_registered) { many_smalls(true); }
-TEST(many_small) { many_smalls(false); }
+TEST(many_small_registered) { many_smalls(true, EACH); }
+TEST(many_small_here_and_there) { many_smalls(true, APART); }
+TEST(many_small) { many_smalls(false, EACH); }
 
 /* ---- what is sent ahead of its receiver leaves room in the outbox for what he waits for ---- */
 
