@@ -8832,7 +8832,7 @@ static void tpr_pipe_write_begin(tprpc_pipe *pipe, tpr_pipe_write *write, void (
     pipe->refs++;
 }
 
-static tprpc_device tpr_pipe_device(tprpc_device device) {
+static inline tprpc_device tpr_pipe_device(tprpc_device device) {
     if (device.kind == TPRPC_DEVICE_DEFAULT) device.kind = TPRPC_CPU;
     return device;
 }
@@ -9215,7 +9215,7 @@ static int32_t tpr_pipe_link_process(tprpc_link *link) {
 // ---- transfers
 
 // Payload or tensor i of a message, payloads first.
-static tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
+static inline tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
     tprpc_buffer buffer;
     memset(&buffer, 0, sizeof buffer);
     if (i < m->payload_count) {
@@ -9369,7 +9369,7 @@ typedef struct tpr_pipe_plan {         // how the items of one message travel
     uint8_t  few[64];                  // `where` of a message with few items
 } tpr_pipe_plan;
 
-static tprpc_device tpr_pipe_item_target(const tprpc_message *m, size_t i) {
+static inline tprpc_device tpr_pipe_item_target(const tprpc_message *m, size_t i) {
     tprpc_device target = tpr_pipe_item(m, i).device;
     if (i >= m->payload_count && m->tensors[i - m->payload_count].target.kind != TPRPC_DEVICE_DEFAULT)
         target = m->tensors[i - m->payload_count].target;
@@ -9455,9 +9455,13 @@ static tprpc_status tpr_pipe_check(const tprpc_message *m, uint64_t message_byte
     return TPRPC_OK;
 }
 
+static bool tpr_pipe_same_device(tprpc_device a, tprpc_device b) { return a.kind == b.kind && a.index == b.index; }
+
 // Decides how each item travels. False: no channel moves one of them; the error says which.
 static bool tpr_pipe_plan_items(tprpc_pipe *pipe, tpr_pipe_plan *plan, tprpc_error *error) {
     size_t total = 0;
+    tpr_pipe_channel *channel = NULL;
+    tprpc_device last_from = TPR_ZERO, last_to = TPR_ZERO;
     for (size_t i = 0; i < plan->count; i++) {
         tprpc_buffer buffer = tpr_pipe_item(plan->message, i);
         tprpc_device to = tpr_pipe_item_target(plan->message, i);
@@ -9468,7 +9472,11 @@ static bool tpr_pipe_plan_items(tprpc_pipe *pipe, tpr_pipe_plan *plan, tprpc_err
             total += buffer.size;
             continue;
         }
-        tpr_pipe_channel *channel = tpr_pipe_choose(pipe, buffer.device, to, &buffer, 1, buffer.size, true);
+        if (host || !channel || !tpr_pipe_same_device(buffer.device, last_from) || !tpr_pipe_same_device(to, last_to) ||
+            !tpr_pipe_fits(channel->entry->backend->channel, &buffer, 1))   // else as the one before
+            channel = tpr_pipe_choose(pipe, buffer.device, to, &buffer, 1, buffer.size, true);
+        last_from = buffer.device;
+        last_to = to;
         uint32_t k = 0;
         while (channel && k < plan->transfer_count && plan->transfers[k].channel != channel->index) k++;
         if (!channel || k == TPR_WIRE_CHANNELS) {
@@ -9722,13 +9730,19 @@ static tprpc_status tpr_pipe_send_short(tprpc_pipe *pipe, const void *prefix, si
     return TPRPC_OK;
 }
 
+// Whether what is lent of that kind is to be seen by its converter; where not, its channel knows what to do.
+static bool tpr_pipe_prepares(const tprpc_context *ctx, int32_t kind) {
+    const tpr_context_backend *entry = tpr_pipe_converter(ctx, kind);
+    return entry && entry->backend->converter->prepare;
+}
+
 // How many tensors of a message a converter has a hand in, or must have.
 static uint32_t tpr_pipe_device_tensors(const tprpc_pipe *pipe, const tprpc_message *message) {
     uint32_t count = 0;
     for (size_t i = 0; i < message->tensor_count; i++) {
         const tprpc_tensor *tensor = &message->tensors[i];
-        if (!tpr_pipe_on_host(tensor) && tensor->size &&
-            (!message->release || tpr_pipe_converter(pipe->ctx, tensor->device.kind))) count++;
+        if (tpr_pipe_on_host(tensor) || !tensor->size) continue;
+        if (!message->release || tpr_pipe_prepares(pipe->ctx, tensor->device.kind)) count++;
     }
     return count;
 }
@@ -9750,7 +9764,7 @@ static tprpc_status tpr_pipe_keep_devices(tpr_pipe_write *write, const tprpc_mes
         if (tpr_pipe_on_host(tensor) || !tensor->size) continue;
         keep->entry = tpr_pipe_converter(pipe->ctx, tensor->device.kind);
         const tprpc_converter_table *table = keep->entry ? keep->entry->backend->converter : NULL;
-        if (!table && lent) continue;      // its channel knows what to do
+        if (lent && (!table || !table->prepare)) continue;
         if (!table || (!lent && !table->copy)) {
             status = tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
                                      "tensor %zu is on device kind %d, which nothing "
@@ -14426,8 +14440,6 @@ static tprpc_message tpr_agent_placed(const tpr_agent_placing *placing, const tp
 
 // ---- devices: where a call's tensors go, and the streams they are ordered on
 
-static bool tpr_agent_same_device(tprpc_device a, tprpc_device b) { return a.kind == b.kind && a.index == b.index; }
-
 // Whether a device is one of this context's; `what` and i name it in the error.
 static tprpc_status tpr_agent_check_device(tprpc_context *ctx, tprpc_device device, const char *what, size_t i,
                                            tprpc_error *error) {
@@ -14450,7 +14462,7 @@ static tprpc_device tpr_agent_mapped(const tpr_agent_worker *worker, tprpc_devic
     tprpc_device to = TPR_ZERO;
     for (uint32_t i = 0; i < agent->map_count; i++) {
         const tpr_agent_map *map = &agent->maps[i];
-        if (!tpr_agent_same_device(map->from, from)) continue;
+        if (!tpr_pipe_same_device(map->from, from)) continue;
         if (map->worker && strcmp(map->worker, worker->name) == 0) return map->to;
         if (!map->worker) to = map->to;
     }
@@ -14459,7 +14471,7 @@ static tprpc_device tpr_agent_mapped(const tpr_agent_worker *worker, tprpc_devic
 
 static void *tpr_agent_stream_of(const tprpc_stream *streams, size_t count, tprpc_device device) {
     for (size_t i = 0; i < count; i++)
-        if (tpr_agent_same_device(streams[i].device, device)) return streams[i].stream;
+        if (tpr_pipe_same_device(streams[i].device, device)) return streams[i].stream;
     return NULL;
 }
 
@@ -14475,7 +14487,7 @@ static tprpc_status tpr_agent_check_streams(tprpc_context *ctx, const tprpc_call
         tprpc_status status = tpr_agent_check_device(ctx, device, "streams", i, error);
         if (status != TPRPC_OK) return status;
         for (size_t k = 0; k < i; k++)
-            if (tpr_agent_same_device(options->streams[k].device, device))
+            if (tpr_pipe_same_device(options->streams[k].device, device))
                 return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "streams[%zu] and [%zu] are of one device", k, i);
     }
     return TPRPC_OK;
@@ -15800,7 +15812,7 @@ static tprpc_status tpr_agent_add_maps(tprpc_agent *agent, const char *worker, c
     for (size_t i = 0; i < count; i++) {
         tprpc_device device = tpr_pipe_device(from[i]);
         uint32_t at = 0;
-        while (at < agent->map_count && (maps[at].worker != name || !tpr_agent_same_device(maps[at].from, device)))
+        while (at < agent->map_count && (maps[at].worker != name || !tpr_pipe_same_device(maps[at].from, device)))
             at++;
         maps[at].worker = name;
         maps[at].from = device;

@@ -3833,7 +3833,7 @@ static const tprpc_backend tpr_cuda_xth_backend = {
 // between words that both share. What was registered is read where it is; all else from the sender's outbox, into which
 // he copies it.
 //
-// Uses: os, base, driver, wire, device, stream, arena, word, export, outbox, batch.
+// Uses: os, base, driver, wire, device, kernels, stream, arena, word, export, outbox, batch.
 // Invariant: of a transfer `moved` counts the bytes whose copy by the receiver is queued here, or that the outbox was
 // given; a part is read from memory that the peer has said is its own, within its bounds.
 
