@@ -531,6 +531,98 @@ TEST(other_visible_devices) {
     two_close(&t, false);
 }
 
+/* Many at a time, more than there are chunks. */
+enum { ATONCE = 40, WAVES = 4, CHUNKY = 1 << 20 };
+typedef struct wave { size_t size; int count; bool registered; } wave;
+
+static void wave_receive(two *t, void *arg) {
+    cargo c[ATONCE];
+    const wave *x = (const wave *)arg;
+    CUstream r = gpu_stream(other());
+    uint8_t *target = (uint8_t *)gpu_alloc(other(), (size_t)x->count * x->size);
+    tprpc_tensor in[ATONCE];
+    for (int w = 0; w < WAVES; w++) {
+        for (int i = 0; i < x->count; i++) {
+            in[i] = gpu_tensor(other(), target + (size_t)i * x->size, x->size, r, other());
+            two_recv(t, &c[i], &in[i], 1);
+        }
+        for (int i = 0; i < x->count; i++) {
+            WAIT(&t->s, c[i].got.runs, 1);
+            CHECK_EQ_INT(c[i].got.status, TPRPC_OK);
+        }
+        CHECK(gpu_matches(other(), r, target, (size_t)x->count * x->size, (uint64_t)w));
+        two_raise(t, 10 + w);
+    }
+}
+
+static void waves(size_t size, int count, bool registered) {
+    wave one, *x = &one;
+    two t;
+    cargo c[ATONCE];
+    tprpc_tensor out[ATONCE];
+    one.size = size;
+    one.count = count;
+    one.registered = registered;
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", wave_receive, x);
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, (size_t)x->count * x->size);
+    if (x->registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, (size_t)x->count * x->size, NULL), TPRPC_OK);
+    for (int w = 0; w < WAVES; w++) {
+        gpu_put(0, s, source, (size_t)x->count * x->size, (uint64_t)w);
+        for (int i = 0; i < x->count; i++) {
+            out[i] = gpu_tensor(0, source + (size_t)i * x->size, x->size, s, other());
+            two_send(&t, &c[i], &out[i], 1);
+        }
+        for (int i = 0; i < x->count; i++) {
+            WAIT(&t.s, c[i].wrote.runs, 1);
+            CHECK_EQ_INT(c[i].wrote.status, TPRPC_OK);
+        }
+        two_await(&t, 10 + w);
+    }
+    two_close(&t, false);
+}
+
+TEST(many_at_once_registered) { waves(CHUNKY, ATONCE, true); }
+TEST(many_at_once) { waves(CHUNKY, ATONCE, false); }
+TEST(large_ones_at_once) { waves(18 << 20, 3, false); }
+
+/* Read one after the other, while more are always on their way than there are chunks: the first is not held up by the
+   later ones. */
+enum { STREAM = 300, ON_THEIR_WAY = 12 };
+
+static void stream_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CUstream r = gpu_stream(other());
+    void *target = gpu_alloc(other(), CHUNKY);
+    tprpc_tensor in = gpu_tensor(other(), target, CHUNKY, r, other());
+    for (int i = 0; i < STREAM; i++) two_got(t, &c, &in, 1);
+    CHECK(gpu_matches(other(), r, target, CHUNKY, STREAM - 1));
+}
+
+TEST(read_one_by_one) {
+    two t;
+    cargo c[ON_THEIR_WAY];
+    tprpc_tensor out[ON_THEIR_WAY];
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", stream_receive, NULL);
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, ON_THEIR_WAY * CHUNKY);
+    for (int i = 0; i < STREAM + ON_THEIR_WAY; i++) {
+        const int k = i % ON_THEIR_WAY;
+        if (i >= ON_THEIR_WAY) {
+            WAIT(&t.s, c[k].wrote.runs, 1);
+            CHECK_EQ_INT(c[k].wrote.status, TPRPC_OK);
+        }
+        if (i >= STREAM) continue;
+        out[k] = gpu_tensor(0, source + (size_t)k * CHUNKY, CHUNKY, s, other());
+        if (i == STREAM - 1) gpu_put(0, s, out[k].data, CHUNKY, STREAM - 1);
+        two_send(&t, &c[k], &out[k], 1);
+    }
+    two_close(&t, false);
+}
+
 /* Many, and nothing grows, but for a few streams and events when an outbox is full for the first time. */
 enum { MANY = 2000 };
 
