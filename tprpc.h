@@ -9530,7 +9530,7 @@ static void tpr_pipe_write_begin(tprpc_pipe *pipe, tpr_pipe_write *write, void (
     pipe->refs++;
 }
 
-static tprpc_device tpr_pipe_device(tprpc_device device) {
+static inline tprpc_device tpr_pipe_device(tprpc_device device) {
     if (device.kind == TPRPC_DEVICE_DEFAULT) device.kind = TPRPC_CPU;
     return device;
 }
@@ -9919,7 +9919,7 @@ static int32_t tpr_pipe_link_process(tprpc_link *link) {
 // ---- transfers
 
 // Payload or tensor i of a message, payloads first.
-static tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
+static inline tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
     tprpc_buffer buffer;
     memset(&buffer, 0, sizeof buffer);
     if (i < m->payload_count) {
@@ -10073,7 +10073,7 @@ typedef struct tpr_pipe_plan {         // how the items of one message travel
     uint8_t  few[64];                  // `where` of a message with few items
 } tpr_pipe_plan;
 
-static tprpc_device tpr_pipe_item_target(const tprpc_message *m, size_t i) {
+static inline tprpc_device tpr_pipe_item_target(const tprpc_message *m, size_t i) {
     tprpc_device target = tpr_pipe_item(m, i).device;
     if (i >= m->payload_count && m->tensors[i - m->payload_count].target.kind != TPRPC_DEVICE_DEFAULT)
         target = m->tensors[i - m->payload_count].target;
@@ -10159,9 +10159,13 @@ static tprpc_status tpr_pipe_check(const tprpc_message *m, uint64_t message_byte
     return TPRPC_OK;
 }
 
+static bool tpr_pipe_same_device(tprpc_device a, tprpc_device b) { return a.kind == b.kind && a.index == b.index; }
+
 // Decides how each item travels. False: no channel moves one of them; the error says which.
 static bool tpr_pipe_plan_items(tprpc_pipe *pipe, tpr_pipe_plan *plan, tprpc_error *error) {
     size_t total = 0;
+    tpr_pipe_channel *channel = NULL;
+    tprpc_device last_from = TPR_ZERO, last_to = TPR_ZERO;
     for (size_t i = 0; i < plan->count; i++) {
         tprpc_buffer buffer = tpr_pipe_item(plan->message, i);
         tprpc_device to = tpr_pipe_item_target(plan->message, i);
@@ -10172,7 +10176,11 @@ static bool tpr_pipe_plan_items(tprpc_pipe *pipe, tpr_pipe_plan *plan, tprpc_err
             total += buffer.size;
             continue;
         }
-        tpr_pipe_channel *channel = tpr_pipe_choose(pipe, buffer.device, to, &buffer, 1, buffer.size, true);
+        if (host || !channel || !tpr_pipe_same_device(buffer.device, last_from) || !tpr_pipe_same_device(to, last_to) ||
+            !tpr_pipe_fits(channel->entry->backend->channel, &buffer, 1))   // else as the one before
+            channel = tpr_pipe_choose(pipe, buffer.device, to, &buffer, 1, buffer.size, true);
+        last_from = buffer.device;
+        last_to = to;
         uint32_t k = 0;
         while (channel && k < plan->transfer_count && plan->transfers[k].channel != channel->index) k++;
         if (!channel || k == TPR_WIRE_CHANNELS) {
@@ -10426,13 +10434,19 @@ static tprpc_status tpr_pipe_send_short(tprpc_pipe *pipe, const void *prefix, si
     return TPRPC_OK;
 }
 
+// Whether what is lent of that kind is to be seen by its converter; where not, its channel knows what to do.
+static bool tpr_pipe_prepares(const tprpc_context *ctx, int32_t kind) {
+    const tpr_context_backend *entry = tpr_pipe_converter(ctx, kind);
+    return entry && entry->backend->converter->prepare;
+}
+
 // How many tensors of a message a converter has a hand in, or must have.
 static uint32_t tpr_pipe_device_tensors(const tprpc_pipe *pipe, const tprpc_message *message) {
     uint32_t count = 0;
     for (size_t i = 0; i < message->tensor_count; i++) {
         const tprpc_tensor *tensor = &message->tensors[i];
-        if (!tpr_pipe_on_host(tensor) && tensor->size &&
-            (!message->release || tpr_pipe_converter(pipe->ctx, tensor->device.kind))) count++;
+        if (tpr_pipe_on_host(tensor) || !tensor->size) continue;
+        if (!message->release || tpr_pipe_prepares(pipe->ctx, tensor->device.kind)) count++;
     }
     return count;
 }
@@ -10453,7 +10467,7 @@ static tprpc_status tpr_pipe_keep_devices(tprpc_pipe *pipe, const tprpc_message 
         if (tpr_pipe_on_host(tensor) || !tensor->size) continue;
         keep->entry = tpr_pipe_converter(pipe->ctx, tensor->device.kind);
         const tprpc_converter_table *table = keep->entry ? keep->entry->backend->converter : NULL;
-        if (!table && lent) continue;      // its channel knows what to do
+        if (lent && (!table || !table->prepare)) continue;
         if (!table || (!lent && !table->copy)) {
             status = tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
                                      "tensor %zu is on device kind %d, which nothing "
@@ -16168,8 +16182,6 @@ static tprpc_message tpr_agent_placed(const tpr_agent_placing *placing, const tp
 
 // ---- devices: where a call's tensors go, and the streams they are ordered on
 
-static bool tpr_agent_same_device(tprpc_device a, tprpc_device b) { return a.kind == b.kind && a.index == b.index; }
-
 // Whether a device is one of this context's; `what` and i name it in the error.
 static tprpc_status tpr_agent_check_device(tprpc_context *ctx, tprpc_device device, const char *what, size_t i,
                                            tprpc_error *error) {
@@ -16191,7 +16203,7 @@ static bool tpr_agent_has_device(const tprpc_agent *agent, tprpc_device device) 
     if (device.kind == TPRPC_CPU) return true;
     if (tpr_agent_check_device(agent->ctx, device, "", 0, NULL) != TPRPC_OK) return false;
     for (uint32_t i = 0; agent->devices_given && i < agent->device_count; i++)
-        if (tpr_agent_same_device(agent->devices[i], device)) return true;
+        if (tpr_pipe_same_device(agent->devices[i], device)) return true;
     return !agent->devices_given;
 }
 
@@ -16200,7 +16212,7 @@ TPR_COLD static void tpr_agent_use_device(tprpc_agent *agent, tprpc_device devic
     if (agent->devices_given || device.kind == TPRPC_CPU || !tpr_agent_has_device(agent, device)) return;
     tpr_os_lock_take(&agent->lock);
     uint32_t i = 0;
-    while (i < agent->device_count && !tpr_agent_same_device(agent->devices[i], device)) i++;
+    while (i < agent->device_count && !tpr_pipe_same_device(agent->devices[i], device)) i++;
     if (i == agent->device_count && i < TPR_AGENT_DEVICES) agent->devices[agent->device_count++] = device;
     tpr_os_lock_give(&agent->lock);
 }
@@ -16289,7 +16301,7 @@ static bool tpr_agent_map_is_for(const tprpc_agent *agent, const tpr_agent_map *
     if (map->worker) return strcmp(map->worker, worker) == 0;
     for (uint32_t i = 0; i < agent->map_count; i++) {
         const tpr_agent_map *own = &agent->maps[i];
-        if (own->worker && tpr_agent_same_device(own->from, map->from) && strcmp(own->worker, worker) == 0)
+        if (own->worker && tpr_pipe_same_device(own->from, map->from) && strcmp(own->worker, worker) == 0)
             return false;
     }
     return true;
@@ -16322,7 +16334,7 @@ TPR_COLD static tprpc_status tpr_agent_map_unique(const tprpc_agent *agent, cons
     for (uint32_t i = 0; table && i < table->count; i++) {
         for (uint32_t k = 0; k < i; k++) {
             const tpr_wire_map *a = &table->maps[k], *b = &table->maps[i];
-            if (!tpr_agent_same_device(a->to, b->to)) continue;
+            if (!tpr_pipe_same_device(a->to, b->to)) continue;
             return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0,
                                    "%.40s maps device %d of kind %d and device %d of kind %d both to device %d of kind "
                                    "%d of %.40s", agent->name, (int)a->from.index, (int)a->from.kind,
@@ -16370,7 +16382,7 @@ static tprpc_device tpr_agent_mapped(const tpr_agent_table *table, tprpc_device 
     const tprpc_device none = TPR_ZERO;
     for (uint32_t i = 0; table && i < table->count; i++) {
         const tpr_wire_map *map = &table->maps[i];
-        if (tpr_agent_same_device(back ? map->to : map->from, from)) return back ? map->from : map->to;
+        if (tpr_pipe_same_device(back ? map->to : map->from, from)) return back ? map->from : map->to;
     }
     return none;
 }
@@ -16441,7 +16453,7 @@ static inline void tpr_agent_arrived(tpr_pipe_in *in) {
 
 static void *tpr_agent_stream_of(const tprpc_stream *streams, size_t count, tprpc_device device) {
     for (size_t i = 0; i < count; i++)
-        if (tpr_agent_same_device(streams[i].device, device)) return streams[i].stream;
+        if (tpr_pipe_same_device(streams[i].device, device)) return streams[i].stream;
     return NULL;
 }
 
@@ -16457,7 +16469,7 @@ static tprpc_status tpr_agent_check_streams(tprpc_context *ctx, const tprpc_call
         tprpc_status status = tpr_agent_check_device(ctx, device, "streams", i, error);
         if (status != TPRPC_OK) return status;
         for (size_t k = 0; k < i; k++)
-            if (tpr_agent_same_device(options->streams[k].device, device))
+            if (tpr_pipe_same_device(options->streams[k].device, device))
                 return tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "streams[%zu] and [%zu] are of one device", k, i);
     }
     return TPRPC_OK;
@@ -18562,7 +18574,7 @@ static void tpr_agent_request_exit(tpr_loop *loop) { if (loop) tpr_loop_leave(lo
 static uint32_t tpr_agent_map_at(const tprpc_agent *agent, const char *worker, tprpc_device from) {
     uint32_t at = 0;
     while (at < agent->map_count &&
-           (agent->maps[at].worker != worker || !tpr_agent_same_device(agent->maps[at].from, from))) at++;
+           (agent->maps[at].worker != worker || !tpr_pipe_same_device(agent->maps[at].from, from))) at++;
     return at;
 }
 
@@ -19300,7 +19312,7 @@ static int64_t tpr_group_start_deadline(tprpc_agent *agent);
 static bool tpr_group_overridden(tpr_wire_reader maps, uint32_t count, uint32_t rank, tprpc_device from) {
     for (uint32_t i = 0; i < count; i++) {
         const tpr_wire_map map = tpr_wire_read_map(&maps);
-        if (map.rank == rank && tpr_agent_same_device(map.from, from)) return true;
+        if (map.rank == rank && tpr_pipe_same_device(map.from, from)) return true;
     }
     return false;
 }

@@ -2,7 +2,7 @@
    leaves no transfer of the other's open, and none of its streams standing. */
 #include "cuda_two.h"
 
-enum { SIZE = (2 << 20) + 77, ROUNDS = 3, READY = 1 };
+enum { SIZE = (13 << 20) + 77, ROUNDS = 3, READY = 1 };
 
 typedef struct way { const char *address; int here, there; } way;   /* devices; -1: host memory */
 

@@ -3,6 +3,7 @@
 #include "cuda_two.h"
 
 enum { SIZE = 100000, LARGE = (34 << 20) + 12, FEW = 10 };
+enum { SENT = 1, GOT, GO, DONE };      /* flags */
 
 static void more_memory(void) { setenv("STANDIN_MEMORY_MB", "256", 1); }
 
@@ -13,8 +14,7 @@ typedef struct trip { int from, to; bool registered; const size_t *sizes; size_t
 static void trip_receive(two *t, void *arg) {
     const trip *x = (const trip *)arg;
     cargo c;
-    if (x->to >= gpu.count) return;
-    for (size_t i = 0; i < x->count; i++) {
+    for (size_t i = 0; i < x->count && x->from < gpu.count && x->to < gpu.count; i++) {
         CUstream r = gpu_stream(x->to);
         uint8_t *target = (uint8_t *)gpu_alloc(x->to, x->sizes[i] + 4 * i) + 4 * i;
         tprpc_tensor in = gpu_tensor(x->to, target, x->sizes[i], r, x->to);
@@ -22,6 +22,7 @@ static void trip_receive(two *t, void *arg) {
         CHECK(gpu_matches(x->to, r, target, x->sizes[i], i));
         gpu_free(x->to, target - 4 * i);
     }
+    two_await(t, DONE);                /* it may not even have accepted, where there is nothing to send */
 }
 
 static void trip_send(void *arg) {
@@ -50,6 +51,7 @@ static void trip_send(void *arg) {
             gpu_free(x->from, source - i);
         }
     }
+    two_raise(&t, DONE);
     two_close(&t, false);
 }
 
@@ -123,7 +125,6 @@ TEST(memory_of_others) {
 
 /* ---- order ---- */
 
-enum { SENT = 1, GOT, GO, DONE };
 enum { ONE = 1 };                      /* a device that reaches device 0, where there is one */
 
 static int other(void) { return gpu.count > 1 ? ONE : 0; }
@@ -359,51 +360,101 @@ TEST(killed_at_any_moment) {
 
 /* ---- many small tensors ---- */
 
-enum { SMALLS = 300, EACH = 4000 };
+enum { SMALLS = 300, EACH = 4000, APART = EACH + 96 };
 
-static tprpc_tensor *smalls(int device, uint8_t *memory, CUstream stream, int target) {
+static tprpc_tensor *smalls(int device, uint8_t *memory, size_t step, CUstream stream, int target) {
     tprpc_tensor *tensors = (tprpc_tensor *)calloc(SMALLS, sizeof *tensors);
     REQUIRE(tensors != NULL);
-    for (size_t i = 0; i < SMALLS; i++) tensors[i] = gpu_tensor(device, memory + i * EACH, EACH, stream, target);
+    for (size_t i = 0; i < SMALLS; i++) tensors[i] = gpu_tensor(device, memory + i * step, EACH, stream, target);
     return tensors;
 }
 
 static void smalls_receive(two *t, void *arg) {
     cargo c;
-    (void)arg;
+    const bool apart = *(const size_t *)arg != EACH;
     CUstream r = gpu_stream(other());
     uint8_t *target = (uint8_t *)gpu_alloc(other(), SMALLS * EACH);
-    tprpc_tensor *in = smalls(other(), target, r, other());
+    tprpc_tensor *in = smalls(other(), target, EACH, r, other());
     for (uint64_t i = 0; i < 3; i++) {
         two_got(t, &c, in, SMALLS);
-        CHECK(gpu_matches(other(), r, target, SMALLS * EACH, i));
+        if (!apart) CHECK(gpu_matches(other(), r, target, SMALLS * EACH, i));
+        for (size_t k = 0; apart && k < SMALLS; k++) CHECK(gpu_matches(other(), r, target + k * EACH, EACH, i + k));
         two_raise(t, 10 + (int)i);
     }
     if (gpu.standin_calls) CHECK_LE_INT(3, gpu.standin_calls("cuLaunchKernel"));   /* by a kernel */
     free(in);
 }
 
-static void many_smalls(bool registered) {
+static void many_smalls(bool registered, size_t step) {
     two t;
     cargo c;
     more_memory();
-    two_open(&t, "shm://", "cuda_ipc,basic", smalls_receive, NULL);
+    two_open(&t, "shm://", "cuda_ipc,basic", smalls_receive, &step);
     CUstream s = gpu_stream(0);
-    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * EACH);
-    tprpc_tensor *out = smalls(0, source, s, other());
-    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * EACH, NULL), TPRPC_OK);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * step);
+    tprpc_tensor *out = smalls(0, source, step, s, other());
+    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * step, NULL), TPRPC_OK);
     for (uint64_t i = 0; i < 3; i++) {
-        gpu_put(0, s, source, SMALLS * EACH, i);
+        if (step == EACH) gpu_put(0, s, source, SMALLS * EACH, i);
+        for (size_t k = 0; step != EACH && k < SMALLS; k++) gpu_put(0, s, source + k * step, EACH, i + k);
         two_sent(&t, &c, out, SMALLS);
-        gpu_set(0, s, source, 0, SMALLS * EACH);
+        gpu_set(0, s, source, 0, SMALLS * step);
         two_await(&t, 10 + (int)i);
     }
     free(out);
     two_close(&t, false);
 }
 
-TEST(many_small_registered) { many_smalls(true); }
-TEST(many_small) { many_smalls(false); }
+TEST(many_small_registered) { many_smalls(true, EACH); }
+TEST(many_small_here_and_there) { many_smalls(true, APART); }
+TEST(many_small) { many_smalls(false, EACH); }
+
+/* ---- what is sent ahead of its receiver leaves room in the outbox for what he waits for ---- */
+
+enum { AHEAD = 20, AHEAD_FIRST = 8, AHEAD_SIZE = 1 << 20, AHEAD_MAY = 20, AHEAD_TAKEN = 21 };   /* the last two: flags */
+
+static void ahead_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CUstream r = gpu_stream(other());
+    void *target = gpu_alloc(other(), AHEAD_SIZE);
+    tprpc_tensor in = gpu_tensor(other(), target, AHEAD_SIZE, r, other());
+    for (int i = 0; i < AHEAD; i++) {
+        while (LOAD(t->shared->flags[AHEAD_MAY]) <= i) tprpc_poll(t->s.ctx, 500, 0);
+        two_got(t, &c, &in, 1);
+        CHECK(gpu_matches(other(), r, target, AHEAD_SIZE, (uint64_t)i));
+        STORE(t->shared->flags[AHEAD_TAKEN], i + 1);
+    }
+}
+
+TEST(sent_far_ahead) {
+    static cargo cargos[AHEAD];
+    static tprpc_tensor out[AHEAD];
+    two t;
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", ahead_receive, NULL);
+    CUstream s = gpu_stream(0);
+    for (int i = 0; i < AHEAD; i++) {
+        out[i] = gpu_tensor(0, gpu_alloc(0, AHEAD_SIZE), AHEAD_SIZE, s, other());
+        gpu_put(0, s, out[i].data, AHEAD_SIZE, (uint64_t)i);
+    }
+    CU(cuStreamSynchronize(s));
+    for (int i = 0; i < AHEAD; i++) {
+        const int taken = i - AHEAD_FIRST;
+        if (taken >= 0) {              /* each chunk that becomes free may go to one that nobody reads so soon */
+            STORE(t.shared->flags[AHEAD_MAY], taken + 1);
+            WAIT(&t.s, cargos[taken].wrote.runs, 1);
+            while (LOAD(t.shared->flags[AHEAD_TAKEN]) <= taken) tprpc_poll(t.s.ctx, 500, 0);
+        }
+        two_send(&t, &cargos[i], &out[i], 1);
+    }
+    STORE(t.shared->flags[AHEAD_MAY], AHEAD);
+    for (int i = 0; i < AHEAD; i++) {
+        WAIT(&t.s, cargos[i].wrote.runs, 1);
+        CHECK_EQ_INT(cargos[i].wrote.status, TPRPC_OK);
+    }
+    two_close(&t, false);
+}
 
 /* ---- others ---- */
 

@@ -138,7 +138,7 @@ static void hear(stage *s, int k) {
     message.id = pick(s, 10) ? (uint64_t)k : test_random(&s->random);
     message.offset = pick(s, 4) ? pick(s, 3) * TPR_CUDA_ARENA_CHUNK : test_random(&s->random) >> pick(s, 60);
     message.size = pick(s, 4) ? (uint64_t)TPR_CUDA_ARENA_CHUNK : test_random(&s->random) >> pick(s, 60);
-    message.place = pick(s, 3) ? pick(s, 16) * TPR_CUDA_ARENA_CHUNK : TPR_CUDA_WIRE_NOWHERE;
+    message.place = pick(s, 3) ? pick(s, TPR_CUDA_ARENA_CHUNKS) * TPR_CUDA_ARENA_CHUNK : TPR_CUDA_WIRE_NOWHERE;
     const deal *d = message.kind == TPR_CUDA_WIRE_WANT ? &s->sends[k] : &s->receives[k];
     if (pick(s, 2) && d->live && message.size > d->buffers[0].size) message.size = d->buffers[0].size;
     if (message.kind == TPR_CUDA_WIRE_ARENA) message.size = TPR_CUDA_ARENA_SIZE;

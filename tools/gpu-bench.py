@@ -237,7 +237,7 @@ def two_measurements(perf, pair):
         "batch rtt 0-1": perf("p50_us", [BATCH_SIZE], "--test", "rtt", *batch, *pair),
         "bare batch 0-1": perf("p50_us", [BATCH_SIZE], "--test", "raw", "--transport", "cuda-gather", *batch, *pair),
         "cpu 0-1": perf("mean_us", [MIB], "--test", "bw", "--spin", "never", *pair, more=("cpu_us", "peer_cpu_us")),
-        "busy 0-1": perf("mean_us", [GIB], "--test", "bw", *pair, more=("cpu_us", "peer_cpu_us")),
+        "busy 0-1": perf("mean_us", [GIB], "--test", "bw", "--spin", "never", *pair, more=("cpu_us", "peer_cpu_us")),
         "bw basic 0-1": perf("bandwidth_gbps", [MIB, 16 * MIB, LARGE], "--test", "bw", *BASIC, *pair),
         "bare pinned 0-1": perf("bandwidth_gbps", [MIB, 16 * MIB, LARGE], "--test", "raw", "--transport", "cuda-pinned",
                                 *pair),

@@ -772,7 +772,8 @@ static bool perf_turn(perf_end *end) {
 
 // Until all that is queued on this end's stream has happened; the library goes on meanwhile.
 static void perf_settle(perf_end *end) {
-    while (!perf_gpu_settled(&end->gpu)) tprpc_poll(end->ctx, TPRPC_NOW, 0);
+    const int64_t wait_us = end->o->spin == PERF_SPIN_NEVER ? 100 : TPRPC_NOW;
+    while (!perf_gpu_settled(&end->gpu)) tprpc_poll(end->ctx, wait_us, 0);
 }
 
 static void perf_turn_for_us(perf_end *end, int64_t us) {
