@@ -4182,7 +4182,7 @@ TPR_COLD static bool tpr_wire_get_kind(const void *in, size_t size, tpr_wire_kin
 // the lock, or did last; holder 0: nobody.
 enum { TPR_WIRE_MEMBERS = 32768 };     // bytes of bits at most
 typedef struct tpr_wire_members {
-    uint64_t generation, holder;
+    uint64_t generation, holder, ticket;
     char     name[TPR_WIRE_NAME];
     tpr_base_bytes taken;
 } tpr_wire_members;
@@ -4191,6 +4191,7 @@ static size_t tpr_wire_put_members(uint8_t *out, size_t size, const tpr_wire_mem
     tpr_wire_writer w = tpr_wire_writer_of(out, size);
     tpr_wire_write_u64(&w, members->generation);
     tpr_wire_write_u64(&w, members->holder);
+    tpr_wire_write_u64(&w, members->ticket);
     tpr_wire_write_text(&w, members->name);
     tpr_wire_write_bytes(&w, members->taken.data, members->taken.size);
     return w.failed ? 0 : (size_t)(w.at - out);
@@ -4200,6 +4201,7 @@ TPR_COLD static bool tpr_wire_get_members(const void *in, size_t size, tpr_wire_
     tpr_wire_reader r = tpr_wire_reader_of(in, size);
     out->generation = tpr_wire_read_u64(&r);
     out->holder = tpr_wire_read_u64(&r);
+    out->ticket = tpr_wire_read_u64(&r);
     tpr_wire_read_text(&r, out->name, sizeof out->name);
     out->taken = tpr_wire_read_bytes(&r, TPR_WIRE_MEMBERS);
     return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
@@ -15554,7 +15556,7 @@ typedef struct tpr_agent_change {      // of a dynamic group's members, one at a
     int64_t  ticket;
     char     name[TPR_AGENT_NAME];     // the member's
     tprpc_work timer;
-    int64_t  deadline_us, wait_us, seen_us;
+    int64_t  deadline_us, wait_us, seen_us, patience_us;   // patience_us: of a wait for its turn
     uint8_t  entry[TPR_WIRE_ENTRY], other[TPR_WIRE_ENTRY];   // the member's; what stood in its place
     size_t   entry_size, other_size;
     uint8_t *record, *own;             // of the members: as it was seen last, since seen_us; as this agent writes it
@@ -19622,11 +19624,15 @@ static void tpr_group_begin_static(tprpc_agent *agent) {
 //
 // So that a thousand who come at once do not all try that again and again, each draws a number (tprpc/ticket) and waits
 // for its key tprpc/turn/NUMBER, which the one before sets to the record as he left it. That is a hint, no more: where
-// he died instead, who waits sees that nothing happens for a time, and it goes on from there.
+// he died instead, who waits sees that nothing happens for a time, and it goes on from there. The record has the last
+// number whose turn it was: so the next one of those who are left is the first to see that, the last ones look seldom,
+// and whoever was passed over knows.
 
 enum {
     TPR_GROUP_LEASE_US = 2000000,      // who changes nothing for so long is taken over,
-    TPR_GROUP_TURN_US = 1000000,       // and so often those whose turn has not come look
+    TPR_GROUP_IDLE_US = 300000,        // and who has not begun so long after its turn came is passed over;
+    TPR_GROUP_NEXT_US = 20000,         // each number more that lies between waits so much longer,
+    TPR_GROUP_FAR = 50, TPR_GROUP_FAR_MOST = 250,   // up to so many, and with its looks up to so many
     TPR_GROUP_LOOK_LEAST_US = 200, TPR_GROUP_LOOK_MOST_US = 20000,   // between looks at a lock that is held
     TPR_GROUP_QUIT_US = 1000000         // for giving the lock back before the agent goes
 };
@@ -19728,7 +19734,7 @@ static void tpr_group_change_go(tpr_agent_change *change, int32_t step, const vo
     request.delta = 1;
     request.deadline_us = TPRPC_NOW;
     if (step == TPR_GROUP_TURN) {
-        request.deadline_us = tpr_loop_clock(tpr_agent_home(agent)) + TPR_GROUP_TURN_US;
+        request.deadline_us = tpr_loop_clock(tpr_agent_home(agent)) + change->patience_us;
         if (request.deadline_us > change->deadline_us) request.deadline_us = change->deadline_us;
     }
     change->step = step;
@@ -19755,7 +19761,7 @@ static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
     size_t bytes = members.taken.size > id_byte || !joined ? members.taken.size : id_byte + 1;
     uint8_t *taken = (uint8_t *)tpr_agent_alloc(agent, bytes + 1);
     tpr_agent_free(agent, change->own, change->own_size);
-    change->own_size = 24 + strlen(agent->name) + bytes;
+    change->own_size = 32 + strlen(agent->name) + bytes;
     change->own = (uint8_t *)tpr_agent_alloc(agent, change->own_size);
     if (taken && change->own) {
         tpr_base_copy(taken, members.taken.data, members.taken.size);
@@ -19763,6 +19769,7 @@ static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
         else if (!locks && change->frees && id_byte < bytes) taken[id_byte] = (uint8_t)(taken[id_byte] & ~bit);
         members.generation += locks ? 1 : 2;
         members.holder = locks ? agent->nonce : 0;
+        if (members.ticket < (uint64_t)change->ticket) members.ticket = (uint64_t)change->ticket;
         snprintf(members.name, sizeof members.name, "%s", agent->name);
         members.taken.data = taken;
         members.taken.size = bytes;
@@ -19835,6 +19842,26 @@ static bool tpr_group_change_saw(tpr_agent_change *change, const tprpc_store_op 
     return !op->value || tpr_wire_get_members(op->value, op->value_size, members);
 }
 
+// How many numbers lie between the last one whose turn it was and this agent's; 0: it is the next, or was passed over.
+static int64_t tpr_group_change_between(const tpr_agent_change *change, const tpr_wire_members *members, int64_t most) {
+    const int64_t between = change->ticket - 1 - (int64_t)members->ticket;
+    return between < 0 ? 0 : between < most ? between : most;
+}
+
+// How long the record stays as it is until this agent takes over.
+static int64_t tpr_group_change_lease(const tpr_agent_change *change, const tpr_wire_members *members) {
+    return (members->holder ? TPR_GROUP_LEASE_US : TPR_GROUP_IDLE_US) +
+           tpr_group_change_between(change, members, TPR_GROUP_FAR) * TPR_GROUP_NEXT_US;
+}
+
+// Whether its turn has come, by the record; else when it looks again.
+static bool tpr_group_change_queue(tpr_agent_change *change, const tpr_wire_members *members) {
+    change->came |= (int64_t)members->ticket >= change->ticket;
+    change->patience_us =
+        TPR_GROUP_IDLE_US + tpr_group_change_between(change, members, TPR_GROUP_FAR_MOST) * TPR_GROUP_NEXT_US;
+    return change->came;
+}
+
 // What the record is, after the lock was tried or looked at.
 static void tpr_group_change_tried(tpr_agent_change *change, const tprpc_store_op *op) {
     tpr_loop *home = tpr_agent_home(change->agent);
@@ -19852,8 +19879,8 @@ static void tpr_group_change_tried(tpr_agent_change *change, const tprpc_store_o
     } else if (now >= change->deadline_us || change->quits) {
         snprintf(text, sizeof text, "worker %.100s holds up the change of the group's members", members.name);
         tpr_group_change_fail(change, TPRPC_ERROR_TIMEOUT, text);
-    } else if ((change->came && !members.holder) ||
-               (seen_us == change->seen_us && now - seen_us >= TPR_GROUP_LEASE_US)) {
+    } else if ((tpr_group_change_queue(change, &members) && !members.holder) ||
+               (seen_us == change->seen_us && now - seen_us >= tpr_group_change_lease(change, &members))) {
         tpr_group_change_lock(change);
     } else if (!change->came) {
         tpr_group_change_go(change, TPR_GROUP_TURN, NULL, 0);
@@ -20034,6 +20061,7 @@ static void tpr_group_change_begin(tprpc_agent *agent, int32_t kind, const char 
     snprintf(change->name, sizeof change->name, "%s", name);
     change->came = change->locked = change->frees = change->forgets = false;
     change->seen_us = change->wait_us = 0;
+    change->patience_us = TPR_GROUP_IDLE_US;
     memset(&change->error, 0, sizeof change->error);
     tpr_group_change_go(change, kind == TPR_GROUP_JOIN ? TPR_GROUP_KIND : TPR_GROUP_TICKET, NULL, 0);
 }

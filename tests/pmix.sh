@@ -2,7 +2,7 @@
 # Groups that a launcher starts, by pmix://:  tests/pmix.sh       (make build/libtprpc.a first)
 set -u
 cd "$(dirname "$0")/.." || exit 2
-dir=$(mktemp -d "${TMPDIR:-/tmp}/tprpc-pmix.XXXXXX") || exit 2
+dir=$(mktemp -d) || exit 2
 space=tprpc-m$$ spaces=
 clean() {
     for i in $spaces; do ip netns del "$space-$i"; done

@@ -1,7 +1,6 @@
 /* The simulated network: groups of workers in one process, on a transport with a virtual clock, everything from a seed.
 
-       build/sim                     what the continuous integration runs: all seeds of the list, and a large group (not
-                                     --large 2: with deaths among a thousand, who join one at a time, it takes minutes)
+       build/sim                     what the continuous integration runs: all seeds of the list, and the large groups
        build/sim --seed N [-v]       one seed again, identically; -v: with its whole trace
        build/sim --from N --count N  so many seeds
        build/sim --large N [-v]      one of a thousand workers; with --workers W: of so many, 65 to 4,096
@@ -403,7 +402,7 @@ int main(int argc, char **argv) {
     uint64_t first = 1, count = SIM_ASAN ? 120 : 2000;
     int64_t begun = sim_real_us();
     bool one = false, large_one = false, soak = false, floors = true;
-    int i, red, low = 0, large = SIM_ASAN ? 0 : 1, passed = 0, workers = SIM_LARGE;
+    int i, red, low = 0, large = SIM_ASAN ? 0 : 2, passed = 0, workers = SIM_LARGE;
     for (i = 1; i < argc; i++) {
         if (strcmp(argv[i], "-v") == 0) sim_verbose = true;
         else if (strcmp(argv[i], "--soak") == 0 && i + 1 == argc) { soak = true; first = (uint64_t)time(NULL) * 1000; }
