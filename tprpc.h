@@ -233,8 +233,8 @@
 //
 // A handler may itself call and wait. Such waits nest up to limits.nesting, on each thread that runs handlers; deeper,
 // a wait is refused with LIMIT, the log says so, and tprpc_future_error has the sentence. A thread of worker_threads
-// that waits runs other blocking handlers meanwhile, where no thread is free for them; an engine's jobs (submit) must
-// see to that themselves.
+// that waits runs the blocking handlers that its own call leads to, where no thread is free for them, and others while
+// no more than half of limits.nesting are on it; an engine's jobs (submit) must see to that themselves.
 //
 // Callers are held up before they make a worker grow. More than limits.peer_calls requests of one caller, or more than
 // limits.pending_calls in all, and they are refused with LIMIT. Of the library's memory, the requests of one caller may
@@ -355,9 +355,9 @@
 // A peer's death on this host is seen at once: its socket closes, and its process is watched beside, for a forked child
 // can keep a socket open (over tcp the pipe then ends 100 ms after the last byte that came). On other hosts TCP
 // keep-alive, and a look at unacknowledged data, take 30 s (or .silence_ms, of a context), also where a link goes away
-// without a word; a peer that stands in a debugger is not dead, for its kernel answers. Everything in
-// flight to it then fails once, with PEER or UNREACHABLE, and the next call connects anew. (A tcp:// store does not
-// watch processes: a connection that a dead client's child holds stays until the child ends; nothing waits for it.)
+// without a word; a peer that stands in a debugger is not dead, for its kernel answers. Everything in flight to it then
+// fails once, with PEER or UNREACHABLE, and the next call connects anew. (A tcp:// store does not watch processes: a
+// connection that a dead client's child holds stays until the child ends; nothing waits for it.)
 //
 // Where connecting fails, the next attempt follows no sooner than 5 to 10 ms later; that doubles with each failure in a
 // row up to 1.28 s, and ends with the first pipe that opens. Calls begun meanwhile are queued, within their timeouts
@@ -1097,7 +1097,8 @@ TPRPC_API tprpc_status tprpc_agent_list_workers(tprpc_agent *agent, int64_t time
 // Takes a worker that died out of a dynamic group, within timeout_ms (0: start_timeout_ms): its name and id are free.
 // Whether it died is not asked: one that lives goes on serving those that are connected to it, is found by nobody else,
 // and is not told. Calls to it that are under way here fail with PEER. NO_WORKER: it is not there. INVALID: a static
-// group, which no other worker can join in its place; oneself; in callbacks.
+// group, which no other worker can join in its place; oneself; in callbacks. TIMEOUT, and the store's errors. Any
+// thread; it drives the loop as tprpc_future_wait does.
 TPRPC_API tprpc_status tprpc_agent_remove_worker(tprpc_agent *agent, const char *worker, int64_t timeout_ms,
                                                  tprpc_error *error);
 
@@ -17162,7 +17163,6 @@ TPR_COLD static tpr_agent_thread *tpr_agent_own_thread(tprpc_agent *agent) {
         if (TPR_ATOMIC_LOAD(&agent->threads[i].id) == tpr_os_thread_id()) return &agent->threads[i];
     return NULL;
 }
-
 #endif
 
 // How deep a call from here is in a chain of blocking handlers that wait for each other, as far as is known: a thread
@@ -19680,7 +19680,9 @@ static void tpr_group_change_key(const tpr_agent_change *change, int32_t step, c
     case TPR_GROUP_TURN: case TPR_GROUP_TIDY:
         snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket);
         break;
-    case TPR_GROUP_NEXT: snprintf(out, size, "tprpc/turn/%lld", (long long)change->ticket + 1); break;
+    case TPR_GROUP_NEXT:
+        snprintf(out, size, "tprpc/turn/%lld", (long long)(int64_t)((uint64_t)change->ticket + 1));
+        break;
     case TPR_GROUP_READ: case TPR_GROUP_LOCK: case TPR_GROUP_CHECK: case TPR_GROUP_UNLOCK:
         snprintf(out, size, "tprpc/members");
         break;
@@ -19844,8 +19846,10 @@ static bool tpr_group_change_saw(tpr_agent_change *change, const tprpc_store_op 
 
 // How many numbers lie between the last one whose turn it was and this agent's; 0: it is the next, or was passed over.
 static int64_t tpr_group_change_between(const tpr_agent_change *change, const tpr_wire_members *members, int64_t most) {
-    const int64_t between = change->ticket - 1 - (int64_t)members->ticket;
-    return between < 0 ? 0 : between < most ? between : most;
+    const uint64_t mine = (uint64_t)change->ticket;   // both are the store's word, and may be anything
+    if (members->ticket >= mine) return 0;
+    const uint64_t between = mine - members->ticket - 1;
+    return between < (uint64_t)most ? (int64_t)between : most;
 }
 
 // How long the record stays as it is until this agent takes over.
@@ -19856,7 +19860,7 @@ static int64_t tpr_group_change_lease(const tpr_agent_change *change, const tpr_
 
 // Whether its turn has come, by the record; else when it looks again.
 static bool tpr_group_change_queue(tpr_agent_change *change, const tpr_wire_members *members) {
-    change->came |= (int64_t)members->ticket >= change->ticket;
+    change->came |= members->ticket >= (uint64_t)change->ticket;
     change->patience_us =
         TPR_GROUP_IDLE_US + tpr_group_change_between(change, members, TPR_GROUP_FAR_MOST) * TPR_GROUP_NEXT_US;
     return change->came;

@@ -152,7 +152,7 @@ typedef struct tprpc_cuda_allocator {
 // From here on device memory for this context comes from `allocator`, both of whose functions are set; copied. Set it
 // before the first tensor comes: memory goes back to the allocator that is set then. They are called under a lock of
 // the library's, on any thread, and must not call tprpc. INVALID: one is missing; UNSUPPORTED: the context has no
-// CUDA channel that is used.
+// CUDA channel that is used. Any thread.
 TPRPC_API tprpc_status tprpc_cuda_set_allocator(tprpc_context *ctx, const tprpc_cuda_allocator *allocator,
                                                 tprpc_error *error);
 
