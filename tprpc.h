@@ -20302,19 +20302,21 @@ static bool tpr_group_no_calls(void *arg) { return ((tpr_agent_loop *)arg)->acti
 static bool tpr_group_step_over(void *arg) { return ((tprpc_agent *)arg)->start_pending == 0; }
 TPR_COLD static bool tpr_group_start_over(void *arg) { return ((tprpc_agent *)arg)->starting_done; }
 
+static const char *tpr_group_name_of(tprpc_agent *agent, uint32_t rank) {
+    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++)
+        if (tpr_agent_worker_at(agent, i)->rank == rank) return tpr_agent_worker_at(agent, i)->name;
+    return "";
+}
+
 TPR_COLD static void tpr_group_left_peer(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
-    char text[160];
     slot->op = NULL;
     agent->start_pending--;
     if (op->status == TPRPC_ERROR_TIMEOUT && slot->rank != agent->rank) {   // its own word: the store says why
-        const char *name = "";
-        for (uint32_t i = 0; i < tpr_agent_workers(agent); i++)
-            if (tpr_agent_worker_at(agent, i)->rank == slot->rank) name = tpr_agent_worker_at(agent, i)->name;
-        snprintf(text, sizeof text, "worker %.100s (rank %u) has not left", name, (unsigned)slot->rank);
         if (agent->start_error.status == TPRPC_OK)
-            tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "%s", text);
+            tprpc_error_set(&agent->start_error, TPRPC_ERROR_TIMEOUT, 0, "worker %.100s (rank %u) has not left",
+                            tpr_group_name_of(agent, slot->rank), (unsigned)slot->rank);
     } else if (op->status != TPRPC_OK && agent->start_error.status == TPRPC_OK) {
         agent->start_error = op->error;
         agent->start_error.status = op->status;
@@ -20547,12 +20549,6 @@ static tprpc_status tpr_group_do(tprpc_agent *agent, int32_t kind, const char *k
     if (status != TPRPC_OK && error) *error = agent->start_error;
     tpr_loop_leave(home);
     return status;
-}
-
-static const char *tpr_group_name_of(tprpc_agent *agent, uint32_t rank) {
-    for (uint32_t i = 0; i < tpr_agent_workers(agent); i++)
-        if (tpr_agent_worker_at(agent, i)->rank == rank) return tpr_agent_worker_at(agent, i)->name;
-    return "";
 }
 
 // Waits until nothing runs here, and (by_rounds) is under way from here; what does run the store is told meanwhile.
