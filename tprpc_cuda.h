@@ -2912,8 +2912,8 @@ static tprpc_status tpr_cuda_batch_flush(tpr_cuda_batch_end *end, tprpc_error *e
     tpr_cuda_batch_gather gather = end->gather;
     tpr_cuda_arena_chunk *chunk = gather.chunk;
     tpr_cuda_device_guard guard;
+    memset(&end->gather, 0, sizeof end->gather);   // what is known of memory, too: it may be freed from here on
     if (!chunk) return TPRPC_OK;
-    memset(&end->gather, 0, sizeof end->gather);
     const uint64_t table = chunk->arena->memory.at + (uint64_t)(chunk->data - chunk->arena->memory.base);
     tprpc_status status = tpr_cuda_device_enter(set, gather.device, &guard, error);
     if (status != TPRPC_OK) {
@@ -2936,8 +2936,10 @@ static tprpc_status tpr_cuda_batch_flush(tpr_cuda_batch_end *end, tprpc_error *e
     return status;
 }
 
-// Whether a kernel of the device may make this copy; a table is begun. The device is entered.
-static bool tpr_cuda_batch_can_gather(tpr_cuda_batch_end *end, size_t count, tpr_cuda_device *device,
+// Whether a kernel of the device may make this copy; a table is begun. The device is entered. foreign: the source is
+// another device's, of this process: then it has to be of an allocation that comes with the device's peers, which pools
+// and virtual memory do not, each piece of which has rights of its own.
+static bool tpr_cuda_batch_can_gather(tpr_cuda_batch_end *end, size_t count, tpr_cuda_device *device, bool foreign,
                                       tpr_cuda_driver_stream stream, uint64_t from, size_t size) {
     tpr_cuda_batch_gather *gather = &end->gather;
     tpr_cuda_device_set *set = end->net->queue->set;
@@ -2949,7 +2951,8 @@ static bool tpr_cuda_batch_can_gather(tpr_cuda_batch_end *end, size_t count, tpr
     if (from < known->start || from - known->start >= known->size || gather->asked != device) {
         gather->asked = device;
         if (tpr_cuda_device_ask(set, (const void *)(uintptr_t)from, known, NULL) != TPRPC_OK) known->kind = 0;
-        gather->reached = known->kind == TPR_CUDA_DRIVER_MEMORYTYPE_DEVICE && tpr_cuda_device_reaches(set, from);
+        gather->reached = known->kind == TPR_CUDA_DRIVER_MEMORYTYPE_DEVICE && tpr_cuda_device_reaches(set, from) &&
+                          (!foreign || tpr_cuda_device_whole(set, from));
     }
     if (!gather->reached || from < known->start || size > known->size - (from - known->start)) return false;
     if (gather->chunk) return true;
@@ -2969,7 +2972,8 @@ static tprpc_status tpr_cuda_batch_copy(tpr_cuda_batch_end *end, size_t count, t
                                         const tpr_cuda_device *from_device, uint64_t from, size_t size,
                                         tpr_cuda_driver_stream stream, tprpc_error *error) {
     tpr_cuda_batch_gather *gather = &end->gather;
-    if (!tpr_cuda_batch_can_gather(end, count, device, stream, from, size))
+    const bool foreign = from_device && from_device != device;
+    if (!tpr_cuda_batch_can_gather(end, count, device, foreign, stream, from, size))
         return tpr_cuda_device_copy(end->net->queue->set, device, (void *)(uintptr_t)to, from_device,
                                     (const void *)(uintptr_t)from, size, stream, error);
     gather->entries[gather->count].from = from;
