@@ -9396,6 +9396,8 @@ struct tprpc_pipe {
     uint32_t        lanes_failed;      // in a row
     uint64_t        lanes_made, receives;   // lanes that it tried to make; transfers that it began to receive
     uint16_t        peer_minor;
+    uint32_t        due_process;       // whom it is to reach, as in his hello; 0: whoever answers
+    uint64_t        due_space;
     uint8_t         peer_token[16];
     int64_t         lanes_retry_us;    // none is tried before
     struct tprpc_listener *home;       // that lanes come in by, and this pipe's place there
@@ -11014,6 +11016,12 @@ static size_t tpr_pipe_skip(tpr_pipe_conn *conn, size_t size) {
     return skipped;
 }
 
+// What answers where somebody was to be reached is not him: his address has become another's.
+TPR_COLD static void tpr_pipe_speaks_not(tprpc_pipe *pipe, const char *peer) {
+    tpr_pipe_end(pipe, pipe->due_process ? TPRPC_ERROR_UNREACHABLE : TPRPC_ERROR_PROTOCOL, 0, "%s does not speak tprpc",
+                 peer);
+}
+
 // The header of a frame is there: what comes next?
 static bool tpr_pipe_begin_frame(tpr_pipe_conn *conn) {
     tprpc_pipe *pipe = conn->pipe;
@@ -11026,10 +11034,8 @@ static bool tpr_pipe_begin_frame(tpr_pipe_conn *conn) {
     if (data)
         good = conn->frame.channel < pipe->channel_count && pipe->channels[conn->frame.channel]->end;
     if (!good || (conn != &pipe->now && !data)) {
-        tpr_pipe_end(pipe, TPRPC_ERROR_PROTOCOL, 0,
-                     pipe->state == TPR_PIPE_GREETING ? "the peer does not speak tprpc%s"
-                                                      : "the peer sent no frame of ours%s",
-                     "");
+        if (pipe->state == TPR_PIPE_GREETING) tpr_pipe_speaks_not(pipe, "the peer");
+        else tpr_pipe_end(pipe, TPRPC_ERROR_PROTOCOL, 0, "the peer sent no frame of ours");
         return false;
     }
     if (data) return true;
@@ -11779,10 +11785,13 @@ TPR_COLD static void tpr_pipe_on_hello(tprpc_pipe *pipe, const uint8_t *body, si
     if (!pipe->hello) {
         tpr_pipe_end(pipe, TPRPC_ERROR_MEMORY, 0, "no memory for the peer's hello");
     } else if (!tpr_wire_read_hello(body, size, pipe->hello)) {
-        tpr_pipe_end(pipe, TPRPC_ERROR_PROTOCOL, 0, "%s does not speak tprpc", peer);
+        tpr_pipe_speaks_not(pipe, peer);
     } else if (tpr_pipe_table(&pipe->now)->check_peer(pipe->now.conn, &error) != TPRPC_OK &&
                (error.status == TPRPC_ERROR_DENIED || !pipe->insecure)) {
         tpr_pipe_end(pipe, error.status, error.os_code, "%s", error.text);
+    } else if (pipe->due_process && pipe->hello->process &&
+               (pipe->hello->process != pipe->due_process || pipe->hello->space != pipe->due_space)) {
+        tpr_pipe_end(pipe, TPRPC_ERROR_UNREACHABLE, 0, "at %s is another process than the one to be reached", peer);
     } else {
         if (!pipe->connector) tpr_pipe_send_hello(pipe);
         if (pipe->hello && pipe->state != TPR_PIPE_ENDED && pipe->hello->major != TPR_WIRE_MAJOR)
@@ -17006,6 +17015,8 @@ static void tpr_agent_worker_reach(tpr_agent_worker *worker) {
         desc.address = worker->where->addresses[a];
     }
     desc.insecure = agent->insecure;
+    worker->pipe->due_process = worker->where->process;
+    worker->pipe->due_space = worker->where->space;
     if (!desc.address)
         tpr_pipe_end(worker->pipe, TPRPC_ERROR_UNREACHABLE, 0, "no transport of this context reaches it");
     else if (tpr_pipe_reach(worker->pipe, &desc, &error) != TPRPC_OK)

@@ -8,6 +8,7 @@
 #include "../tprpc.h"
 #include "agent_help.h"
 #include "agent_hold.h"
+#include "sockets.h"
 
 /* ---- a peer made by hand ---- */
 
@@ -524,6 +525,8 @@ static const struct { const char *name; void (*answer)(mallory *, const tpr_wire
 };
 
 static bool evil_is_old;               /* it says nothing of its devices */
+static uint32_t evil_process;          /* it says that it is this one */
+static const char *evil_address;       /* where it says it is; NULL: where it listens */
 
 static tprpc_listener *evil_listen(side *s, tprpc_context *ctx) {
     const char *addresses[] = {"tcp://127.0.0.1:0"};
@@ -542,7 +545,10 @@ static tprpc_listener *evil_listen(side *s, tprpc_context *ctx) {
     worker.runs[0].first = 3;
     worker.runs[0].count = 2;
     if (evil_is_old) worker.tells_devices = 0;
-    snprintf(worker.addresses[0], sizeof worker.addresses[0], "%s", tprpc_listener_address(listener, "tcp"));
+    worker.process = evil_process;
+    worker.space = evil_process ? ctx->process_space : 0;
+    snprintf(worker.addresses[0], sizeof worker.addresses[0], "%s",
+             evil_address ? evil_address : tprpc_listener_address(listener, "tcp"));
     request.size = sizeof request;
     request.kind = TPRPC_STORE_SET;
     request.key = "tprpc/name/evil";
@@ -602,6 +608,56 @@ static void call_evil(side *s) {
     STORE(&shared->stop, 1);
 }
 IN_MODES(answers_of_a_hostile_worker, INSIDE_MODES) { with_bob(with, call_evil); }
+
+/* ---- as one who has got a worker's address ---- */
+
+static void *answer_otherwise(void *listener) {
+    for (;;) {
+        const int fd = accept((int)(intptr_t)listener, NULL, NULL);
+        if (fd < 0) return NULL;
+        CHECK(write(fd, "220 mail.example ESMTP ready, and more than a header of ours\r\n", 62) == 62);
+        close(fd);
+    }
+}
+
+/* Calls to a worker whose address has become another process's, one of ours or not, do not go there. */
+static void call_stranger(side *s) {
+    heap h = {0};
+    tprpc_context *ctx = raw_context(&h, s->mode->transports);
+    const tprpc_status expected[] = {TPRPC_ERROR_TIMEOUT, TPRPC_ERROR_UNREACHABLE, TPRPC_ERROR_UNREACHABLE, TPRPC_OK};
+    char address[64];
+    uint16_t port = 0;
+    const int fd = socket_listen(&port);
+    pthread_t thread;
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, answer_otherwise, (void *)(intptr_t)fd), 0);
+    snprintf(address, sizeof address, "tcp://127.0.0.1:%u", port);
+    CHECK(until(s, &shared->ready, 1));
+    evil.answer = reply_well;
+    for (int i = 0; i < 4; i++) {
+        tprpc_call_options options = {0};
+        evil_process = (uint32_t)(i < 2 ? getppid() : getpid());
+        evil_address = i == 2 ? address : NULL;
+        tprpc_listener *listener = evil_listen(s, ctx);
+        int done = 0;
+        options.flags = i == 0 ? TPRPC_CALL_IDEMPOTENT : 0;
+        options.timeout_ms = i == 0 ? 40 : 0;
+        options.on_done = done_once;
+        options.user = &done;
+        REQUIRE_EQ_INT(tprpc_call(s->agent, "evil", "echo", NULL, &options, NULL), TPRPC_OK);
+        REQUIRE(drive_until(s, ctx, &done, 1));
+        CHECK_EQ_INT(LOAD(&shared->status[0]), expected[i]);
+        CHECK_EQ_INT(evil.count, i == 3 ? 2 : 0);
+        if (evil.pipe) mallory_close(&evil);
+        tprpc_listener_close(listener);
+    }
+    shutdown(fd, SHUT_RDWR);
+    pthread_join(thread, NULL);
+    close(fd);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+    CHECK_EQ_INT(h.blocks, 0);
+    STORE(&shared->stop, 1);
+}
+IN_MODES(a_stranger_at_a_workers_address, INSIDE_MODES) { with_bob(with, call_stranger); }
 
 /* ---- as a worker of an older version, which says nothing of its devices ---- */
 
