@@ -2706,6 +2706,15 @@ TPR_UNUSED static bool tpr_os_readable(int fd) {
     return !TPR_OS_HOOKED("poll", TPR_OS_NO_SIZE) && poll(&look, 1, 0) > 0;
 }
 
+// Whether no process has that number any more.
+TPR_UNUSED static bool tpr_os_process_gone(int32_t pid) {
+    const int fd = tpr_os_pidfd(pid);
+    if (fd < 0) return errno == ESRCH;
+    const bool gone = tpr_os_readable(fd);
+    tpr_os_close(fd);
+    return gone;
+}
+
 // Ends a socket for all who hold it, a forked child included.
 TPR_UNUSED static void tpr_os_shutdown(int fd) {
     (void)TPR_OS_HOOKED("shutdown", TPR_OS_NO_SIZE);
@@ -4180,10 +4189,11 @@ TPR_COLD static bool tpr_wire_get_kind(const void *in, size_t size, tpr_wire_kin
 }
 
 // The members of a dynamic group: a bit for each id that is taken, how often that or its lock changed, and who holds
-// the lock, or did last; holder 0: nobody.
+// the lock, or did last, and in which process, as in a hello; holder 0: nobody.
 enum { TPR_WIRE_MEMBERS = 32768 };     // bytes of bits at most
 typedef struct tpr_wire_members {
-    uint64_t generation, holder, ticket;
+    uint64_t generation, holder, ticket, space;
+    uint32_t process;
     char     name[TPR_WIRE_NAME];
     tpr_base_bytes taken;
 } tpr_wire_members;
@@ -4193,6 +4203,8 @@ static size_t tpr_wire_put_members(uint8_t *out, size_t size, const tpr_wire_mem
     tpr_wire_write_u64(&w, members->generation);
     tpr_wire_write_u64(&w, members->holder);
     tpr_wire_write_u64(&w, members->ticket);
+    tpr_wire_write_u64(&w, members->space);
+    tpr_wire_write_u32(&w, members->process);
     tpr_wire_write_text(&w, members->name);
     tpr_wire_write_bytes(&w, members->taken.data, members->taken.size);
     return w.failed ? 0 : (size_t)(w.at - out);
@@ -4203,6 +4215,8 @@ TPR_COLD static bool tpr_wire_get_members(const void *in, size_t size, tpr_wire_
     out->generation = tpr_wire_read_u64(&r);
     out->holder = tpr_wire_read_u64(&r);
     out->ticket = tpr_wire_read_u64(&r);
+    out->space = tpr_wire_read_u64(&r);
+    out->process = tpr_wire_read_u32(&r);
     tpr_wire_read_text(&r, out->name, sizeof out->name);
     out->taken = tpr_wire_read_bytes(&r, TPR_WIRE_MEMBERS);
     return !r.failed && tpr_base_name_fault(out->name, strlen(out->name), TPR_WIRE_NAME - 1) == NULL;
@@ -15387,7 +15401,8 @@ typedef struct tpr_agent_worker {      // a peer as this agent calls it
     tpr_agent_table *map;              // of tensors of calls to it; made before the first
     bool          opened;              // its pipe was, and so is no failure to connect when it ends
     uint32_t      failures;            // to connect, in a row
-    int64_t       retry_us;            // after them: it is not connected to before
+    int64_t       retry_us;            // after them: it is not connected to before, but where it has been replaced
+    uint64_t      missed;              // the nonce of who could not be connected to
     tprpc_work    again;               // until then: what its pipe waits for, and the calls with it
     uint64_t      kept_bytes;          // of messages that were copied to be sent again
     char          why[140];            // the last failure
@@ -16956,6 +16971,7 @@ TPR_COLD static void tpr_agent_worker_missed(tpr_agent_worker *worker, const tpr
     if (status != TPRPC_ERROR_PEER && status != TPRPC_ERROR_UNREACHABLE && status != TPRPC_ERROR_TIMEOUT &&
         status != TPRPC_ERROR_PROTOCOL && status != TPRPC_ERROR_DENIED) return;
     worker->failures++;
+    worker->missed = worker->where ? worker->where->nonce : 0;
     worker->retry_us = tpr_loop_clock(worker->loop) +
                        tpr_agent_pause_us(worker->agent, worker->index, worker->failures);
     snprintf(worker->why, sizeof worker->why, "%.139s", cause->text);
@@ -17025,7 +17041,17 @@ static void tpr_agent_worker_reach(tpr_agent_worker *worker) {
     if (worker->pipe) tpr_pipe_watch_process(worker->pipe, worker->where->space, worker->where->process);
 }
 
-// The store's word on where a worker is.
+static void tpr_agent_worker_again(tprpc_work *work);
+
+// Whether the worker's pipe has to wait for the end of a pause.
+static bool tpr_agent_worker_waits(tpr_agent_worker *worker) {
+    if (!worker->failures || tpr_loop_clock(worker->loop) >= worker->retry_us) return false;
+    worker->again.run = tpr_agent_worker_again;
+    tpr_loop_timer(worker->loop, &worker->again, worker->retry_us);
+    return true;
+}
+
+// The store's word on where a worker is. Who came in the place of one that could not be reached is not to wait for it.
 TPR_COLD static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
     tpr_agent_worker *worker = (tpr_agent_worker *)arg;
     worker->op = NULL;
@@ -17037,8 +17063,10 @@ TPR_COLD static void tpr_agent_worker_found(tprpc_store_op *op, void *arg) {
         if (strcmp(worker->where->name, worker->name) != 0)
             tpr_pipe_end(worker->pipe, TPRPC_ERROR_PROTOCOL, 0, "the key %.100s of the store has the entry of %.60s",
                          op->request.key, worker->where->name);
-        else if (tpr_agent_map_fits(worker, &error) == TPRPC_OK) tpr_agent_worker_reach(worker);
-        else tpr_pipe_end(worker->pipe, error.status, 0, "%s", error.text);
+        else if (tpr_agent_map_fits(worker, &error) != TPRPC_OK)
+            tpr_pipe_end(worker->pipe, error.status, 0, "%s", error.text);
+        else if (worker->where->nonce != worker->missed || !tpr_agent_worker_waits(worker))
+            tpr_agent_worker_reach(worker);
     } else if (op->status == TPRPC_OK || (op->status == TPRPC_ERROR_TIMEOUT && op->cause == TPRPC_OK)) {   // not mute
         tpr_pipe_end(worker->pipe, TPRPC_ERROR_NO_WORKER, 0, "there is no worker %s in the group", worker->name);
     } else {
@@ -17099,11 +17127,7 @@ static tprpc_status tpr_agent_worker_connect(tpr_agent_worker *worker, tprpc_err
     tpr_agent_introduce(worker);
     if (!worker->pipe)
         return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to connect to %s", worker->name);
-    if (worker->failures && tpr_loop_clock(worker->loop) < worker->retry_us) {
-        worker->again.run = tpr_agent_worker_again;
-        tpr_loop_timer(worker->loop, &worker->again, worker->retry_us);
-        return TPRPC_OK;
-    }
+    if ((agent->is_static || worker->known) && tpr_agent_worker_waits(worker)) return TPRPC_OK;
     return tpr_agent_worker_seek(worker, error);
 }
 
@@ -19630,7 +19654,7 @@ static void tpr_group_begin_static(tprpc_agent *agent) {
 //
 // tprpc/members has the ids that are taken, tprpc/member/ID and tprpc/name/NAME who a member is. The first is a lock
 // too: who changes them puts his name into it, by compare-and-set, and takes it out together with the change. A holder
-// that does not come on, for it died or was stopped, is taken over. If it goes on then it does no harm: its last
+// that does not come on, for it died or was stopped, is taken over, at once where its process was on this host. If it goes on then it does no harm: its last
 // compare-and-set fails, and it begins again.
 //
 // So that a thousand who come at once do not all try that again and again, each draws a number (tprpc/ticket) and waits
@@ -19774,7 +19798,7 @@ static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
     size_t bytes = members.taken.size > id_byte || !joined ? members.taken.size : id_byte + 1;
     uint8_t *taken = (uint8_t *)tpr_agent_alloc(agent, bytes + 1);
     tpr_agent_free(agent, change->own, change->own_size);
-    change->own_size = 32 + strlen(agent->name) + bytes;
+    change->own_size = 44 + strlen(agent->name) + bytes;
     change->own = (uint8_t *)tpr_agent_alloc(agent, change->own_size);
     if (taken && change->own) {
         tpr_base_copy(taken, members.taken.data, members.taken.size);
@@ -19782,6 +19806,8 @@ static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
         else if (!locks && change->frees && id_byte < bytes) taken[id_byte] = (uint8_t)(taken[id_byte] & ~bit);
         members.generation += locks ? 1 : 2;
         members.holder = locks ? agent->nonce : 0;
+        members.space = agent->self.space;
+        members.process = agent->self.process;
         if (members.ticket < (uint64_t)change->ticket) members.ticket = (uint64_t)change->ticket;
         snprintf(members.name, sizeof members.name, "%s", agent->name);
         members.taken.data = taken;
@@ -19863,9 +19889,11 @@ static int64_t tpr_group_change_between(const tpr_agent_change *change, const tp
     return between < (uint64_t)most ? (int64_t)between : most;
 }
 
-// How long the record stays as it is until this agent takes over.
+// How long the record stays as it is until this agent takes over. A process of this host is known to have ended.
 static int64_t tpr_group_change_lease(const tpr_agent_change *change, const tpr_wire_members *members) {
-    return (members->holder ? TPR_GROUP_LEASE_US : TPR_GROUP_IDLE_US) +
+    const bool near = members->space && members->space == change->agent->self.space;
+    const bool gone = near && members->holder && tpr_os_process_gone((int32_t)members->process);
+    return (gone ? 0 : members->holder ? TPR_GROUP_LEASE_US : TPR_GROUP_IDLE_US) +
            tpr_group_change_between(change, members, TPR_GROUP_FAR) * TPR_GROUP_NEXT_US;
 }
 
@@ -19895,7 +19923,7 @@ static void tpr_group_change_tried(tpr_agent_change *change, const tprpc_store_o
         snprintf(text, sizeof text, "worker %.100s holds up the change of the group's members", members.name);
         tpr_group_change_fail(change, TPRPC_ERROR_TIMEOUT, text);
     } else if ((tpr_group_change_queue(change, &members) && !members.holder) ||
-               (seen_us == change->seen_us && now - seen_us >= tpr_group_change_lease(change, &members))) {
+               (seen_us == change->seen_us ? now - seen_us : 0) >= tpr_group_change_lease(change, &members)) {
         tpr_group_change_lock(change);
     } else if (!change->came) {
         tpr_group_change_go(change, TPR_GROUP_TURN, NULL, 0);

@@ -203,6 +203,26 @@ IN_KINDS(queued_within_a_pause, POLLED) {
     two_close();
 }
 
+/* Who takes a dead worker's place is called at once, though the pause for the dead one is not over. */
+IN_KINDS(replaced_within_a_pause, POLLED) {
+    outcome o = {0};
+    by_hand = true;
+    open_two(with);
+    bob_dies();
+    for (int n = 0; n < 9; n++) {
+        outcome lost = {0};
+        CHECK_EQ_INT(call(&two[0], "bob", "echo", NULL, NULL, &lost), TPRPC_OK);
+        ADD(&clock_at, 2000000);
+        REQUIRE(both_until(&lost.count, 1));
+        CHECK(lost.status == TPRPC_ERROR_UNREACHABLE || lost.status == TPRPC_ERROR_PEER);
+    }
+    bob_returns();
+    CHECK_EQ_INT(call(&two[0], "bob", "echo", NULL, NULL, &o), TPRPC_OK);
+    REQUIRE(both_until(&o.count, 1));
+    CHECK_EQ_INT(o.status, TPRPC_OK);
+    two_close();
+}
+
 /* Where connecting fails within the call, as over shm, one that may be sent again is not refused; others are. */
 IN_KINDS(refused_connections, EVERY) {
     tprpc_call_options options = {0}, plain_options = {0};

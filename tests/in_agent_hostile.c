@@ -780,3 +780,64 @@ TEST(odd_maps_in_the_store) {
     start_with(bytes, size, 0, TPRPC_OK, NULL);
     start_with(bytes, size, UINT32_MAX, TPRPC_OK, NULL);
 }
+
+/* ---- a lock of the members whose holder does not come on ---- */
+
+static int64_t stopped_clock;
+static int64_t clock_of(void *user) {
+    (void)user;
+    return LOAD(&stopped_clock);
+}
+
+static void joined(tprpc_status status, const tprpc_message *reply, const tprpc_error *error, void *user) {
+    (void)reply; (void)error;
+    CHECK_EQ_INT(status, TPRPC_OK);
+    STORE((int *)user, 1);
+}
+
+/* Who holds the lock in a process of this host that has ended is taken over with no time passing; others have theirs. */
+static void join_after(pid_t holder, bool same_host, bool at_once) {
+    tprpc_context_desc context = {0};
+    tprpc_store_desc store = {0};
+    tprpc_agent_desc desc = {0};
+    tprpc_context *ctx = NULL;
+    tprpc_agent *agent = NULL;
+    tpr_wire_members members;
+    uint8_t value[400];
+    int done = 0;
+    STORE(&stopped_clock, 1000000);
+    context.clock_us = clock_of;
+    REQUIRE_EQ_INT(tprpc_context_create(&context, &ctx, NULL), TPRPC_OK);
+    store.url = "local://";
+    REQUIRE_EQ_INT(tprpc_store_open(ctx, &store, &desc.store, NULL), TPRPC_OK);
+    memset(&members, 0, sizeof members);
+    members.generation = members.holder = 77;
+    members.space = ctx->process_space + !same_host;
+    members.process = (uint32_t)holder;
+    snprintf(members.name, sizeof members.name, "gone");
+    put_key(desc.store, "tprpc/members", value, tpr_wire_put_members(value, sizeof value, &members));
+    desc.context = ctx;
+    desc.name = "ann";
+    REQUIRE_EQ_INT(tprpc_agent_create(&desc, &agent, NULL), TPRPC_OK);
+    REQUIRE_EQ_INT(tprpc_agent_start(agent, joined, &done, NULL), TPRPC_OK);
+    for (int i = 0; i < 1000 && !LOAD(&done); i++) tprpc_poll(ctx, TPRPC_NOW, 0);
+    CHECK_EQ_INT(LOAD(&done), at_once);
+    for (int i = 0; i < 1000 && !LOAD(&done); i++) {
+        ADD(&stopped_clock, 10000);
+        tprpc_poll(ctx, TPRPC_NOW, 0);
+    }
+    CHECK_EQ_INT(LOAD(&done), 1);
+    CHECK_EQ_INT(tprpc_agent_destroy(agent), TPRPC_OK);
+    tprpc_store_close(desc.store);
+    CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
+}
+
+static void ends_at_once(void *arg) { (void)arg; }
+
+TEST(a_lock_whose_holder_is_gone) {
+    const pid_t dead = test_fork_run(ends_at_once, NULL);
+    CHECK_EQ_INT(test_wait_child(dead, 10), 0);
+    join_after(dead, true, true);
+    join_after(dead, false, false);
+    join_after(getppid(), true, false);
+}

@@ -609,12 +609,14 @@ TEST(words_of_groups) {
     members.generation = 5;
     members.holder = 6;
     members.ticket = 7;
+    members.space = 8;
+    members.process = 9;
     snprintf(members.name, sizeof members.name, "bob");
     members.taken.data = taken;
     members.taken.size = sizeof taken;
     size = tpr_wire_put_members(bytes, sizeof bytes, &members);
     CHECK(tpr_wire_get_members(bytes, size, &back) && back.generation == 5 && back.holder == 6 &&
-          back.ticket == 7);
+          back.ticket == 7 && back.space == 8 && back.process == 9);
     CHECK_STR(back.name, "bob");
     if (CHECK_EQ_INT(back.taken.size, sizeof taken)) CHECK_MEM(back.taken.data, taken, sizeof taken);
     decode_all(members_decode, bytes, size);
