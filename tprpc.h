@@ -19654,8 +19654,8 @@ static void tpr_group_begin_static(tprpc_agent *agent) {
 //
 // tprpc/members has the ids that are taken, tprpc/member/ID and tprpc/name/NAME who a member is. The first is a lock
 // too: who changes them puts his name into it, by compare-and-set, and takes it out together with the change. A holder
-// that does not come on, for it died or was stopped, is taken over, at once where its process was on this host. If it goes on then it does no harm: its last
-// compare-and-set fails, and it begins again.
+// that does not come on, for it died or was stopped, is taken over: at once where its process was on this host and has
+// ended. If it goes on after that it does no harm: its last compare-and-set fails, and it begins again.
 //
 // So that a thousand who come at once do not all try that again and again, each draws a number (tprpc/ticket) and waits
 // for its key tprpc/turn/NUMBER, which the one before sets to the record as he left it. That is a hint, no more: where
