@@ -12,7 +12,7 @@
 
 extern int (*tprpc_test_hook)(const char *call, int64_t *size);
 
-enum { LARGE = (24 << 20) + 3, GIVE_UP_S = 20 };
+enum { LARGE = (24 << 20) + 3, AWAY = LARGE / (TEST_SLOWDOWN > 1 ? 4 : 1), GIVE_UP_S = 20 };
 
 static tprpc_context *context_with(const char *channels, int threads) {
     tprpc_context_desc desc;
@@ -482,8 +482,8 @@ typedef struct peer { apart *shared; void (*forbid)(void); const char *channels;
 static void there_and_back(side *s, tprpc_pipe *pipe, bool first) {
     parcel *x = (parcel *)calloc(2, sizeof *x);
     REQUIRE(x != NULL);
-    parcel_make(&x[0], LARGE, first);
-    parcel_make(&x[1], LARGE, !first);
+    parcel_make(&x[0], AWAY, first);
+    parcel_make(&x[1], AWAY, !first);
     REQUIRE_EQ_INT(tprpc_pipe_write(pipe, &x[0].m, on_written, &x[0].wrote), TPRPC_OK);
     REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(pipe, on_described, &x[1].described), TPRPC_OK);
     WAIT(s, x[1].described.runs, 1);
@@ -492,7 +492,7 @@ static void there_and_back(side *s, tprpc_pipe *pipe, bool first) {
     REQUIRE_EQ_INT(tprpc_pipe_read(pipe, &x[1].m, on_read, &x[1].got), TPRPC_OK);
     WAIT(s, x[1].got.runs, 1);
     WAIT(s, x[0].wrote.releases, 1);
-    CHECK(matches(x[1].back, LARGE, !first));
+    CHECK(matches(x[1].back, AWAY, !first));
     for (int i = 0; i < 2; i++) {
         free(x[i].there);
         free(x[i].back);

@@ -180,7 +180,7 @@ static int send_fails(const char *call, int64_t *size) {
 static void calls_broken(side *s) {
     CHECK_EQ_INT(call_and_wait(s, "bob", "echo", NULL, NULL, NULL), TPRPC_OK);
     TPR_ATOMIC_STORE(&tprpc_test_hook, send_fails);
-    for (int i = 0; i < N; i++) CHECK(call_and_wait(s, "bob", "echo", NULL, NULL, NULL) != TPRPC_OK);
+    for (int i = 0; i < 5; i++) CHECK(call_and_wait(s, "bob", "echo", NULL, NULL, NULL) != TPRPC_OK);
     TPR_ATOMIC_STORE(&tprpc_test_hook, (int (*)(const char *, int64_t *))NULL);
     STORE(&shared->stop, 1);
 }
