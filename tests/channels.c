@@ -12,7 +12,7 @@
 
 extern int (*tprpc_test_hook)(const char *call, int64_t *size);
 
-enum { LARGE = (24 << 20) + 3, AWAY = LARGE / (TEST_SLOWDOWN > 1 ? 4 : 1), GIVE_UP_S = 20 };
+enum { LARGE = (24 << 20) + 3, GIVE_UP_S = 20, AWAY = LARGE / (TEST_SLOWDOWN > 1 ? 4 : 1) };   /* AWAY: many of them */
 
 static tprpc_context *context_with(const char *channels, int threads) {
     tprpc_context_desc desc;
@@ -283,18 +283,18 @@ static void sender_goes(const char *channels, int threads) {
         parcel *x = (parcel *)calloc(1, sizeof *x);
         REQUIRE(x != NULL);
         pair_with(&p, channels, threads);
-        parcel_make(x, LARGE, 5);
+        parcel_make(x, AWAY, 5);
         parcel_begin(x, &p.s, p.a, p.b);
         if (threads) test_sleep_us(turns * 50);
         else for (int i = 0; i < turns; i++) tprpc_poll(p.s.also, TPRPC_NOW, 1);
         tprpc_pipe_close(p.a);
         p.a = NULL;
         WAIT(&p.s, x->wrote.releases, 1);
-        memset(x->there, 0xee, LARGE);
+        memset(x->there, 0xee, AWAY);
         free(x->there);
         WAIT(&p.s, x->got.runs, 1);
         WAIT(&p.s, x->wrote.runs, 1);
-        if (x->got.status == TPRPC_OK) CHECK(matches(x->back, LARGE, 5));
+        if (x->got.status == TPRPC_OK) CHECK(matches(x->back, AWAY, 5));
         else CHECK_EQ_INT(x->got.status, TPRPC_ERROR_PEER);
         free(x->back);
         free(x);
