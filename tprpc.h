@@ -360,9 +360,10 @@
 // connection that a dead client's child holds stays until the child ends; nothing waits for it.)
 //
 // Where connecting fails, the next attempt follows no sooner than 5 to 10 ms later; that doubles with each failure in a
-// row up to 1.28 s, and ends with the first pipe that opens. Calls begun meanwhile are queued, within their timeouts
-// and limits.inflight_bytes, and share the outcome of that attempt: they have not been sent, so waiting is safe for
-// all.
+// row up to 1.28 s, and ends with the first pipe that opens, or with a call made when the store has another worker of
+// that name. Calls begun meanwhile are queued, within their timeouts and limits.inflight_bytes, and share the outcome
+// of that attempt: they have not been sent, so waiting is safe for all. A dead worker's address may become another
+// process's, even one with a worker of that name: no call goes there, and the error is UNREACHABLE.
 //
 // A call that is TPRPC_CALL_IDEMPOTENT is sent again when it fails with PEER or UNREACHABLE, or the other end refuses
 // it with LIMIT: at once after the first loss of a pipe, then after pauses as above, until its timeout, whose error
