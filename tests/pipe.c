@@ -17,13 +17,14 @@ typedef struct shape {
 } shape;
 
 static size_t size_none(int i) { (void)i; return 0; }
+enum { FEWER = TEST_SLOWDOWN > 1 ? 3 : 1 };   /* bytes under a sanitizer, which sees the same with those */
 static size_t size_one(int i) { (void)i; return 1; }
 static size_t size_small(int i) { return 1 + (size_t)i * 37 % 200; }
 static size_t size_tiny(int i) { return (size_t)i % 3; }
 static size_t size_8k(int i) { return 8192 - (size_t)(i % 2); }
 static size_t size_100k(int i) { return 100000 + (size_t)i; }
 static size_t size_1m(int i) { return (1u << 20) + 1 - (size_t)i % 3; }
-static size_t size_64m(int i) { (void)i; return (64u << 20) / TEST_SLOWDOWN / (TEST_SLOWDOWN > 1 ? 3 : 1); }
+static size_t size_64m(int i) { (void)i; return (64u << 20) / TEST_SLOWDOWN / FEWER; }
 static size_t size_odd(int i) {
     static const size_t sizes[] = {1,    3,    0,    63, 64,    65,    1023,  1024,   4095,   4097,  8191,
                                    8192, 8193, 0,    32767, 32769, 65537, 262143, 262144, 262145, 7};
@@ -431,7 +432,7 @@ static void order_read(tprpc_status status, const tprpc_message *m, const tprpc_
 }
 
 static void order_body(side *s) {
-    static const size_t sizes[] = {10, 3 << 20, 0, 100, 70000, 9, 8193, 1, 500000, 30};
+    static const size_t sizes[] = {10, (3 << 20) / FEWER, 0, 100, 70000, 9, 8193, 1, 500000, 30};
     ordering *writes = (ordering *)calloc(ORDER_COUNT, sizeof *writes), *reads = (ordering *)calloc(ORDER_COUNT,
         sizeof *reads);
     void **blocks = (void **)calloc(ORDER_COUNT, sizeof *blocks);
@@ -470,7 +471,7 @@ static void order_body(side *s) {
 
 /* A large message waits to be read, a small one behind it is read: with and without order. */
 static void independent_body(side *s) {
-    enum { LARGE = 8 << 20 };
+    enum { LARGE = (8 << 20) / FEWER };
     outcome o[4];
     tprpc_tensor tensor;
     tprpc_message m;
@@ -520,7 +521,7 @@ static void independent_body(side *s) {
 
 /* Both ends write all that they have before either reads. */
 static void both_ways_body(side *s) {
-    enum { N = 6, LARGE = 12 << 20 };
+    enum { N = 6, LARGE = (12 << 20) / FEWER };
     outcome writes[N], reads[N];
     void *memory[N];
     memset(writes, 0, sizeof writes);
