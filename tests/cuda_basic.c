@@ -46,6 +46,8 @@ static void there_and_back(const char *address, int here, int there) {
         if (here < 0) CHECK(matches(target, SIZE, i));
         else CHECK(gpu_matches(here, stream, target, SIZE, i));
     }
+    pipe_carries(t.s.pipe, "cuda_basic", ALL_OF_DEVICES);
+    pipe_carries(t.s.pipe, "cuda_ipc", 0);
     two_close(&t, false);
     memory_free(here, source);
     memory_free(here, target);
