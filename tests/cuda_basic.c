@@ -40,14 +40,14 @@ static void there_and_back(const char *address, int here, int there) {
         if (here < 0) fill(source, SIZE, i);
         else gpu_put(here, stream, source, SIZE, i);
         two_send(&t, &out, &from, 1);
+        pipe_carries(t.s.pipe, "cuda_basic", ALL_OF_DEVICES);
+        pipe_carries(t.s.pipe, "cuda_ipc", 0);
         two_got(&t, &in, &to, 1);
         WAIT(&t.s, out.wrote.runs, 1);
         CHECK_EQ_INT(out.wrote.status, TPRPC_OK);
         if (here < 0) CHECK(matches(target, SIZE, i));
         else CHECK(gpu_matches(here, stream, target, SIZE, i));
     }
-    pipe_carries(t.s.pipe, "cuda_basic", ALL_OF_DEVICES);
-    pipe_carries(t.s.pipe, "cuda_ipc", 0);
     two_close(&t, false);
     memory_free(here, source);
     memory_free(here, target);
