@@ -64,10 +64,10 @@ FUZZ_SECONDS  = 0
 COVERAGE_ARGS =
 
 HEADERS   = Makefile tprpc.h $(wildcard tprpc_cuda.h) $(wildcard tests/*.h tests/*/*.h tools/*.h examples/*.h) \
-            tests/toys.c
+            tests/toys.c tests/in_conformance.c
 TESTS_C   = $(patsubst tests/%.c,%,$(filter-out tests/impl.c tests/cuda_impl.c tests/sim.c,$(wildcard tests/*.c)))
 # Tests of CUDA run on a stand-in driver; those of the library also on real GPUs.
-TESTS_GPU = $(filter cuda_% in_cuda_%,$(filter-out cuda_standin in_cuda_hostile,$(TESTS_C)))
+TESTS_GPU = $(filter cuda_% in_cuda_%,$(filter-out cuda_standin in_cuda_conformance in_cuda_hostile,$(TESTS_C)))
 TESTS_CXX = $(patsubst tests/%.cpp,%,$(wildcard tests/*_cpp.cpp))
 SCRIPTS   = $(filter-out tests/run.sh tests/compile.sh tests/fuzz.sh,$(wildcard tests/*.sh))
 FLOORS    = "tools/check_floors.py --self-test" tools/check_floors.py "tools/coverage.py --self-test" tools/ptx.py

@@ -826,11 +826,18 @@ TPRPC_API tprpc_status tprpc_pipe_read(tprpc_pipe *pipe, const tprpc_message *al
 // pipe's own callbacks; the pointer is not valid after it. NULL is fine.
 TPRPC_API void tprpc_pipe_close(tprpc_pipe *pipe);
 
+// Between what memory tensors travel.
+enum { TPRPC_PATH_HOST_TO_HOST = 1, TPRPC_PATH_HOST_TO_DEVICE = 2, TPRPC_PATH_DEVICE_TO_HOST = 4,
+       TPRPC_PATH_DEVICE_TO_DEVICE = 8 };
+
 typedef struct tprpc_path {          // one backend as a pipe sees it
     char    name[16];
     bool    channel;                 // false: a transport
-    bool    chosen;
-    char    why[110];                // when not chosen: why not; of the chosen channel: why a lane is missing
+    bool    chosen;                  // the transport carries the pipe, the channel the tensors that `carries` tells
+    char    why[110];                // when not chosen: why not; of the channel for host tensors: why a lane is missing
+    uint32_t carries;                // TPRPC_PATH_*: which tensors to the peer the channel is the one for; 0: none
+    int32_t device_kind;             // of these, the devices' (TPRPC_CUDA, say; of several kinds, the one of the
+                                     // converter given first); 0: host memory alone
 } tprpc_path;
 
 typedef struct tprpc_pipe_info {
@@ -841,8 +848,8 @@ typedef struct tprpc_pipe_info {
     uint64_t tensor_bytes_sent, tensor_bytes_received;   // of tensors and payloads, whatever moved them
     uint64_t messages_sent, messages_received;
     uint64_t fallbacks;              // transfers, sent or received, that went another way than the one chosen for them
-    uint32_t path_count;             // of `paths`: the transports and channels known to this end, or the first 16; the
-                                     // chosen ones are named above in any case
+    uint32_t path_count;             // of `paths`: the transports and channels known to this end, or the first 16; what
+                                     // carries the pipe and host tensors is named above in any case
     uint32_t reserved;
     tprpc_path paths[16];
     tprpc_error error;               // why the pipe failed; status OK: it has not
@@ -12668,6 +12675,23 @@ static void tpr_pipe_why(const tprpc_pipe *pipe, uint32_t i, tprpc_path *path) {
     snprintf(path->why, sizeof path->why, "%.109s", path->chosen ? "" : why);
 }
 
+// Tells which tensors on devices the channel is the one for.
+static void tpr_pipe_carried(tprpc_pipe *pipe, const tpr_context_backend *entry, tprpc_path *path) {
+    for (uint32_t i = 0; i < pipe->ctx->backend_count && !path->device_kind; i++) {
+        const tprpc_converter_table *converter = pipe->ctx->backends[i].backend->converter;
+        if (!converter || converter->kind == TPRPC_CPU) continue;
+        for (uint32_t way = 1; way < 4; way++) {   // the bits of TPRPC_PATH_*
+            tprpc_device from = {TPRPC_CPU, 0}, to = {TPRPC_CPU, 0};
+            if (way & 2) from.kind = converter->kind;
+            if (way & 1) to.kind = converter->kind;
+            const tpr_pipe_channel *channel = tpr_pipe_choose(pipe, from, to, NULL, 0, 0, false);
+            if (!channel || channel->entry != entry) continue;
+            path->carries |= 1u << way;
+            path->device_kind = converter->kind;
+        }
+    }
+}
+
 static void tpr_pipe_info_of(tprpc_pipe *pipe, tprpc_pipe_info *info) {
     static const tprpc_device host = {TPRPC_CPU, 0};
     const tpr_pipe_channel *channel =
@@ -12691,9 +12715,12 @@ static void tpr_pipe_info_of(tprpc_pipe *pipe, tprpc_pipe_info *info) {
         if (pipe->ctx->backends[i].backend->converter) continue;
         tprpc_path *path = &info->paths[info->path_count++];
         tpr_pipe_why(pipe, i, path);
-        if (channel && channel->entry == &pipe->ctx->backends[i]) {
+        const bool for_host = channel && channel->entry == &pipe->ctx->backends[i];
+        if (for_host) path->carries = TPRPC_PATH_HOST_TO_HOST;
+        if (path->channel && pipe->state == TPR_PIPE_OPEN) tpr_pipe_carried(pipe, &pipe->ctx->backends[i], path);
+        if (path->carries) {
             path->chosen = true;
-            const bool missing = (pipe->lanes_wanted & ~pipe->lanes_open) != 0;
+            const bool missing = for_host && (pipe->lanes_wanted & ~pipe->lanes_open) != 0;
             snprintf(path->why, sizeof path->why, "%s", missing ? pipe->lane_why : "");
         }
     }
@@ -21247,6 +21274,11 @@ static void tpr_report_info(tpr_report *report, const tprpc_pipe_info *info) {
     tpr_report_line(report, "\n");
     for (uint32_t i = 0; i < info->path_count && i < TPR_COUNT(info->paths); i++) {
         const tprpc_path *path = &info->paths[i];
+        if (path->device_kind)
+            tpr_report_line(report, "    %s, tensors of device kind %d:%s%s%s\n", path->name, (int)path->device_kind,
+                            path->carries & TPRPC_PATH_DEVICE_TO_DEVICE ? " to devices" : "",
+                            path->carries & TPRPC_PATH_DEVICE_TO_HOST ? " to the host" : "",
+                            path->carries & TPRPC_PATH_HOST_TO_DEVICE ? " from the host" : "");
         if (!path->chosen || path->why[0])
             tpr_report_line(report, "    %s%s: %s\n", path->chosen ? "" : "not ", path->name, path->why);
     }

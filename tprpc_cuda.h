@@ -85,6 +85,7 @@
 // memory; else one by one.
 //
 // Name the channels in tprpc_context_desc.channels ("cuda_ipc,cuda_basic,bulk,basic"), and the others are not used.
+// tprpc_pipe_get_info tells which of them a pipe's tensors take (tprpc_path.carries).
 //
 //
 // DEATHS

@@ -66,6 +66,20 @@ static void two(const mode *with, void (*first)(side *)) {
     group_close(&g);
 }
 
+/* The channel that this GPU's tensors take, and the report tells of it. */
+static void check_channel(side *s) {
+    tprpc_pipe_info info;
+    char report[4000], line[80];
+    const char *name = "";
+    CHECK_EQ_INT(tprpc_agent_get_peer_info(s->agent, "bob", &info, sizeof info), TPRPC_OK);
+    for (uint32_t i = 0; i < info.path_count; i++)
+        if (info.paths[i].carries & TPRPC_PATH_DEVICE_TO_DEVICE) name = info.paths[i].name;
+    CHECK_STR(name, !s->mode->processes ? "cuda_xth" : strcmp(info.transport, "shm") == 0 ? "cuda_ipc" : "cuda_basic");
+    snprintf(line, sizeof line, "    %s, tensors of device kind 2: to devices", name);
+    tprpc_agent_report(s->agent, report, sizeof report);
+    CHECK_CONTAINS(report, line);
+}
+
 static void ask(side *s) {
     CUstream stream = gpu_stream(0), replies = gpu_stream(0);
     for (int round = 0; round < 6; round++) {
@@ -113,6 +127,7 @@ static void ask(side *s) {
         CU(cuStreamSynchronize(stream));
         for (int i = 0; i < 2; i++) gpu_free(0, tensors[i].data);
     }
+    check_channel(s);
 }
 
 IN_MODES(there_and_back, 0x7f) { two(with, ask); }

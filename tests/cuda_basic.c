@@ -40,6 +40,8 @@ static void there_and_back(const char *address, int here, int there) {
         if (here < 0) fill(source, SIZE, i);
         else gpu_put(here, stream, source, SIZE, i);
         two_send(&t, &out, &from, 1);
+        pipe_carries(t.s.pipe, "cuda_basic", ALL_OF_DEVICES);
+        pipe_carries(t.s.pipe, "cuda_ipc", 0);
         two_got(&t, &in, &to, 1);
         WAIT(&t.s, out.wrote.runs, 1);
         CHECK_EQ_INT(out.wrote.status, TPRPC_OK);

@@ -9,6 +9,9 @@
 #define GPU_SEED uint64_t
 #include "cuda_gpu.h"
 
+enum { WITH_HOST = TPRPC_PATH_DEVICE_TO_HOST | TPRPC_PATH_HOST_TO_DEVICE,
+       ALL_OF_DEVICES = WITH_HOST | TPRPC_PATH_DEVICE_TO_DEVICE };
+
 /* ---- contexts and messages ---- */
 
 static UNUSED tprpc_context *gpu_context(const char *transports, const char *channels, int threads) {
@@ -67,6 +70,19 @@ static UNUSED void cargo_read(cargo *c, side *s, tprpc_pipe *to) {
     WAIT(s, c->described.runs, 1);
     REQUIRE_EQ_INT(c->described.status, TPRPC_OK);
     REQUIRE_EQ_INT(tprpc_pipe_read(to, &c->in, on_read, &c->got), TPRPC_OK);
+}
+
+/* A pipe tells of a channel for which tensors it is chosen. */
+static UNUSED void pipe_carries(tprpc_pipe *pipe, const char *name, uint32_t carries) {
+    const tprpc_path *path = NULL;
+    tprpc_pipe_info info;
+    CHECK_EQ_INT(tprpc_pipe_get_info(pipe, &info, sizeof info), TPRPC_OK);
+    for (uint32_t i = 0; i < info.path_count; i++) if (strcmp(info.paths[i].name, name) == 0) path = &info.paths[i];
+    REQUIRE(path != NULL);
+    CHECK_EQ_INT(path->carries, carries);
+    CHECK_EQ_INT(path->chosen, carries != 0);
+    CHECK_EQ_INT(path->chosen, path->why[0] == 0);
+    CHECK_EQ_INT(path->device_kind, carries > TPRPC_PATH_HOST_TO_HOST ? TPRPC_CUDA : 0);
 }
 
 /* Both callbacks have run. */

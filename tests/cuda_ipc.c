@@ -50,6 +50,10 @@ static void trip_send(void *arg) {
             if (x->registered) CHECK_EQ_INT(status, TPRPC_OK);
             gpu_free(x->from, source - i);
         }
+        pipe_carries(t.s.pipe, "cuda_ipc", TPRPC_PATH_DEVICE_TO_DEVICE);
+        pipe_carries(t.s.pipe, "cuda_basic", WITH_HOST);
+        pipe_carries(t.s.pipe, "basic", TPRPC_PATH_HOST_TO_HOST);
+        pipe_carries(t.s.pipe, "bulk", 0);
     }
     two_raise(&t, DONE);
     two_close(&t, false);

@@ -45,6 +45,9 @@ static void carry_all(const char *address, const char *channels) {
                 carry(&p, from, to, sizes[i], i == 1 ? 0 : 4 * i + 1, true);
                 if (from < 0 || to < 0) carry(&p, from, to, sizes[i], i, false);
             }
+    pipe_carries(p.a, channels == direct ? "cuda_xth" : "cuda_basic", ALL_OF_DEVICES);
+    pipe_carries(p.a, channels == direct ? "cuda_basic" : "cuda_xth", 0);
+    pipe_carries(p.b, "basic", TPRPC_PATH_HOST_TO_HOST);
     pair_close(&p);
 }
 

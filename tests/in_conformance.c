@@ -1,7 +1,8 @@
 /* What every backend promises: walks the registry (tpr_backends_all) and the toys, and runs one suite over every
    transport, through its table, one over every channel, through pipes over every transport, and one over every
-   converter, through pipes and calls. A new backend is tested by being registered; a converter needs a kit (below) for
-   its kind of device beside. A backend that cannot be exercised here fails. */
+   converter, through pipes and calls. A new backend is tested by being registered; a converter needs a kit (toys_use.h)
+   for its kind of device beside. A backend that cannot be exercised here fails. in_cuda_conformance.c includes this for
+   another list of backends, with CONFORMANCE_KIT, the kit for their kind of device. */
 #include "harness.h"
 #define TPRPC_TEST_HOOKS
 #define TPRPC_STATIC
@@ -9,7 +10,11 @@
 #include "../tprpc.h"
 #include "toys_use.h"
 
-#include <sys/socket.h>
+static const kit *const kits[] = {
+#ifdef CONFORMANCE_KIT
+    &CONFORMANCE_KIT,
+#endif
+    &toy_kit};
 
 /* ---- a transport's instance, driven by hand ---- */
 
@@ -967,6 +972,8 @@ static void away_main(void *arg) {
 
 /* Those that never leave their process: of two processes there is nothing to test but that they say so. */
 static bool stays_within(const tprpc_backend *backend) {
+    size_t i;
+    for (i = 0; i < COUNT(kits); i++) if (backend == kits[i]->within) return true;
     return backend == &toy_backend || backend == &tpr_xth_backend;
 }
 
@@ -1175,7 +1182,12 @@ static size_t probe_answer(void *e, const uint8_t *challenge, size_t size, uint8
     return n;
 }
 
-typedef struct channel_case { const tprpc_backend *channel, *transport; bool kinds[2]; } channel_case;
+typedef struct channel_case {
+    const tprpc_backend *channel, *transport;
+    const kit  *kit;
+    const char *why_not;               /* what it says where it cannot be used */
+    bool        kinds[2];              /* whether what is sent, and received, is on the kit's devices */
+} channel_case;
 
 static void probe_open(const channel_case *c) {
     memset(&probe, 0, sizeof probe);
@@ -1189,10 +1201,13 @@ static void probe_open(const channel_case *c) {
     probe.backend.channel = &probe.mine;
     probe.backend.name = "probe";
     probe.list[0] = &toy_backend;
-    probe.list[1] = &toyd_backend;
+    probe.list[1] = c->kit->converter;
     probe.list[2] = &probe.backend;
     world_backends = probe.list;
     world_backend_count = 3;
+    world_kit = c->kit;
+    /* of several devices it takes what was registered with it alone, which is for its own tests */
+    batch_sources = c->channel == c->kit->apart ? 1 : TOY_DEVICES;
 }
 
 static void channel_world(world *w, const channel_case *c, int threads) {
@@ -1213,7 +1228,7 @@ static void channel_message(world *w, const channel_case *c, size_t count, size_
     for (side = 0; side < 2; side++) batch_read(w, &batches[side], 1 - side);
     for (side = 0; side < 2; side++) {
         batch_ends(w, &batches[side], TPRPC_OK, TPRPC_OK);
-        batch_check(&batches[side], seed + (unsigned)side);
+        if (batches[side].reads) batch_check(&batches[side], seed + (unsigned)side);
         batch_free(&batches[side]);
     }
     free(batches);
@@ -1224,8 +1239,8 @@ static void run_channel(const channel_case *c, int threads) {
                                   65537, 262143, 262144, 262145, (1 << 20) + 1, BIG};
     world w;
     unsigned i;
-    toys_begin(100);
     probe_open(c);
+    c->kit->begin(100);
     channel_world(&w, c, threads);
     for (i = 0; i < COUNT(some); i++) channel_message(&w, c, 1, some[i], i);
     channel_message(&w, c, 1, 9001, 77);
@@ -1241,7 +1256,7 @@ static void run_channel(const channel_case *c, int threads) {
         CHECK_STR(info.transport, c->transport->name);
     }
     world_close(&w);
-    toys_end();
+    c->kit->end();
 }
 
 static void c_sizes(void *arg) { run_channel((const channel_case *)arg, 0); }
@@ -1254,8 +1269,8 @@ static void c_unaligned(void *arg) {
     batch *b = (batch *)calloc(1, sizeof(batch));
     size_t i;
     REQUIRE(b != NULL);
-    toys_begin(100);
     probe_open(c);
+    c->kit->begin(100);
     channel_world(&w, c, 0);
     batch_fill(b, c->kinds[0], c->kinds[1], 8, 100001, 9);
     for (i = 0; i < 8; i++) {          /* all but the first i bytes */
@@ -1267,11 +1282,11 @@ static void c_unaligned(void *arg) {
     batch_write(&w, b, 1);
     batch_read(&w, b, 0);
     batch_ends(&w, b, TPRPC_OK, TPRPC_OK);
-    for (i = 0; i < 8; i++) {
+    for (i = 0; b->reads && i < 8; i++) {
         uint8_t *want = (uint8_t *)malloc(100001), *have = (uint8_t *)malloc(100001);
         REQUIRE(want && have);
         fill(want, 100001, 9 + (unsigned)i);
-        if (c->kinds[1]) toy_gpu_get(toy_queue_of(b->in[i].device, NULL), have, b->to[i], 100001);
+        if (c->kinds[1]) c->kit->get(batch_target(i), NULL, have, b->to[i], 100001);
         else memcpy(have, b->to[i], 100001);
         CHECK_MEM(have + i, want + i, 100001 - i);
         free(want);
@@ -1280,7 +1295,7 @@ static void c_unaligned(void *arg) {
     batch_free(b);
     free(b);
     world_close(&w);
-    toys_end();
+    c->kit->end();
 }
 
 static void c_closed(void *arg) {
@@ -1300,21 +1315,22 @@ static void c_refused(void *arg) {
     world w;
     batch *b = (batch *)calloc(1, sizeof(batch));
     REQUIRE(b != NULL);
-    toys_begin(300);
     probe_open(c);
+    c->kit->begin(300);
     world_memory = 8 << 20;
     channel_world(&w, c, 0);
     batch_fill(b, c->kinds[0], c->kinds[1], 1, c->kinds[1] ? 70000 : 9 << 20, 1);
-    if (c->kinds[1]) b->out[0].target = toy_device(77);
+    if (c->kinds[1]) b->out[0].target = world_device(77);
     batch_write(&w, b, 1);
-    REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_read, &b->got), TPRPC_OK);
-    batch_ends(&w, b, TPRPC_ERROR_PEER, c->kinds[1] ? TPRPC_ERROR_DEVICE : TPRPC_ERROR_MEMORY);
-    CHECK_EQ_INT(probe.aborts, 1);
+    b->reads = world_here(0);
+    if (b->reads) REQUIRE_EQ_INT(tprpc_pipe_read(w.pipe[0], NULL, on_read, &b->got), TPRPC_OK);
+    batch_ends(&w, b, TPRPC_ERROR_PEER, c->kinds[1] ? c->kit->unknown : TPRPC_ERROR_MEMORY);
+    CHECK_EQ_INT(probe.aborts, b->reads);
     batch_free(b);
     free(b);
     channel_message(&w, c, 2, 70000, 3);
     world_close(&w);
-    toys_end();
+    c->kit->end();
 }
 
 /* It has nothing that could be out of reach, and so asks for no proof of the other end's either. */
@@ -1335,8 +1351,8 @@ static void c_proof(void *arg) {
     bool shown = false;
     REQUIRE(b != NULL);
     REQUIRE(c->channel->channel->challenge != NULL);
-    toys_begin(300);
     probe_open(c);
+    c->kit->begin(300);
     probe.lies = true;
     channel_world(&w, c, 0);
     REQUIRE_EQ_INT(tprpc_pipe_get_info(w.pipe[1], &info, sizeof info), TPRPC_OK);
@@ -1355,16 +1371,15 @@ static void c_proof(void *arg) {
     message.release_user = &b->written;
     CHECK_EQ_INT(tprpc_pipe_write(w.pipe[1], &message, on_written, &b->written), TPRPC_ERROR_UNSUPPORTED);
     CHECK_EQ_INT(probe.sends, 0);
-    toy_queue_free(toy_gpu.queues[0]);
-    toy_gpu.queues[0] = toy_queue_new();
+    world_settle(&w);
     batch_free(b);
     free(b);
     world_close(&w);
-    toys_end();
+    c->kit->end();
 }
 
 /* The peer is killed while transfers are under way, both ways. */
-typedef struct victim { const channel_case *c; int socket[2]; } victim;
+typedef struct victim { const channel_case *c; int delay, socket[2]; } victim;
 
 static void victim_main(void *arg) {
     victim *v = (victim *)arg;
@@ -1377,7 +1392,7 @@ static void victim_main(void *arg) {
     memset(&w, 0, sizeof w);
     memset(&desc, 0, sizeof desc);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    toys_begin(3000);
+    v->c->kit->begin(3000);
     away_read(v->socket[1], address, sizeof address);
     w.ctx[0] = context(v->c->transport->name, "probe", 0);
     desc.address = address;
@@ -1391,14 +1406,16 @@ static void victim_main(void *arg) {
 }
 
 /* Whether the channel's domain is the same in another process of this host. */
-static bool channel_leaves(const tprpc_channel_table *t) {
-    tprpc_host host = {(uint32_t)sizeof host, 0, context(NULL, NULL, 0)};
+static void channel_leaves(const channel_case *c, bool expected) {
+    const tprpc_channel_table *t = c->channel->channel;
+    tprpc_host host = {(uint32_t)sizeof host, 0, NULL};
     tprpc_error error = TPR_ZERO;
     uint8_t there[65] = {0};
     void *instance;
-    bool leaves;
     int way[2];
     pid_t pid;
+    c->kit->begin(0);
+    host.context = context(NULL, NULL, 0);
     REQUIRE_EQ_INT(t->open(&host, NULL, &instance, &error), TPRPC_OK);
     REQUIRE(pipe(way) == 0);
     fflush(NULL);
@@ -1411,80 +1428,101 @@ static bool channel_leaves(const tprpc_channel_table *t) {
     CHECK_EQ_INT(test_wait_child(pid, 10), 0);
     close(way[0]);
     close(way[1]);
-    leaves = t->reaches(instance, there + 1, there[0]);
+    CHECK_EQ_INT(t->reaches(instance, there + 1, there[0]), expected);
     t->close(instance);
     CHECK_EQ_INT(tprpc_context_destroy(host.context), TPRPC_OK);
-    return leaves;
+    c->kit->end();
 }
 
-static void c_within(void *arg) { CHECK(!channel_leaves(((const channel_case *)arg)->channel->channel)); }
+static void c_within(void *arg) { channel_leaves((const channel_case *)arg, false); }
+static void c_leaves(void *arg) { channel_leaves((const channel_case *)arg, true); }
 
-static void c_killed(void *arg) {
-    const channel_case *c = (const channel_case *)arg;
-    int delay;
-    REQUIRE(channel_leaves(c->channel->channel));
-    for (delay = 0; delay < 3; delay++) {
-        victim v;
-        world w;
-        batch *b = (batch *)calloc(2, sizeof(batch));
-        tprpc_listener_desc listening;
-        tprpc_error error = TPR_ZERO;
-        char text[128] = "", byte;
-        const char *given = text;
-        pid_t pid;
-        int i;
-        REQUIRE(b != NULL);
-        memset(&w, 0, sizeof w);
-        memset(&listening, 0, sizeof listening);
-        v.c = c;
-        REQUIRE(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, v.socket) == 0);
-        probe_open(c);
-        pid = test_fork_run(victim_main, &v);
-        toys_begin(3000);
-        w.ctx[0] = context(c->transport->name, "probe", 0);
-        snprintf(text, sizeof text, "%s://", c->transport->name);
-        listening.addresses = &given;
-        listening.address_count = 1;
-        REQUIRE_EQ_INT(tprpc_listen(w.ctx[0], &listening, &w.listener, &error), TPRPC_OK);
-        REQUIRE_EQ_INT(tprpc_accept(w.listener, on_accepted, &w), TPRPC_OK);
-        snprintf(text, sizeof text, "%s", tprpc_listener_address(w.listener, NULL));
-        away_write(v.socket[0], text, sizeof text);
-        UNTIL(&w, w.accepted, 1);
-        batch_fill(&b[0], c->kinds[0], c->kinds[1], 4, BIG, 1);
-        batch_fill(&b[1], c->kinds[0], c->kinds[1], 4, BIG, 1);
-        batch_write(&w, &b[0], 0);
-        batch_read(&w, &b[1], 0);
-        for (i = 0; i < delay * 3; i++) pump(&w);
-        away_read(v.socket[0], &byte, 1);
-        kill(pid, SIGKILL);
-        CHECK_EQ_INT(test_wait_child(pid, 10), 128 + SIGKILL);
-        for (i = 0; i < 2; i++) {
-            outcome *o = i ? &b[1].got : &b[0].written;
-            UNTIL(&w, o->runs, 1);
-            CHECK(o->status == TPRPC_OK || o->status == TPRPC_ERROR_PEER);
-            if (o->status != TPRPC_OK) CHECK(strlen(o->text) > 5);
-        }
-        UNTIL(&w, b[0].written.releases, 1);
-        tprpc_pipe_close(w.pipe[0]);
-        tprpc_listener_close(w.listener);
-        CHECK_EQ_INT(tprpc_context_destroy(w.ctx[0]), TPRPC_OK);
-        for (i = 0; i < TOY_DEVICES; i++) {
-            toy_queue_free(toy_gpu.queues[i]);
-            toy_gpu.queues[i] = toy_queue_new();
-        }
-        batch_free(&b[0]);
-        batch_free(&b[1]);
-        free(b);
-        close(v.socket[0]);
-        close(v.socket[1]);
-        toys_end();
+static void killed_main(void *arg) {
+    victim *v = (victim *)arg;
+    const channel_case *c = v->c;
+    world w;
+    batch *b = (batch *)calloc(2, sizeof(batch));
+    char text[128] = "", byte;
+    pid_t pid;
+    int i;
+    REQUIRE(b != NULL);
+    memset(&w, 0, sizeof w);
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, v->socket) == 0);
+    probe_open(c);
+    pid = test_fork_run(victim_main, v);
+    c->kit->begin(3000);
+    w.ctx[0] = context(c->transport->name, "probe", 0);
+    snprintf(text, sizeof text, "%s://", c->transport->name);
+    world_listen(&w, text, text, sizeof text);
+    away_write(v->socket[0], text, sizeof text);
+    UNTIL(&w, w.accepted, 1);
+    batch_fill(&b[0], c->kinds[0], c->kinds[1], 4, BIG, 1);
+    batch_fill(&b[1], c->kinds[0], c->kinds[1], 4, BIG, 1);
+    batch_write(&w, &b[0], 0);
+    batch_read(&w, &b[1], 0);
+    for (i = 0; i < v->delay * 3; i++) pump(&w);
+    away_read(v->socket[0], &byte, 1);
+    kill(pid, SIGKILL);
+    CHECK_EQ_INT(test_wait_child(pid, 10), 128 + SIGKILL);
+    for (i = 0; i < 2; i++) {
+        outcome *o = i ? &b[1].got : &b[0].written;
+        UNTIL(&w, o->runs, 1);
+        CHECK(o->status == TPRPC_OK || o->status == TPRPC_ERROR_PEER);
+        if (o->status != TPRPC_OK) CHECK(strlen(o->text) > 5);
     }
+    UNTIL(&w, b[0].written.releases, 1);
+    tprpc_pipe_close(w.pipe[0]);
+    tprpc_listener_close(w.listener);
+    CHECK_EQ_INT(tprpc_context_destroy(w.ctx[0]), TPRPC_OK);
+    w.ctx[0] = NULL;
+    world_settle(&w);
+    batch_free(&b[0]);
+    batch_free(&b[1]);
+    free(b);
+    close(v->socket[0]);
+    close(v->socket[1]);
+    c->kit->end();
 }
 
-/* What a channel says over a transport that it cannot use; NULL: it can. */
-static const char *refusal(const tprpc_backend *backend, const tprpc_backend *transport) {
+/* Each time in a process of its own: a device's driver does not outlive a fork. */
+static void c_killed(void *arg) {
+    victim v;
+    memset(&v, 0, sizeof v);
+    v.c = (const channel_case *)arg;
+    for (v.delay = 0; v.delay < 3; v.delay++)
+        CHECK_EQ_INT(test_wait_child(test_fork_run(killed_main, &v), 30), 0);
+}
+
+/* A test whose two ends are in two processes, each of which runs it. */
+typedef struct half_case { const channel_case *c; void (*run)(void *arg); int socket[2]; } half_case;
+
+static void half_main(void *arg) {
+    const half_case *h = (const half_case *)arg;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    world_half.side = 1;
+    world_half.socket = h->socket[1];
+    h->run((void *)(uintptr_t)h->c);
+}
+
+static void c_apart(void *arg) {
+    half_case *h = (half_case *)arg;
+    pid_t pid;
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, h->socket) == 0);
+    world_half.apart = true;
+    pid = test_fork_run(half_main, h);
+    world_half.socket = h->socket[0];
+    h->run((void *)(uintptr_t)h->c);
+    CHECK_EQ_INT(test_wait_child(pid, 30), 0);
+    close(h->socket[0]);
+    close(h->socket[1]);
+}
+
+/* What a channel of the kit's memory says over a transport that it cannot use; NULL: it can. */
+static const char *refusal(const tprpc_backend *backend, const tprpc_backend *transport, const kit *k) {
     const uint32_t flags = transport->transport->flags;
     const bool shares = (flags & TPRPC_TRANSPORT_LOCAL_COPY) != 0, lanes = (flags & TPRPC_TRANSPORT_LANES) != 0;
+    if (backend == k->apart && !(flags & TPRPC_TRANSPORT_HANDLES)) return "passes no handles";
+    if (backend == k->apart && stays_within(transport)) return "in this process";
     if (backend == &tpr_cma_backend && !transport->transport->process) return "whose process";
     if (backend == &tpr_bulk_backend && !shares) return "shares no memory";
     if (backend == &tpr_mpt_backend && (shares || !lanes)) return "several connections";
@@ -1496,19 +1534,19 @@ static void c_says_why_not(void *arg) {
     tprpc_pipe_info info;
     world w;
     uint32_t i, shown = 0;
-    toys_begin(0);
     probe_open(c);
+    c->kit->begin(0);
     channel_world(&w, c, 0);
     REQUIRE_EQ_INT(tprpc_pipe_get_info(w.pipe[0], &info, sizeof info), TPRPC_OK);
     for (i = 0; i < info.path_count; i++) {
         if (strcmp(info.paths[i].name, "probe") != 0) continue;
         shown++;
         CHECK(!info.paths[i].chosen);
-        CHECK_CONTAINS(info.paths[i].why, refusal(c->channel, c->transport));
+        CHECK_CONTAINS(info.paths[i].why, c->why_not);
     }
     CHECK_EQ_INT(shown, 1);
     world_close(&w);
-    toys_end();
+    c->kit->end();
 }
 
 static void c_moves_nothing(void *arg) {
@@ -1518,28 +1556,6 @@ static void c_moves_nothing(void *arg) {
 }
 
 /* ---- the suite of converters, through pipes and calls ---- */
-
-typedef struct kit {                   /* a kind of device, for the suite to exercise its converter */
-    const tprpc_backend *converter, *channel;
-    void *(*stream_new)(void);
-    void  (*stream_free)(void *stream);        /* once what is queued has run */
-    void *(*alloc)(int32_t index, size_t size);
-    void  (*free)(void *data);
-    void  (*put)(void *stream, void *to, const void *bytes, size_t size);   /* in the stream's order */
-    void  (*get)(void *stream, void *out, void *from, size_t size);         /* likewise; waits */
-} kit;
-
-static void *toy_stream_new(void) { return toy_queue_new(); }
-static void toy_stream_free(void *stream) { toy_queue_free((toy_queue *)stream); }
-static void toy_put_on(void *stream, void *to, const void *bytes, size_t size) {
-    toy_gpu_put((toy_queue *)stream, to, bytes, size);
-}
-static void toy_get_on(void *stream, void *out, void *from, size_t size) {
-    toy_gpu_get((toy_queue *)stream, out, from, size);
-}
-
-static const kit kits[] = {{&toyd_backend, &toyc_backend, toy_stream_new, toy_stream_free, toy_gpu_alloc, toy_gpu_free,
-                            toy_put_on, toy_get_on}};
 
 enum { PIECES = 64 };
 typedef struct piece { void *data, *stream; size_t size; tprpc_device device; int released; bool copied; } piece;
@@ -1667,7 +1683,7 @@ static int32_t spy_device_count(void *user) {
 }
 
 static void spy_begin(const kit *k) {
-    toys_begin(1000);
+    k->begin(1000);
     spy.kit = k;
     spy.table = k->converter->converter;
     spy.mine = *spy.table;
@@ -1698,7 +1714,7 @@ static void spy_end(void) {
     int i;
     for (i = 0; i < spy.piece_count; i++) CHECK_EQ_INT(spy.pieces[i].released, 1);
     for (i = 0; i < spy.keep_count; i++) CHECK_EQ_INT(spy.keeps[i].sent, spy.table->sent ? 1 : 0);
-    toys_end();
+    spy.kit->end();
 }
 
 /* ---- what is sent: on the device, two with a stream of the user's and of the library's, one empty; one on the host */
@@ -1707,7 +1723,7 @@ enum { CARGO = 4, CARGO_SIZE = 20000, CARGO_DEVICES = 2 };   /* the first ones h
 
 typedef struct cargo {
     tprpc_tensor tensors[CARGO];
-    void   *own, *streams[CARGO_DEVICES];
+    void   *own[CARGO_DEVICES], *streams[CARGO_DEVICES];
     uint8_t host[CARGO_SIZE];
     outcome written;
     seen    got;
@@ -1725,7 +1741,7 @@ static int32_t last_device(void) { return spy.table->device_count ? spy.table->d
 static void cargo_put(const cargo *c, int i, unsigned seed) {
     uint8_t bytes[CARGO_SIZE];
     fill(bytes, sizeof bytes, seed);
-    spy.kit->put(c->streams[i], c->tensors[i].data, bytes, sizeof bytes);
+    spy.kit->put(c->tensors[i].device.index, c->streams[i], c->tensors[i].data, bytes, sizeof bytes);
 }
 
 static void cargo_look(const tprpc_message *message, void *arg) {
@@ -1742,7 +1758,7 @@ static void cargo_look(const tprpc_message *message, void *arg) {
         for (k = 0; k < spy.piece_count && (spy.pieces[k].data != t->data || spy.pieces[k].released); k++) {}
         CHECK(k < spy.piece_count && spy.pieces[k].stream == t->stream && !spy.pieces[k].copied);
         pthread_mutex_unlock(&spy.lock);
-        spy.kit->get(t->stream ? t->stream : spy_default(NULL, t->device), bytes, t->data, CARGO_SIZE);
+        spy.kit->get(t->device.index, t->stream ? t->stream : spy_default(NULL, t->device), bytes, t->data, CARGO_SIZE);
         CHECK(filled(bytes, CARGO_SIZE, (unsigned)i));
     }
     CHECK_EQ_INT(message->tensors[2].size, 0);
@@ -1750,22 +1766,22 @@ static void cargo_look(const tprpc_message *message, void *arg) {
     CHECK(filled(message->tensors[3].data, CARGO_SIZE, 3));
 }
 
-/* ctx: whose stream a tensor without one is ready on; NULL: the caller names his own for it. */
+/* ctx: whose stream a tensor without one is ready on, where the converter sees to it; NULL: the caller names his own
+   for it. */
 static cargo *cargo_new(tprpc_context *ctx) {
     cargo *c = (cargo *)calloc(1, sizeof(cargo));
     int i;
     REQUIRE(c != NULL);
     c->got.look = cargo_look;
-    c->own = spy.kit->stream_new();
-    c->streams[0] = c->own;
-    c->streams[1] = ctx ? spy_default(ctx, kind_device(last_device())) : c->own;
     for (i = 0; i < CARGO_DEVICES; i++) {
         c->tensors[i].device = kind_device(i ? last_device() : 0);
+        c->own[i] = c->streams[i] = spy.kit->stream_new(c->tensors[i].device.index);
+        if (i && ctx) c->streams[i] = spy.table->prepare ? spy_default(ctx, c->tensors[i].device) : NULL;
         c->tensors[i].data = spy.kit->alloc(c->tensors[i].device.index, CARGO_SIZE);
         c->tensors[i].size = CARGO_SIZE;
         cargo_put(c, i, (unsigned)i);
     }
-    c->tensors[0].stream = c->own;
+    c->tensors[0].stream = c->own[0];
     c->tensors[0].target = kind_device(last_device());   /* the other one: where it comes from */
     c->tensors[2].device = kind_device(0);
     fill(c->host, sizeof c->host, 3);
@@ -1778,10 +1794,10 @@ static void cargo_free(cargo *c) {
     uint8_t bytes[CARGO_SIZE];
     int i;
     for (i = 0; i < CARGO_DEVICES; i++) {   /* once what is queued has run */
-        spy.kit->get(c->streams[i], bytes, c->tensors[i].data, CARGO_SIZE);
-        spy.kit->free(c->tensors[i].data);
+        spy.kit->get(c->tensors[i].device.index, c->streams[i], bytes, c->tensors[i].data, CARGO_SIZE);
+        spy.kit->free(c->tensors[i].device.index, c->tensors[i].data);
+        spy.kit->stream_free(c->own[i]);
     }
-    spy.kit->stream_free(c->own);
     free(c);
 }
 
@@ -1894,7 +1910,7 @@ static void v_parked(void *arg) {
 /* The converter fails at one of the tensors: what it had given for others comes back, and the pipe lives on. */
 static void v_fails_sending(void *arg) {
     int lent, which, copies;
-    for (copies = 0; copies < 2; copies++) {
+    for (copies = !((const kit *)arg)->converter->converter->prepare; copies < 2; copies++) {
         for (lent = 0; lent < 2 - copies; lent++) {
             for (which = 1; which <= CARGO_DEVICES; which++) {
                 world w;
@@ -1977,7 +1993,7 @@ static void cargo_answered(tprpc_status status, const tprpc_message *reply, cons
     cargo *c = (cargo *)user;
     int i;
     if (reply) cargo_look(reply, NULL);
-    for (i = 0; reply && i < CARGO_DEVICES; i++) CHECK(reply->tensors[i].stream == c->own);
+    for (i = 0; reply && i < CARGO_DEVICES; i++) CHECK(reply->tensors[i].stream == c->own[1]);
     ended(&c->got.o, status, error);
 }
 
@@ -2005,7 +2021,7 @@ static void v_calls(void *arg) {
     UNTIL(&w, ready, 2);
     c = cargo_new(NULL);
     stream.device = kind_device(last_device());
-    stream.stream = c->own;
+    stream.stream = c->own[1];
     message = cargo_message(c, false);
     options.streams = &stream;
     options.stream_count = 1;
@@ -2014,14 +2030,14 @@ static void v_calls(void *arg) {
     options.error = &error;
     if (tprpc_call(agents[0], "right", "back", &message, &options, NULL) != TPRPC_OK)
         fprintf(stderr, "call: %s\n", error.text);
-    for (i = 0; i < CARGO_DEVICES; i++) CHECK(spy.pieces[i].copied && spy.pieces[i].stream == c->own);
+    for (i = 0; i < CARGO_DEVICES; i++) CHECK(spy.pieces[i].copied && spy.pieces[i].stream == c->own[i]);
     cargo_put(c, 0, 99);
     cargo_put(c, 1, 99);
     UNTIL(&w, c->got.o.runs, 1);
     CHECK_EQ_INT(c->got.o.status, TPRPC_OK);
     CHECK_EQ_INT(handled, 1);
     CHECK_EQ_INT(spy.asked_count, 2 * CARGO_DEVICES);
-    for (i = 0; i < spy.asked_count; i++) CHECK(spy.asked[i] == (i < CARGO_DEVICES ? NULL : c->own));
+    for (i = 0; i < spy.asked_count; i++) CHECK(spy.asked[i] == (i < CARGO_DEVICES ? NULL : c->own[1]));
     for (i = 0; i < 2; i++) CHECK_EQ_INT(tprpc_agent_destroy(agents[i]), TPRPC_OK);
     tprpc_store_close(store);
     for (i = 1; i >= 0; i--) CHECK_EQ_INT(tprpc_context_destroy(w.ctx[i]), TPRPC_OK);
@@ -2033,8 +2049,9 @@ static void v_table(void *arg) {
     const kit *k = (const kit *)arg;
     const tprpc_converter_table *t = k->converter->converter;
     tprpc_context *ctx;
-    int32_t i, count = t->device_count ? t->device_count(k->converter->user) : 1;
-    toys_begin(0);
+    int32_t i, count;
+    spy_begin(k);
+    count = t->device_count ? t->device_count(k->converter->user) : 1;
     ctx = context(NULL, NULL, 0);
     CHECK(t->kind == TPRPC_CPU || t->kind == TPRPC_CUDA || t->kind >= TPRPC_DEVICE_USER);
     CHECK(t->allocate && t->release);
@@ -2045,13 +2062,136 @@ static void v_table(void *arg) {
         CHECK(!t->stream || t->stream(k->converter->user, ctx, device) == t->stream(k->converter->user, ctx, device));
     }
     CHECK_EQ_INT(tprpc_context_destroy(ctx), TPRPC_OK);
-    toys_end();
+    spy_end();
 }
 
 static void v_unknown(void *arg) {
     fprintf(stderr, "converter %s could not be exercised: this suite has no kit for its kind of device\n",
             ((const tprpc_backend *)arg)->name);
     CHECK(0);
+}
+
+/* ---- the registry ---- */
+
+typedef struct named { const char *name; void (*run)(void *arg); } named;
+
+static void add(const char *suite, const char *what, const char *name, void (*run)(void *), void *arg) {
+    char text[120];
+    snprintf(text, sizeof text, "%s_%s_%s", suite, what, name);
+    test_add(text, run, arg, 120);
+}
+
+static channel_case cases[512];
+static half_case halves[512];
+static size_t case_count, half_count;
+
+static void add_transport(const tprpc_backend *backend) {
+    static const named tests[] = {
+        {"connect", t_connect}, {"listen_twice", t_listen_twice}, {"nobody", t_nobody}, {"small", t_small},
+        {"streams", t_streams}, {"backpressure", t_backpressure}, {"more", t_more}, {"handles", t_handles},
+        {"close", t_close}, {"close_unread", t_close_unread}, {"sleep_data", t_sleep_data},
+        {"sleep_connection", t_sleep_connection}, {"sleep_room", t_sleep_room}, {"sleep_death", t_sleep_death},
+        {"disconnect_inside", t_disconnect_inside}, {"new_owner", t_new_owner}, {"many", t_many},
+        {"threads", t_threads}};
+    static const named two[] = {{"killed", t_killed}, {"processes", t_processes}};
+    size_t i;
+    for (i = 0; i < COUNT(two) && !stays_within(backend); i++)
+        add("transport", backend->name, two[i].name, two[i].run, (void *)(uintptr_t)backend);
+    if (stays_within(backend)) add("transport", backend->name, "within", t_within, (void *)(uintptr_t)backend);
+    for (i = 0; i < COUNT(tests); i++)
+        add("transport", backend->name, tests[i].name, tests[i].run, (void *)(uintptr_t)backend);
+}
+
+static void add_case(const channel_case *c, const char *name) {
+    static const named tests[] = {{"sizes", c_sizes},   {"threads", c_threads}, {"unaligned", c_unaligned},
+                                  {"closed", c_closed}, {"refused", c_refused}};
+    const bool proves = c->channel->channel->challenge != NULL, halved = c->channel == c->kit->apart;
+    void *arg = (void *)(uintptr_t)c;
+    size_t i;
+    if (c->why_not) add("channel", name, "says_why_not", c_says_why_not, arg);
+    if (refusal(c->channel, c->transport, c->kit)) return;
+    for (i = 0; i < COUNT(tests); i++) {
+        half_case *h = &halves[half_count];
+        if (!halved) {
+            add("channel", name, tests[i].name, tests[i].run, arg);
+            continue;
+        }
+        REQUIRE(++half_count < COUNT(halves));
+        h->c = c;
+        h->run = tests[i].run;
+        add("channel", name, tests[i].name, c_apart, h);
+    }
+    add("channel", name, proves ? "proof" : "needs_no_proof", proves ? c_proof : c_needs_no_proof, arg);
+    if (stays_within(c->channel)) {
+        add("channel", name, "within", c_within, arg);
+    } else if (!stays_within(c->transport)) {  /* else they die together */
+        add("channel", name, "leaves", c_leaves, arg);
+        add("channel", name, "killed", c_killed, arg);
+    }
+}
+
+/* Between host memory, and between that and the devices of each kit. */
+static void add_channel(const tprpc_backend *backend, const tprpc_backend *transport) {
+    size_t k, n, found = 0;
+    for (n = 0; n < COUNT(kits); n++) {
+        for (k = n ? 1 : 0; k < 4; k++) {
+            const char *const names[2] = {"host", kits[n]->name};
+            tprpc_device from = {TPRPC_CPU, 0}, to = {TPRPC_CPU, 0};
+            channel_case *c = &cases[case_count];
+            char name[64];
+            if (k & 2) from.kind = kits[n]->kind;
+            if (k & 1) to.kind = kits[n]->kind;
+            to.index = k & 1;
+            if (!backend->channel->moves(NULL, from, to)) continue;
+            found++;
+            REQUIRE(++case_count < COUNT(cases));
+            c->channel = backend;
+            c->transport = transport;
+            c->kit = kits[n];
+            c->kinds[0] = (k & 2) != 0;
+            c->kinds[1] = (k & 1) != 0;
+            c->why_not = refusal(backend, transport, kits[n]);
+            if (!c->why_not && backend == kits[n]->apart) c->why_not = "in this process";
+            snprintf(name, sizeof name, "%s_over_%s_%s_to_%s", backend->name, transport->name, names[c->kinds[0]],
+                     names[c->kinds[1]]);
+            add_case(c, name);
+        }
+    }
+    if (!found) add("channel", backend->name, "moves", c_moves_nothing, (void *)(uintptr_t)backend);
+}
+
+static void add_converter(const tprpc_backend *backend) {
+    static const named tests[] = {
+        {"table", v_table}, {"lent", v_lent}, {"copied", v_copied}, {"threads", v_threads}, {"parked", v_parked},
+        {"fails_sending", v_fails_sending}, {"fails_receiving", v_fails_receiving}, {"closed", v_closed},
+        {"calls", v_calls}};
+    size_t i, n = 0;
+    while (n < COUNT(kits) && kits[n]->converter != backend) n++;
+    if (n == COUNT(kits)) {
+        add("converter", backend->name, "kit", v_unknown, (void *)(uintptr_t)backend);
+        return;
+    }
+    for (i = 0; i < COUNT(tests); i++)
+        add("converter", backend->name, tests[i].name, tests[i].run, (void *)(uintptr_t)kits[n]);
+}
+
+/* Adds what tests these backends; channels go over each transport of the library's, and the toy. */
+static void add_backends(const tprpc_backend *const *backends, size_t count) {
+    size_t i, j;
+    for (i = 0; i < count; i++) {
+        if (backends[i]->transport) add_transport(backends[i]);
+        if (backends[i]->converter) add_converter(backends[i]);
+        for (j = 0; j < TPR_COUNT(tpr_backends_all) && backends[i]->channel; j++)
+            if (tpr_backends_all[j]->transport) add_channel(backends[i], tpr_backends_all[j]);
+        if (backends[i]->channel) add_channel(backends[i], &toy_backend);
+    }
+}
+
+#ifndef CONFORMANCE_KIT
+
+TESTS(registry) {
+    add_backends(tpr_backends_all, TPR_COUNT(tpr_backends_all));
+    add_backends(toy_backends, COUNT(toy_backends));
 }
 
 /* ---- as many as a context takes ---- */
@@ -2159,97 +2299,4 @@ TEST(most_backends) {
     }
 }
 
-/* ---- the registry ---- */
-
-typedef struct named { const char *name; void (*run)(void *arg); } named;
-
-static void add(const char *suite, const char *what, const char *name, void (*run)(void *), void *arg) {
-    char text[120];
-    snprintf(text, sizeof text, "%s_%s_%s", suite, what, name);
-    test_add(text, run, arg, 120);
-}
-
-static const tprpc_backend *known[64];
-static size_t known_count;
-static channel_case cases[512];
-static size_t case_count;
-
-static void add_transport(const tprpc_backend *backend) {
-    static const named tests[] = {
-        {"connect", t_connect}, {"listen_twice", t_listen_twice}, {"nobody", t_nobody}, {"small", t_small},
-        {"streams", t_streams}, {"backpressure", t_backpressure}, {"more", t_more}, {"handles", t_handles},
-        {"close", t_close}, {"close_unread", t_close_unread}, {"sleep_data", t_sleep_data},
-        {"sleep_connection", t_sleep_connection}, {"sleep_room", t_sleep_room}, {"sleep_death", t_sleep_death},
-        {"disconnect_inside", t_disconnect_inside}, {"new_owner", t_new_owner}, {"many", t_many},
-        {"threads", t_threads}};
-    static const named two[] = {{"killed", t_killed}, {"processes", t_processes}};
-    size_t i;
-    for (i = 0; i < COUNT(two) && !stays_within(backend); i++)
-        add("transport", backend->name, two[i].name, two[i].run, (void *)(uintptr_t)backend);
-    if (stays_within(backend)) add("transport", backend->name, "within", t_within, (void *)(uintptr_t)backend);
-    for (i = 0; i < COUNT(tests); i++)
-        add("transport", backend->name, tests[i].name, tests[i].run, (void *)(uintptr_t)backend);
-}
-
-static void add_channel(const tprpc_backend *backend, const tprpc_backend *transport) {
-    static const named tests[] = {{"sizes", c_sizes},   {"threads", c_threads}, {"unaligned", c_unaligned},
-                                  {"closed", c_closed}, {"refused", c_refused}};
-    const bool proves = backend->channel->challenge != NULL, within = stays_within(backend);
-    static const char *const kinds[] = {"host_to_host", "host_to_user", "user_to_host", "user_to_user"};
-    size_t i, k, found = 0;
-    for (k = 0; k < 4; k++) {
-        tprpc_device from = {TPRPC_CPU, 0}, to = {TPRPC_CPU, 0};
-        channel_case *c = &cases[case_count];
-        char name[64];
-        if (k & 2) from = toy_device(0);
-        if (k & 1) to = toy_device(1);
-        if (!backend->channel->moves(NULL, from, to)) continue;
-        found++;
-        case_count++;
-        c->channel = backend;
-        c->transport = transport;
-        c->kinds[0] = (k & 2) != 0;
-        c->kinds[1] = (k & 1) != 0;
-        snprintf(name, sizeof name, "%s_over_%s_%s", backend->name, transport->name, kinds[k]);
-        if (refusal(backend, transport)) {
-            add("channel", name, "says_why_not", c_says_why_not, c);
-            continue;
-        }
-        for (i = 0; i < COUNT(tests); i++) add("channel", name, tests[i].name, tests[i].run, c);
-        add("channel", name, proves ? "proof" : "needs_no_proof", proves ? c_proof : c_needs_no_proof, c);
-        if (within) add("channel", name, "within", c_within, c);
-        else if (!stays_within(transport)) add("channel", name, "killed", c_killed, c);   /* else they die together */
-    }
-    if (!found) add("channel", backend->name, "moves", c_moves_nothing, (void *)(uintptr_t)backend);
-}
-
-static void add_converter(const tprpc_backend *backend) {
-    static const named tests[] = {
-        {"table", v_table}, {"lent", v_lent}, {"copied", v_copied}, {"threads", v_threads}, {"parked", v_parked},
-        {"fails_sending", v_fails_sending}, {"fails_receiving", v_fails_receiving}, {"closed", v_closed},
-        {"calls", v_calls}};
-    const kit *k = kits;
-    size_t i;
-    while (k < kits + COUNT(kits) && k->converter != backend) k++;
-    if (k == kits + COUNT(kits)) {
-        add("converter", backend->name, "kit", v_unknown, (void *)(uintptr_t)backend);
-        return;
-    }
-    for (i = 0; i < COUNT(tests); i++)
-        add("converter", backend->name, tests[i].name, tests[i].run, (void *)(uintptr_t)k);
-}
-
-TESTS(registry) {
-    size_t i, j;
-    for (i = 0; i < TPR_COUNT(tpr_backends_all); i++) known[known_count++] = tpr_backends_all[i];
-    known[known_count++] = &toy_backend;
-    known[known_count++] = &toyc_backend;
-    known[known_count++] = &toyd_backend;
-    for (i = 0; i < known_count; i++) {
-        if (known[i]->transport) add_transport(known[i]);
-        if (known[i]->converter) add_converter(known[i]);
-    }
-    for (i = 0; i < known_count; i++)
-        for (j = 0; j < known_count && known[i]->channel; j++)
-            if (known[j]->transport) add_channel(known[i], known[j]);
-}
+#endif

@@ -402,6 +402,8 @@ static void info_body(side *s) {
     CHECK_EQ_INT(chosen[1], 1);
     CHECK(path_of(&info, s->job->expected)->chosen);
     CHECK(path_of(&info, channel)->chosen);
+    CHECK_EQ_INT(path_of(&info, channel)->carries, TPRPC_PATH_HOST_TO_HOST);
+    CHECK_EQ_INT(path_of(&info, s->job->expected)->carries, 0);
     if (s->job->transports && strcmp(s->job->transports, "tcp") == 0)
         CHECK_CONTAINS(path_of(&info, "shm")->why, "not among the transports given");
     size_t whole = tprpc_pipe_report(&info, report, sizeof report);

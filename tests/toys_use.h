@@ -1,12 +1,76 @@
-/* Pipes between two contexts and batches of tensors, on the CPU and on the toy device: what toys.c and in_conformance.c
-   share. The one that includes it may set world_backends first. */
+/* Pipes between two contexts and batches of tensors, on the CPU and on a kind of device: what toys.c and
+   in_conformance.c share. The one that includes it may set world_backends and world_kit first. */
 #ifndef TPRPC_TESTS_TOYS_USE_H
 #define TPRPC_TESTS_TOYS_USE_H
 
 #include "toys.h"
 
+#include <sys/socket.h>
+
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 enum { WAIT_S = 20, BIG = 1024 * 1024 + 1 };
+
+/* ---- a kind of device ---- */
+
+typedef struct kit {
+    const char *name;                  /* in those of tests */
+    int32_t kind;
+    const tprpc_backend *converter, *channel;  /* the second: one that moves it between contexts of a process */
+    const tprpc_backend *within, *apart;       /* channels: between contexts of one process, of two alone; NULL: none */
+    tprpc_status unknown;              /* what comes of a device that is not there */
+    bool    ordered;                   /* a transfer ends once it is ordered in streams, and need not have happened */
+    void  (*begin)(int64_t lag_us);    /* after the last fork: streams of its own, on which all is that late */
+    void  (*end)(void);                /* when all is destroyed: nothing is left */
+    bool  (*idle)(void);               /* what is queued on these streams has run */
+    void *(*stream)(int32_t index);    /* the one of a device, of TOY_DEVICES */
+    void *(*stream_new)(int32_t index);
+    void  (*stream_free)(void *stream);        /* once what is queued has run */
+    void *(*alloc)(int32_t index, size_t size);
+    void  (*free)(int32_t index, void *data);
+    /* in the order of the stream of that device, NULL is one too; get waits */
+    void  (*put)(int32_t index, void *stream, void *to, const void *bytes, size_t size);
+    void  (*get)(int32_t index, void *stream, void *out, void *from, size_t size);
+} kit;
+
+TOY_USED static void *toy_kit_stream(int32_t index) { return toy_gpu.queues[index]; }
+TOY_USED static void *toy_kit_stream_new(int32_t index) {
+    (void)index;
+    return toy_queue_new();
+}
+TOY_USED static void toy_kit_stream_free(void *stream) { toy_queue_free(TOY_CAST(toy_queue *, stream)); }
+TOY_USED static void toy_kit_free(int32_t index, void *data) {
+    (void)index;
+    toy_gpu_free(data);
+}
+TOY_USED static bool toy_kit_idle(void) {
+    int i;
+    for (i = 0; i < TOY_DEVICES; i++) {
+        toy_queue_free(toy_gpu.queues[i]);
+        toy_gpu.queues[i] = toy_queue_new();
+    }
+    return true;
+}
+TOY_USED static void toy_kit_put(int32_t index, void *stream, void *to, const void *bytes, size_t size) {
+    toy_gpu_put(toy_queue_of(toy_device(index), stream), to, bytes, size);
+}
+TOY_USED static void toy_kit_get(int32_t index, void *stream, void *out, void *from, size_t size) {
+    toy_gpu_get(toy_queue_of(toy_device(index), stream), out, from, size);
+}
+
+TOY_USED static const kit toy_kit = {"user", TPRPC_DEVICE_USER, &toyd_backend, &toyc_backend, NULL, NULL,
+                                     TPRPC_ERROR_DEVICE, false, toys_begin, toys_end, toy_kit_idle, toy_kit_stream,
+                                     toy_kit_stream_new, toy_kit_stream_free, toy_gpu_alloc, toy_kit_free, toy_kit_put,
+                                     toy_kit_get};
+
+/* Of what batches are that are not of host memory. */
+static const kit *world_kit = &toy_kit;
+
+TOY_USED static tprpc_device world_device(int32_t index) {
+    tprpc_device device;
+    device.kind = world_kit->kind;
+    device.index = index;
+    return device;
+}
 
 /* ---- two contexts and a pipe between them ---- */
 
@@ -22,12 +86,38 @@ static const tprpc_backend *const *world_backends = toy_backends;
 static size_t world_backend_count = COUNT(toy_backends);
 static uint64_t world_memory;
 
+/* Where the ends are in two processes: which one this process has, and a socket to the other process. */
+static struct { bool apart; int side, socket; } world_half = {false, 0, -1};
+
+TOY_USED static bool world_here(int side) { return !world_half.apart || world_half.side == side; }
+
 TOY_USED static int64_t deadline(void) { return test_now_us() + WAIT_S * INT64_C(1000000) * TEST_SLOWDOWN; }
 
 TOY_USED static void pump(world *w) {
     if (w->threads) { test_sleep_us(100); return; }
-    tprpc_poll(w->ctx[0], TPRPC_NOW, 0);
+    if (w->ctx[0]) tprpc_poll(w->ctx[0], TPRPC_NOW, 0);
     if (w->ctx[1]) tprpc_poll(w->ctx[1], 200, 0);
+}
+
+/* Works until the other process, where there is one, is here too. */
+TOY_USED static void world_meet(world *w) {
+    const int64_t end = deadline();
+    char byte = 0;
+    if (!world_half.apart) return;
+    REQUIRE(send(world_half.socket, &byte, 1, MSG_NOSIGNAL) == 1);
+    while (recv(world_half.socket, &byte, 1, MSG_DONTWAIT) != 1) {
+        REQUIRE(test_now_us() < end);
+        pump(w);
+    }
+}
+
+/* Works until memory that batches had on devices is free of their streams. */
+TOY_USED static void world_settle(world *w) {
+    const int64_t end = deadline();
+    while (!world_kit->idle()) {
+        REQUIRE(test_now_us() < end);
+        pump(w);
+    }
 }
 
 TOY_USED static bool reaches(world *w, int *counter, int least) {
@@ -66,31 +156,44 @@ TOY_USED static void on_accepted(tprpc_status status, tprpc_pipe *pipe, const tp
     __sync_fetch_and_add(&w->accepted, 1);
 }
 
-TOY_USED static void world_open(world *w, const char *transports, const char *channels, const char *address,
-                                int threads) {
+TOY_USED static void world_listen(world *w, const char *address, char *out, size_t size) {
     tprpc_listener_desc listening;
-    tprpc_pipe_desc connecting;
     tprpc_error error;
-    int i;
-    memset(w, 0, sizeof *w);
     memset(&listening, 0, sizeof listening);
-    memset(&connecting, 0, sizeof connecting);
     memset(&error, 0, sizeof error);
-    w->threads = threads;
-    for (i = 0; i < 2; i++) w->ctx[i] = context(transports, channels, threads);
     listening.addresses = &address;
     listening.address_count = 1;
     if (tprpc_listen(w->ctx[0], &listening, &w->listener, &error) != TPRPC_OK)
         fprintf(stderr, "listen: %s\n", error.text);
     REQUIRE(w->listener != NULL);
     REQUIRE_EQ_INT(tprpc_accept(w->listener, on_accepted, w), TPRPC_OK);
-    connecting.address = tprpc_listener_address(w->listener, NULL);
-    REQUIRE_EQ_INT(tprpc_connect(w->ctx[1], &connecting, &w->pipe[1], &error), TPRPC_OK);
-    UNTIL(w, w->accepted, 1);
+    snprintf(out, size, "%s", tprpc_listener_address(w->listener, NULL));
+}
+
+TOY_USED static void world_open(world *w, const char *transports, const char *channels, const char *address,
+                                int threads) {
+    tprpc_pipe_desc connecting;
+    tprpc_error error;
+    char at[128] = "";
+    int i;
+    memset(w, 0, sizeof *w);
+    memset(&connecting, 0, sizeof connecting);
+    memset(&error, 0, sizeof error);
+    w->threads = threads;
+    for (i = 0; i < 2; i++)
+        if (world_here(i)) w->ctx[i] = context(transports, channels, threads);
+    if (world_here(0)) world_listen(w, address, at, sizeof at);
+    if (!world_here(1)) REQUIRE(write(world_half.socket, at, sizeof at) == TOY_CAST(ssize_t, sizeof at));
+    if (!world_here(0)) REQUIRE(read(world_half.socket, at, sizeof at) == TOY_CAST(ssize_t, sizeof at));
+    connecting.address = at;
+    if (world_here(1)) REQUIRE_EQ_INT(tprpc_connect(w->ctx[1], &connecting, &w->pipe[1], &error), TPRPC_OK);
+    if (world_here(0)) UNTIL(w, w->accepted, 1);
+    world_meet(w);                     /* who closes before is never accepted */
 }
 
 TOY_USED static void world_close(world *w) {
     int i;
+    world_meet(w);
     tprpc_pipe_close(w->pipe[0]);
     tprpc_pipe_close(w->pipe[1]);
     if (w->listener) tprpc_listener_close(w->listener);
@@ -197,7 +300,8 @@ TOY_USED static tprpc_store *agents_create(world *w, const char *transports, con
 enum { ITEMS = 40 };
 
 typedef struct batch {                 /* tensors of one message, from one kind to another */
-    bool from_user, to_user;
+    bool from_user, to_user;           /* on devices of world_kit */
+    bool writes, reads;                /* this process does */
     size_t count;
     size_t size[ITEMS];
     void *from[ITEMS], *to[ITEMS];
@@ -210,11 +314,17 @@ TOY_USED static size_t batch_size(size_t i) {
     return some[i % COUNT(some)];
 }
 
+/* From how many devices the tensors of a batch are. */
+static size_t batch_sources = TOY_DEVICES;
+
+TOY_USED static int32_t batch_source(size_t i) { return TOY_CAST(int32_t, i % batch_sources); }
+TOY_USED static int32_t batch_target(size_t i) { return TOY_CAST(int32_t, (i + 1) % TOY_DEVICES); }
+
 TOY_USED static void *place_new(bool user, int32_t index, size_t size) {
-    return user ? toy_gpu_alloc(index, size) : bytes_new(size);
+    return user ? world_kit->alloc(index, size) : bytes_new(size);
 }
-TOY_USED static void place_free(bool user, void *data) {
-    if (user) toy_gpu_free(data);
+TOY_USED static void place_free(bool user, int32_t index, void *data) {
+    if (user) world_kit->free(index, data);
     else free(data);
 }
 
@@ -225,22 +335,22 @@ TOY_USED static void batch_fill(batch *b, bool from_user, bool to_user, size_t c
     b->to_user = to_user;
     b->count = count;
     for (i = 0; i < count; i++) {
-        int32_t index = TOY_CAST(int32_t, i % TOY_DEVICES);
+        const int32_t index = batch_source(i);
         uint8_t *bytes;
         b->size[i] = size ? size : batch_size(i);
         bytes = TOY_CAST(uint8_t *, bytes_new(b->size[i]));
         fill(bytes, b->size[i], seed + TOY_CAST(unsigned, i));
         b->from[i] = place_new(from_user, index, b->size[i]);
-        b->to[i] = place_new(to_user, 1 - index, b->size[i]);
+        b->to[i] = place_new(to_user, batch_target(i), b->size[i]);
         b->out[i].data = b->from[i];
         b->in[i].data = b->to[i];
         b->out[i].size = b->in[i].size = b->size[i];
-        if (to_user) b->out[i].target = b->in[i].device = toy_device(1 - index);
+        if (to_user) b->out[i].target = b->in[i].device = world_device(batch_target(i));
         else b->out[i].target.kind = b->in[i].device.kind = TPRPC_CPU;
         if (from_user) {               /* written late: only the order of the queue makes it right */
-            b->out[i].device = toy_device(index);
-            b->out[i].stream = toy_gpu.queues[index];
-            toy_gpu_put(toy_gpu.queues[index], b->from[i], bytes, b->size[i]);
+            b->out[i].device = world_device(index);
+            b->out[i].stream = world_kit->stream(index);
+            world_kit->put(index, b->out[i].stream, b->from[i], bytes, b->size[i]);
         } else {
             memcpy(b->from[i], bytes, b->size[i]);
         }
@@ -252,7 +362,7 @@ TOY_USED static void batch_check(batch *b, unsigned seed) {
     size_t i;
     for (i = 0; i < b->count; i++) {
         uint8_t *bytes = TOY_CAST(uint8_t *, bytes_new(b->size[i]));
-        if (b->to_user) toy_gpu_get(toy_queue_of(b->in[i].device, NULL), bytes, b->to[i], b->size[i]);
+        if (b->to_user) world_kit->get(batch_target(i), NULL, bytes, b->to[i], b->size[i]);
         else memcpy(bytes, b->to[i], b->size[i]);
         if (!CHECK(filled(bytes, b->size[i], seed + TOY_CAST(unsigned, i))))
             fprintf(stderr, "tensor %d of %d bytes\n", TOY_CAST(int, i), TOY_CAST(int, b->size[i]));
@@ -263,8 +373,8 @@ TOY_USED static void batch_check(batch *b, unsigned seed) {
 TOY_USED static void batch_free(batch *b) {
     size_t i;
     for (i = 0; i < b->count; i++) {
-        place_free(b->from_user, b->from[i]);
-        place_free(b->to_user, b->to[i]);
+        place_free(b->from_user, batch_source(i), b->from[i]);
+        place_free(b->to_user, batch_target(i), b->to[i]);
     }
 }
 
@@ -275,6 +385,8 @@ TOY_USED static void batch_write(world *w, batch *b, int side) {
     message.tensor_count = b->count;
     message.release = on_release;      /* lent: no copy is made */
     message.release_user = &b->written;
+    b->writes = world_here(side);
+    if (!b->writes) return;
     REQUIRE_EQ_INT(tprpc_pipe_write(w->pipe[side], &message, on_written, &b->written), TPRPC_OK);
 }
 
@@ -284,22 +396,30 @@ TOY_USED static void batch_takes(world *w, batch *b, int side) {
     memset(&message, 0, sizeof message);
     message.tensors = b->in;
     message.tensor_count = b->count;
+    b->reads = true;
     REQUIRE_EQ_INT(b->described.status, TPRPC_OK);
     REQUIRE_EQ_INT(tprpc_pipe_read(w->pipe[side], &message, on_read, &b->got), TPRPC_OK);
 }
 
 TOY_USED static void batch_read(world *w, batch *b, int side) {
+    if (!world_here(side)) return;
     REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w->pipe[side], on_described, &b->described), TPRPC_OK);
     UNTIL(w, b->described.runs, 1);
     batch_takes(w, b, side);
 }
 
 TOY_USED static void batch_ends(world *w, batch *b, tprpc_status written, tprpc_status got) {
-    UNTIL(w, b->written.runs, 1);
-    UNTIL(w, b->got.runs, 1);
-    UNTIL(w, b->written.releases, 1);
-    if (!CHECK_EQ_INT(b->written.status, written)) fprintf(stderr, "written: %s\n", b->written.text);
-    if (!CHECK_EQ_INT(b->got.status, got)) fprintf(stderr, "read: %s\n", b->got.text);
+    if (b->writes) UNTIL(w, b->written.runs, 1);
+    if (b->reads) UNTIL(w, b->got.runs, 1);
+    if (b->writes) UNTIL(w, b->written.releases, 1);
+    if (b->writes && !CHECK_EQ_INT(b->written.status, written)) fprintf(stderr, "written: %s\n", b->written.text);
+    if (b->reads && !CHECK_EQ_INT(b->got.status, got)) fprintf(stderr, "read: %s\n", b->got.text);
+}
+
+TOY_USED static void batch_closed(const batch *b) {
+    CHECK(b->got.status == TPRPC_OK || b->got.status == TPRPC_ERROR_PEER || b->got.status == TPRPC_ERROR_CLOSED);
+    CHECK(b->written.status == TPRPC_OK || b->written.status == TPRPC_ERROR_PEER ||
+          b->written.status == TPRPC_ERROR_CLOSED);
 }
 
 /* A pipe closes, on either side, while copies are late: every operation ends once, and only when its memory is free. */
@@ -309,43 +429,38 @@ TOY_USED static void run_closed(const char *transports, const char *channels, co
     for (moment = 0; moment < 4; moment++) {
         world w;
         batch *b = TOY_CAST(batch *, bytes_new(sizeof(batch)));
-        toys_begin(5000);
+        world_kit->begin(5000);
         world_open(&w, transports, channels, address, 0);
         batch_fill(b, kinds[0], kinds[1], 8, 70000, 1);
         batch_write(&w, b, 1);
         batch_read(&w, b, 0);
+        world_meet(&w);
         if (moment > 0) {
             int64_t end = test_now_us() + moment * 7000;
             while (test_now_us() < end) pump(&w);
         }
-        if (context_too) {
-            tprpc_listener_close(w.listener);
+        if (context_too && world_here(closer)) {
+            if (w.listener) tprpc_listener_close(w.listener);
             w.listener = NULL;
             CHECK_EQ_INT(tprpc_context_destroy(w.ctx[closer]), TPRPC_OK);
             CHECK_EQ_INT(closer ? b->written.runs : b->got.runs, 1);
             if (closer) CHECK_EQ_INT(b->written.releases, 1);
             w.pipe[closer] = NULL;
-            if (closer == 0) w.ctx[0] = w.ctx[1];
-            w.ctx[1] = NULL;
-        } else {
+            w.ctx[closer] = NULL;
+        } else if (world_here(closer)) {
             tprpc_pipe_close(w.pipe[closer]);
             w.pipe[closer] = NULL;
         }
-        UNTIL(&w, b->written.runs, 1);
-        UNTIL(&w, b->got.runs, 1);
-        CHECK_EQ_INT(b->written.releases, 1);
-        CHECK(b->got.status == TPRPC_OK || b->got.status == TPRPC_ERROR_PEER || b->got.status == TPRPC_ERROR_CLOSED);
-        CHECK(b->written.status == TPRPC_OK || b->written.status == TPRPC_ERROR_PEER ||
-              b->written.status == TPRPC_ERROR_CLOSED);
-        if (moment == 0 && kinds[0] && kinds[1]) CHECK(b->got.status != TPRPC_OK);
-        toy_queue_free(toy_gpu.queues[0]);
-        toy_queue_free(toy_gpu.queues[1]);
-        toy_gpu.queues[0] = toy_queue_new();
-        toy_gpu.queues[1] = toy_queue_new();
+        if (b->writes) UNTIL(&w, b->written.runs, 1);
+        if (b->reads) UNTIL(&w, b->got.runs, 1);
+        CHECK_EQ_INT(b->written.releases, b->writes);
+        batch_closed(b);
+        if (moment == 0 && kinds[0] && kinds[1] && !world_kit->ordered) CHECK(b->got.status != TPRPC_OK);
+        world_settle(&w);
         batch_free(b);
         free(b);
         world_close(&w);
-        toys_end();
+        world_kit->end();
     }
 }
 

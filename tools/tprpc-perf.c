@@ -1075,16 +1075,15 @@ static void perf_expect(perf_end *end, void (*on_message)(perf_end *end), int ah
     else for (int i = 0; i < ahead; i++) perf_read(end, perf_on_body);
 }
 
-// The channel that moves memory of these GPUs: the best of those that both ends have, which are not the one for host
-// memory.
+// The channel that moves memory of these GPUs. Between such as do not reach each other in two processes, what it does is
+// what cuda_basic does.
 static const char *perf_gpu_path(const perf_options *o, const tprpc_pipe_info *info) {
-    static const char *const names[] = {"cuda_xth", "cuda_ipc", "cuda_basic"};
-    for (size_t n = perf_gpu_peers(o) ? 0 : o->in_process ? 0 : 2; n < sizeof names / sizeof *names; n++)
-        for (uint32_t i = 0; i < info->path_count; i++) {
-            const tprpc_path *path = &info->paths[i];
-            const bool works = path->chosen || strcmp(path->why, "another channel comes first") == 0;
-            if (works && strcmp(path->name, names[n]) == 0) return names[n];
-        }
+    const bool from = o->devices[0].kind == PERF_CUDA, to = o->devices[1].kind == PERF_CUDA;
+    const uint32_t way = !from ? TPRPC_PATH_HOST_TO_DEVICE : !to ? TPRPC_PATH_DEVICE_TO_HOST
+                                                                 : TPRPC_PATH_DEVICE_TO_DEVICE;
+    for (uint32_t i = 0; i < info->path_count; i++)
+        if (info->paths[i].device_kind == TPRPC_CUDA && info->paths[i].carries & way)
+            return from && to && !o->in_process && !perf_gpu_peers(o) ? "cuda_basic" : info->paths[i].name;
     return "";
 }
 

@@ -583,10 +583,18 @@ static range *range_add(int kind, uint64_t base, size_t size, backing *b, CUcont
 
 static const int range_counts[] = {N_ALLOCATIONS, N_ALLOCATIONS, N_MAPPINGS, N_MAPPINGS, N_HOST, N_REGISTERED};
 
+/* A pool that is destroyed goes with the last of what it gave. */
+static void pool_end(CUmemoryPool pool) {
+    bool in_use = pool->magic != 0;
+    for (range *r = g.ranges; r; r = r->next) in_use |= r->pool == pool;
+    if (!in_use) free(pool);
+}
+
 static void range_drop(range *r) {
     range **link = &g.ranges;
     while (*link != r) link = &(*link)->next;
     *link = r->next;
+    if (r->pool) pool_end(r->pool);
     g.counts[range_counts[r->kind]]--;
     if (r->kind == RANGE_HOST) munmap((void *)(uintptr_t)r->base, r->size);
     if (r->kind <= RANGE_POOL) __atomic_store_n(&r->backing->shared->freed, 1, __ATOMIC_RELEASE);
@@ -1892,14 +1900,12 @@ API(cuMemPoolCreate, 0, (CUmemoryPool *out, const CUmemPoolProps *props), (out, 
     return CUDA_SUCCESS;
 }
 
-/* What it gave stays; the pool itself is then kept for that. */
+/* What it gave stays. */
 API(cuMemPoolDestroy, 0, (CUmemoryPool pool), (pool)) {
-    bool in_use = false;
     if (!pool_is(pool) || pool->implicit) return CUDA_ERROR_INVALID_VALUE;
-    for (range *r = g.ranges; r; r = r->next) in_use |= r->pool == pool;
     pool->magic = 0;
     g.counts[N_POOLS]--;
-    if (!in_use) free(pool);
+    pool_end(pool);
     return CUDA_SUCCESS;
 }
 
