@@ -4035,8 +4035,8 @@ static const tprpc_backend tpr_cuda_xth_backend = {
 // pipe is agreed: then no device has been named, so there is no context to export from or open in, and which pairs of
 // devices will matter is not known. Until it is proven sends are late: they offer no more than the devices that they
 // are on. The receiver, who knows his own, reads a page of each (>>proof) before he says that he is ready; where he
-// cannot, or is given no page in time, he asks for the bytes through host memory. The sender gives parts to who has told
-// him the word; who has not is to ask.
+// cannot, or is given no page in time, he asks for the bytes through host memory. The sender gives parts to who has
+// told him the word; who has not is to ask.
 //
 // Uses: os, base, driver, wire, device, kernels, stream, arena, word, export, outbox, proof, batch.
 // Invariant: of a transfer `moved` counts the bytes whose copy by the receiver is queued here, or that the outbox was
