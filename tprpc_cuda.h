@@ -5074,8 +5074,8 @@ static void tpr_cuda_ipc_read_page(tpr_cuda_ipc_net *net, tpr_cuda_ipc_seen *see
         if (at) status = tpr_cuda_proof_read(&net->reader, device, at, &error);
         tpr_cuda_device_leave(net->batch.queue->set, &guard);
     }
-    if (status != TPRPC_OK) code = error.status == TPRPC_ERROR_LIMIT ? TPR_CUDA_DRIVER_ERROR_OUT_OF_MEMORY
-                                                                     : error.os_code;
+    if (status != TPRPC_OK) code = error.os_code;
+    if (status == TPRPC_ERROR_LIMIT) code = TPR_CUDA_DRIVER_ERROR_OUT_OF_MEMORY;
     if (!net->reader.busy) {
         tpr_cuda_ipc_answer(seen, device->index, NULL, code);
         return;
