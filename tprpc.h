@@ -1516,6 +1516,9 @@ TPRPC_API bool         tprpc_link_handles(tprpc_link *link);
 TPRPC_API uint32_t     tprpc_link_transport(tprpc_link *link);
 // The twin's process, as the pipe's transport says (tprpc_transport_table.process); 0: it cannot be told.
 TPRPC_API int32_t      tprpc_link_process(tprpc_link *link);
+// Says why transfers go another way than by this channel, for tprpc_path.why, which cuts it; copied. For what is found
+// out when the first of them come. NULL: it is forgotten.
+TPRPC_API void         tprpc_link_explain(tprpc_link *link, const char *why);
 // Ends a transfer, exactly once: its memory is not touched any more. error: NULL when status is TPRPC_OK; copied.
 TPRPC_API void         tprpc_transfer_done(tprpc_transfer *transfer, tprpc_status status, const tprpc_error *error);
 
@@ -7662,6 +7665,7 @@ struct tprpc_link {                  // what a pipe offers to the end of a chann
     int32_t      (*process)(tprpc_link *link);
     uint32_t     (*transport)(tprpc_link *link);
     uint64_t     fallbacks;          // counted by the channel
+    char         why[110];           // it has no end, is not proved, or what it says of itself
 };
 
 // ---- public
@@ -7704,6 +7708,11 @@ TPRPC_API uint32_t tprpc_link_transport(tprpc_link *link) {
 TPRPC_API int32_t tprpc_link_process(tprpc_link *link) {
     TPRPC_ASSERT(link);
     return link ? link->process(link) : 0;
+}
+
+TPRPC_API void tprpc_link_explain(tprpc_link *link, const char *why) {
+    TPRPC_ASSERT(link);
+    if (link) snprintf(link->why, sizeof link->why, "%.109s", why ? why : "");
 }
 
 // >>batch -------------------------------------------------------------------------------------------------------------
@@ -9331,7 +9340,6 @@ typedef struct tpr_pipe_channel {      // the end of a channel on a pipe
     uint16_t index;
     bool     proved, verdict;          // the twin proved that it reads us; it says that we proved that we read it
     uint32_t tries, rate;              // large batches sent, where it is rated; bytes a microsecond of the fast ones
-    char     why[110];                 // it has no end, or is not proved
 } tpr_pipe_channel;
 
 typedef struct tpr_pipe_conn {         // one connection of a pipe, with the frames on their way out and in
@@ -11611,7 +11619,7 @@ static void tpr_pipe_add_channel(tprpc_pipe *pipe, const tpr_context_backend *en
     const tprpc_channel_table *table = entry->backend->channel;
     if (table->attach(entry->instances[pipe->loop->index], &channel->link, &channel->end, &error) != TPRPC_OK) {
         channel->end = NULL;
-        snprintf(channel->why, sizeof channel->why, "%.109s", error.text);
+        snprintf(channel->link.why, sizeof channel->link.why, "%.109s", error.text);
         TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_INFO, "pipe", "", "%s: %s", entry->backend->name, error.text);
         return;
     }
@@ -11682,8 +11690,9 @@ TPR_COLD static void tpr_pipe_prove(tprpc_pipe *pipe, const tpr_wire_agree *thei
         const tprpc_channel_table *table = channel->entry->backend->channel;
         if (table->challenge && proof->answer_size) {
             channel->proved = table->verify(channel->end, proof->answer, proof->answer_size, &error) == TPRPC_OK;
-            channel->why[0] = 0;
-            if (!channel->proved) snprintf(channel->why, sizeof channel->why, "its proof failed: %.90s", error.text);
+            channel->link.why[0] = 0;
+            if (!channel->proved)
+                snprintf(channel->link.why, sizeof channel->link.why, "its proof failed: %.90s", error.text);
             if (!channel->proved)
                 TPR_LOG(&pipe->ctx->env.logger, TPRPC_LOG_INFO, "pipe", "", "%s: %s", channel->entry->backend->name,
                         error.text);
@@ -12666,7 +12675,7 @@ static void tpr_pipe_why(const tprpc_pipe *pipe, uint32_t i, tprpc_path *path) {
     else if (!path->channel && entry->priority <= pipe->now.entry->priority) why = "another transport comes first";
     else if (!path->channel)
         why = pipe->connector ? "the peer does not listen on it" : "the peer, who connected, has not moved the pipe";
-    else if (channel && channel->why[0]) why = channel->why;
+    else if (channel && channel->link.why[0]) why = channel->link.why;
     else if (!channel || !channel->end) why = "it could not be set up at both ends";
     else if (!channel->proved || !channel->verdict)
         why = "its proof failed: the memory of the other end cannot be reached";

@@ -33,6 +33,7 @@
 //   >>word        order between streams of two processes
 //   >>export      device memory that other processes may open
 //   >>outbox      device memory of ours that they have open, for what cannot be shown to them
+//   >>proof       whether another process can really read a device's memory
 //   >>batch       what the channels have in common: batches, and the way through host memory
 //   >>basic       any memory through pinned host memory
 //   >>xth         device memory between threads of one process
@@ -75,7 +76,9 @@
 // cuda_ipc (300) moves from GPU to GPU between processes of one host, over a connection that passes descriptors (shm).
 // The receiver opens the sender's memory and copies on his own stream; words in memory that both share order the two
 // streams. Memory that you registered (tprpc_cuda_register) is read where it is. Everything else, whatever allocated
-// it, the sender first copies into an outbox: device memory of the library's that the peers have open.
+// it, the sender first copies into an outbox: device memory of the library's that the peers have open. The first tensor
+// from one GPU to another has the two processes prove that the receiver really reads the sender's memory; where he does
+// not, this one and all others between the two GPUs go as cuda_basic has it, and tprpc_pipe_get_info says why.
 //
 // cuda_basic (0) moves between all memory everywhere: the sender copies into pinned host memory that both processes
 // share, the receiver out of it, in chunks; where nothing can be shared the chunks travel through the pipe. The other
@@ -110,6 +113,8 @@
 //   an outbox, of each device and loop of a context   -                                     52 MiB
 //   chunks of an outbox                               -                                     6 of 8 MiB, 64 of 64 KiB
 //   transfers of a pipe that words order at a time    -                                     512
+//   memory by which a device is proven, likewise      -                                     2 MiB
+//   a proof has failed when it takes                  -                                     5 s
 //   small tensors go by a kernel                      -                                     from 8 on, of up to 64 KiB
 //   a peer's death, when waiting for it               -                                     is looked for each 50 ms
 //   a device's failure, likewise                      -                                     is looked for each 20 ms
@@ -581,11 +586,15 @@ typedef struct tpr_cuda_driver { TPR_CUDA_DRIVER_ENTRIES(TPR_CUDA_DRIVER_FIELD) 
 static struct { tpr_cuda_os_lock lock; tpr_cuda_driver driver; int pid; } tpr_cuda_driver_loaded =
     {TPR_CUDA_OS_UNLOCKED, TPR_CUDA_ZERO, 0};
 
+static const char *tpr_cuda_driver_name(const tpr_cuda_driver *cu, tpr_cuda_driver_result code) {
+    const char *name = NULL;
+    return cu->cuGetErrorName(code, &name) == 0 && name ? name : "an error that the driver does not know";
+}
+
 // What a failed call means, with the driver's name for it. Returns the status.
 static tprpc_status tpr_cuda_driver_fail(const tpr_cuda_driver *cu, tpr_cuda_driver_result code, const char *call,
                                          tprpc_error *error) {
-    const char *name = NULL, *text = NULL;
-    if (cu->cuGetErrorName(code, &name) != 0 || !name) name = "an error that the driver does not know";
+    const char *name = tpr_cuda_driver_name(cu, code), *text = NULL;
     if (cu->cuGetErrorString(code, &text) != 0 || !text) text = "no more is known";
     return tprpc_error_set(error, (int)code == TPR_CUDA_DRIVER_ERROR_OUT_OF_MEMORY ? TPRPC_ERROR_MEMORY
                                                                                   : TPRPC_ERROR_DEVICE,
@@ -677,6 +686,9 @@ static const tpr_cuda_driver *tpr_cuda_driver_get(tprpc_error *error) {
 enum {
     TPR_CUDA_WIRE_CONTROL = 40,        // bytes: u32 kind, u32 0, u64 id, u64 offset, u64 size, u64 place; behind it
     TPR_CUDA_WIRE_EXPORT_MORE = 80,    // of EXPORT: 16 of the device's UUID, 64 of a handle
+    TPR_CUDA_WIRE_HANDLE = 64,         // of PROVE
+    TPR_CUDA_WIRE_DEVICES = 8,         // a descriptor begins with them: u64, bit i: device i of the sender
+    TPR_CUDA_WIRE_DEVICE_MOST = 64,
     TPR_CUDA_WIRE_PART = 48,           // of PARTS, and of a descriptor, each: u64 export, u64 from, u64 at, u64 size,
                                        // u64 seq, u32 slot, u32 flags
     TPR_CUDA_WIRE_PARTS = 84           // at most in one message
@@ -690,11 +702,16 @@ typedef enum tpr_cuda_wire_kind {
     TPR_CUDA_WIRE_CANCEL = 5,          // sender: no more comes, and nothing is written any more
     TPR_CUDA_WIRE_ARENA = 6,           // receiver: my arena, of `size` bytes, with its handle
     TPR_CUDA_WIRE_WORDS = 7,           // sender: my words, of `size` bytes, with their handle
-    TPR_CUDA_WIRE_EXPORT = 8,          // sender: `id` stands for `size` bytes of device memory
+    TPR_CUDA_WIRE_EXPORT = 8,          // sender: `id` stands for `size` bytes of memory of my device `place`
     TPR_CUDA_WIRE_UNEXPORT = 9,        // sender: close it
     TPR_CUDA_WIRE_CLOSED = 10,         // receiver: it is closed
     TPR_CUDA_WIRE_PARTS_OF = 11,       // sender: `size` more parts of a transfer
-    TPR_CUDA_WIRE_TOOK = 12            // receiver: the part at `offset` is being read, and its word will be written
+    TPR_CUDA_WIRE_TOOK = 12,           // receiver: the part at `offset` is being read, and its word will be written;
+                                       // at NOWHERE: my devices `size`, bit by bit, are ready for parts
+    TPR_CUDA_WIRE_PROVE = 13,          // sender: memory of my device `id` begins with the word `place` and another
+    TPR_CUDA_WIRE_PROOF = 14,          // receiver: that is `place`, as my device `offset` reads your device `id`; or it
+                                       // cannot, for `size`, an error of the driver's
+    TPR_CUDA_WIRE_ASK = 15             // sender: no parts come; say what you want
 } tpr_cuda_wire_kind;
 
 enum { TPR_CUDA_WIRE_PART_WAITS = 1, TPR_CUDA_WIRE_PART_LAST = 2 };   // its word is to be waited for; is to be written
@@ -738,10 +755,14 @@ static bool tpr_cuda_wire_read(const uint8_t *in, size_t size, size_t handles, t
     out->offset = tpr_cuda_wire_load(in + 16, 8);
     out->size = tpr_cuda_wire_load(in + 24, 8);
     out->place = tpr_cuda_wire_load(in + 32, 8);
-    if (kind < TPR_CUDA_WIRE_WANT || kind > TPR_CUDA_WIRE_TOOK) return false;
+    if (kind < TPR_CUDA_WIRE_WANT || kind > TPR_CUDA_WIRE_ASK) return false;
     if (kind == TPR_CUDA_WIRE_PARTS_OF && (!out->size || out->size > TPR_CUDA_WIRE_PARTS)) return false;
     if (kind == TPR_CUDA_WIRE_PARTS_OF) more = out->size * TPR_CUDA_WIRE_PART;
     if (kind == TPR_CUDA_WIRE_EXPORT) more = TPR_CUDA_WIRE_EXPORT_MORE;
+    if (kind == TPR_CUDA_WIRE_PROVE) more = TPR_CUDA_WIRE_HANDLE;
+    if ((kind == TPR_CUDA_WIRE_EXPORT && out->place >= TPR_CUDA_WIRE_DEVICE_MOST) ||
+        (kind == TPR_CUDA_WIRE_PROVE && out->id >= TPR_CUDA_WIRE_DEVICE_MOST) ||
+        (kind == TPR_CUDA_WIRE_PROOF && out->offset >= TPR_CUDA_WIRE_DEVICE_MOST)) return false;
     return size == TPR_CUDA_WIRE_CONTROL + more && handles == (tpr_cuda_wire_has_handle(kind) ? 1u : 0u);
 }
 
@@ -775,7 +796,7 @@ static bool tpr_cuda_wire_read_part(const uint8_t *in, uint64_t total, uint32_t 
 // Invariant: a device's primary context is retained when a tensor names the device, not before, and every call for it
 // stands between tpr_cuda_device_enter and _leave. A set lives as long as a channel of its tprpc context does.
 
-enum { TPR_CUDA_DEVICE_MOST = 64 };
+enum { TPR_CUDA_DEVICE_MOST = 64 };    // as many as a word has bits
 
 typedef struct tpr_cuda_device {
     int32_t index;
@@ -1529,7 +1550,8 @@ static tprpc_status tpr_cuda_kernels_launch(const tpr_cuda_device_set *set, cons
 // destroyed.
 
 enum {
-    TPR_CUDA_STREAM_OWN = 4,           // streams of ours on a device, on each loop
+    TPR_CUDA_STREAM_OWN = 4,           // streams of ours on a device, on each loop;
+    TPR_CUDA_STREAM_ALL,               // and one on which nothing ever waits
     TPR_CUDA_STREAM_LOOK_US = 20000,   // a device that failed rings no bell: it is looked at after this time
     TPR_CUDA_STREAM_CLOSE_US = 30000000   // so long a context that is destroyed waits for its streams
 };
@@ -1544,7 +1566,7 @@ typedef struct tpr_cuda_stream_wait {  // for what was queued on a stream
 } tpr_cuda_stream_wait;
 
 typedef struct tpr_cuda_stream_lane {  // of one device
-    tpr_cuda_driver_stream own[TPR_CUDA_STREAM_OWN], bell;
+    tpr_cuda_driver_stream own[TPR_CUDA_STREAM_ALL], bell;
     uint32_t               turn;
     tpr_cuda_driver_event *events;     // free ones: `count` of them, room for `room`
     uint32_t               count, room;
@@ -1658,6 +1680,15 @@ static tprpc_status tpr_cuda_stream_own(tpr_cuda_stream_queue *queue, const tpr_
                                         tpr_cuda_driver_stream *out, tprpc_error *error) {
     tpr_cuda_stream_lane *lane = &queue->lanes[device->index];
     tpr_cuda_driver_stream *stream = &lane->own[lane->turn++ % TPR_CUDA_STREAM_OWN];
+    const tprpc_status status = tpr_cuda_stream_make(queue, stream, error);
+    *out = *stream;
+    return status;
+}
+
+// The one on which nothing ever waits.
+static tprpc_status tpr_cuda_stream_free(tpr_cuda_stream_queue *queue, const tpr_cuda_device *device,
+                                         tpr_cuda_driver_stream *out, tprpc_error *error) {
+    tpr_cuda_driver_stream *stream = &queue->lanes[device->index].own[TPR_CUDA_STREAM_OWN];
     const tprpc_status status = tpr_cuda_stream_make(queue, stream, error);
     *out = *stream;
     return status;
@@ -1813,9 +1844,9 @@ static bool tpr_cuda_stream_lane_close(tpr_cuda_stream_queue *queue, int32_t ind
     tpr_cuda_device_guard guard;
     bool busy = false;
     if (!device->context || tpr_cuda_device_enter(queue->set, device, &guard, NULL) != TPRPC_OK) return true;
-    for (uint32_t i = 0; i < TPR_CUDA_STREAM_OWN; i++) busy |= tpr_cuda_stream_busy(queue, lane->own[i]);
+    for (uint32_t i = 0; i < TPR_CUDA_STREAM_ALL; i++) busy |= tpr_cuda_stream_busy(queue, lane->own[i]);
     busy |= tpr_cuda_stream_busy(queue, lane->bell);
-    for (uint32_t i = 0; i < TPR_CUDA_STREAM_OWN && !busy; i++) {
+    for (uint32_t i = 0; i < TPR_CUDA_STREAM_ALL && !busy; i++) {
         if (lane->own[i]) queue->set->cu->cuStreamDestroy(lane->own[i]);
         lane->own[i] = NULL;
     }
@@ -2033,6 +2064,7 @@ typedef struct tpr_cuda_word_link {
     int                    fd, process;
     int32_t                pid;
     bool                   told, dead, gone;   // gone: its end of the pipe is
+    bool                   proving;    // memory of the peer's is being read beside the words
     uint32_t               hint;
     uint64_t               seq;
     void                 (*freed)(struct tpr_cuda_word_link *link, void *user);   // before its memory goes
@@ -2046,7 +2078,7 @@ typedef struct tpr_cuda_word_tender {  // of an instance: looks after links that
     tpr_cuda_base_list     links;
     tprpc_work             work;
     bool                   set;
-    bool                 (*lent)(const tpr_cuda_word_link *link);   // whether its peer reads memory of ours
+    bool                 (*lent)(const tpr_cuda_word_link *link);   // whether it reads, or its peer, and not by words
     void                 (*look)(void *user);   // each time
     void                  *user;
 } tpr_cuda_word_tender;
@@ -2497,6 +2529,144 @@ static void tpr_cuda_outbox_close(tpr_cuda_stream_queue *queue) {
         tpr_cuda_base_free(queue->ctx, box, sizeof *box);
         queue->lanes[i].outbox = NULL;
     }
+}
+
+// >>proof -------------------------------------------------------------------------------------------------------------
+// Whether another process can really read memory of a device of this one: a page of that device holds two words that
+// chance does not make. The peer is told the first, by which it knows that it reads this page and no other; by the
+// second, which it has to tell, its word for it is known to be true.
+//
+// Uses: os, base, driver, device, stream, arena.
+// Invariant: a page is shown when its words are there; it lives as long as the instance that shows it.
+
+enum {
+    TPR_CUDA_PROOF_PAGE = 2 << 20,     // bytes: of less the driver shows what lies beside, too
+    TPR_CUDA_PROOF_LIMIT_US = 5000000
+};
+
+typedef struct tpr_cuda_proof_page {   // of a device, on a loop
+    struct tpr_cuda_proof_page *next;
+    tpr_cuda_stream_queue *queue;
+    tpr_cuda_device       *device;
+    tpr_cuda_driver_ptr    at;
+    tpr_cuda_driver_ipc    handle;
+    uint64_t               words[2];
+    bool                   writing, written;
+    int32_t                code;       // the driver's, where it cannot be shown; 0: it can
+    tpr_cuda_stream_wait   wait;
+    void                 (*ready)(void *user);   // its words are there, or will not be
+    void                  *user;
+} tpr_cuda_proof_page;
+
+typedef struct tpr_cuda_proof_reader { // reads pages of peers, one at a time
+    tpr_cuda_stream_queue *queue;
+    tpr_cuda_arena_memory  memory;     // where it reads to
+    tpr_cuda_stream_wait   wait;
+    bool                   busy;
+    void                 (*read)(void *user, const uint64_t *words, int32_t code);   // code: the driver's
+    void                  *user;
+} tpr_cuda_proof_reader;
+
+// Its words are queued on a stream of ours, on which nothing waits. The device is entered.
+static tprpc_status tpr_cuda_proof_write(tpr_cuda_proof_page *page, tprpc_error *error) {
+    const tpr_cuda_driver *cu = page->queue->set->cu;
+    tpr_cuda_driver_stream stream = NULL;
+    tprpc_status status = TPR_CUDA_DRIVER_CALL(cu, cuMemAlloc, (&page->at, (size_t)TPR_CUDA_PROOF_PAGE), error);
+    if (status == TPRPC_OK) status = TPR_CUDA_DRIVER_CALL(cu, cuIpcGetMemHandle, (&page->handle, page->at), error);
+    if (status == TPRPC_OK) status = tpr_cuda_stream_free(page->queue, page->device, &stream, error);
+    for (uint64_t i = 0; i < TPR_CUDA_COUNT(page->words) && status == TPRPC_OK; i++)
+        status = TPR_CUDA_DRIVER_CALL(cu, cuStreamWriteValue64,
+                                      (stream, page->at + 8 * i, page->words[i],
+                                       (unsigned int)TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT), error);
+    if (status == TPRPC_OK) tpr_cuda_stream_await(page->queue, &page->wait, page->device, stream);
+    page->writing = status == TPRPC_OK;
+    return status;
+}
+
+static void tpr_cuda_proof_page_written(tpr_cuda_stream_wait *wait, tprpc_status status, const tprpc_error *error) {
+    tpr_cuda_proof_page *page = TPR_CUDA_OF(wait, tpr_cuda_proof_page, wait);
+    page->writing = false;
+    page->written = status == TPRPC_OK;
+    if (status != TPRPC_OK) page->code = error->os_code;
+    page->ready(page->user);
+}
+
+// Nothing is queued that writes to it.
+static void tpr_cuda_proof_page_free(tpr_cuda_proof_page *page) {
+    tpr_cuda_device_guard guard;
+    if (page->at && tpr_cuda_device_enter(page->queue->set, page->device, &guard, NULL) == TPRPC_OK) {
+        page->queue->set->cu->cuMemFree(page->at);
+        tpr_cuda_device_leave(page->queue->set, &guard);
+    }
+    tpr_cuda_base_free(page->queue->ctx, page, sizeof *page);
+}
+
+// Makes one. A device that cannot show memory has one with a code; MEMORY and LIMIT are not kept.
+static tprpc_status tpr_cuda_proof_page_new(tpr_cuda_stream_queue *queue, tpr_cuda_device *device,
+                                            void (*ready)(void *user), void *user, tpr_cuda_proof_page **out,
+                                            tprpc_error *error) {
+    tpr_cuda_device_guard guard;
+    tprpc_error why = TPR_CUDA_ZERO;
+    tpr_cuda_proof_page *page = (tpr_cuda_proof_page *)tpr_cuda_base_alloc(queue->ctx, sizeof *page);
+    if (!page) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory to prove a device");
+    page->queue = queue;
+    page->device = device;
+    page->ready = ready;
+    page->user = user;
+    page->wait.run = tpr_cuda_proof_page_written;
+    tprpc_status status = TPRPC_OK;
+    if (tpr_cuda_os_random(page->words, sizeof page->words) != 0)
+        status = tprpc_error_set(&why, TPRPC_ERROR_LIMIT, errno, "cuda: random bytes: %s", strerror(errno));
+    if (status == TPRPC_OK && (status = tpr_cuda_device_enter(queue->set, device, &guard, &why)) == TPRPC_OK) {
+        status = tpr_cuda_proof_write(page, &why);
+        tpr_cuda_device_leave(queue->set, &guard);
+    }
+    if (status == TPRPC_OK || status == TPRPC_ERROR_DEVICE) {
+        page->code = status == TPRPC_OK ? 0 : why.os_code;
+        *out = page;
+        return TPRPC_OK;
+    }
+    tpr_cuda_proof_page_free(page);
+    if (error) *error = why;
+    return status;
+}
+
+// ---- of a peer
+
+static void tpr_cuda_proof_was_read(tpr_cuda_stream_wait *wait, tprpc_status status, const tprpc_error *error) {
+    tpr_cuda_proof_reader *reader = TPR_CUDA_OF(wait, tpr_cuda_proof_reader, wait);
+    uint64_t words[2];
+    memcpy(words, reader->memory.base, sizeof words);
+    reader->busy = false;
+    reader->read(reader->user, words, status == TPRPC_OK ? 0 : error->os_code);
+}
+
+// Begins to read the page that is at `at` for the device, which is entered.
+static tprpc_status tpr_cuda_proof_read(tpr_cuda_proof_reader *reader, tpr_cuda_device *device, tpr_cuda_driver_ptr at,
+                                        tprpc_error *error) {
+    const size_t size = 4096;
+    tpr_cuda_device_set *set = reader->queue->set;
+    tpr_cuda_driver_stream stream = NULL;
+    if (!reader->memory.base) {
+        const int fd = tpr_cuda_os_memfd("tprpc cuda proof", size);
+        if (fd >= 0) reader->memory.base = (uint8_t *)tpr_cuda_os_map(fd, size);
+        const int code = errno;
+        tpr_cuda_os_close(fd);
+        reader->memory.size = size;
+        if (!reader->memory.base)
+            return tprpc_error_set(error, TPRPC_ERROR_LIMIT, code, "cuda: memory for a proof: %s", strerror(code));
+    }
+    memset(reader->memory.base, 0, 16);
+    tprpc_status status = tpr_cuda_arena_pin(set, &reader->memory, device, error);
+    if (status == TPRPC_OK) status = tpr_cuda_stream_free(reader->queue, device, &stream, error);
+    if (status == TPRPC_OK)
+        status = tpr_cuda_device_copy(set, NULL, reader->memory.base, device, (const void *)(uintptr_t)at, 16, stream,
+                                      error);
+    if (status != TPRPC_OK) return status;
+    reader->busy = true;
+    reader->wait.run = tpr_cuda_proof_was_read;
+    tpr_cuda_stream_await(reader->queue, &reader->wait, device, stream);
+    return TPRPC_OK;
 }
 
 // >>batch -------------------------------------------------------------------------------------------------------------
@@ -3295,6 +3465,16 @@ static void tpr_cuda_batch_fetched(tpr_cuda_stream_wait *wait, tprpc_status stat
     else tpr_cuda_batch_receive_over(receive, receive->status == TPRPC_OK ? TPR_CUDA_WIRE_DONE : TPR_CUDA_WIRE_DROP);
 }
 
+// What comes of a fetch. The batch is lent while this runs.
+static void tpr_cuda_batch_go_on(tpr_cuda_batch *receive, tpr_cuda_batch_outcome outcome, const tprpc_error *why) {
+    receive->asked = outcome == TPR_CUDA_BATCH_UNREADABLE;
+    if (receive->asked) tpr_cuda_batch_ask(receive);
+    else if (outcome == TPR_CUDA_BATCH_GONE) tpr_cuda_batch_receive_failed(receive, TPRPC_ERROR_PEER, NULL);
+    else if (outcome == TPR_CUDA_BATCH_FAILED) tpr_cuda_batch_receive_failed(receive, why->status, why);
+    else if (outcome == TPR_CUDA_BATCH_FETCHED && receive->lent == 1)
+        tpr_cuda_batch_receive_over(receive, TPR_CUDA_WIRE_DONE);
+}
+
 static tprpc_status tpr_cuda_batch_recv(void *end, tprpc_transfer *transfer, const tprpc_buffer *buffers, size_t count,
                                         const uint8_t *descriptor, size_t descriptor_size, tprpc_error *error) {
     tpr_cuda_batch_end *self = (tpr_cuda_batch_end *)end;
@@ -3316,12 +3496,7 @@ static tprpc_status tpr_cuda_batch_recv(void *end, tprpc_transfer *transfer, con
     if (receive->total && self->net->method->fetch)
         outcome = self->net->method->fetch(receive, descriptor, descriptor_size, &why);
     receive->fresh = false;
-    receive->asked = outcome == TPR_CUDA_BATCH_UNREADABLE;
-    if (receive->asked) tpr_cuda_batch_ask(receive);
-    else if (outcome == TPR_CUDA_BATCH_GONE) tpr_cuda_batch_receive_failed(receive, TPRPC_ERROR_PEER, NULL);
-    else if (outcome == TPR_CUDA_BATCH_FAILED) tpr_cuda_batch_receive_failed(receive, why.status, &why);
-    else if (outcome == TPR_CUDA_BATCH_FETCHED && receive->lent == 1)
-        tpr_cuda_batch_receive_over(receive, TPR_CUDA_WIRE_DONE);
+    tpr_cuda_batch_go_on(receive, outcome, &why);
     receive->lent--;
     tpr_cuda_batch_settle(receive);
     return TPRPC_OK;
@@ -3857,7 +4032,14 @@ static const tprpc_backend tpr_cuda_xth_backend = {
 // between words that both share. What was registered is read where it is; all else from the sender's outbox, into which
 // he copies it.
 //
-// Uses: os, base, driver, wire, device, kernels, stream, arena, word, export, outbox, batch.
+// That a device of the receiver reads one of the sender is proven by the first transfer between the two, not when the
+// pipe is agreed: then no device has been named, so there is no context to export from or open in, and which pairs of
+// devices will matter is not known. Until it is proven sends are late: they offer no more than the devices that they
+// are on. The receiver, who knows his own, reads a page of each (>>proof) before he says that he is ready; where he
+// cannot, or is given no page in time, he asks for the bytes through host memory. The sender gives parts to who has
+// told him the word; who has not is to ask.
+//
+// Uses: os, base, driver, wire, device, kernels, stream, arena, word, export, outbox, proof, batch.
 // Invariant: of a transfer `moved` counts the bytes whose copy by the receiver is queued here, or that the outbox was
 // given; a part is read from memory that the peer has said is its own, within its bounds.
 
@@ -3867,6 +4049,12 @@ typedef struct tpr_cuda_ipc_net {      // an instance
     tpr_cuda_base_list   ends;
     tpr_cuda_base_list   slow;         // sends that wait for words which no stream of theirs can wait for
     tpr_cuda_base_list   starved;      // sends that wait for a chunk of an outbox, in turn
+    tpr_cuda_base_list   parked;       // receives that wait for a proof
+    tpr_cuda_proof_page *pages;        // of our devices
+    tpr_cuda_proof_reader reader;
+    tpr_cuda_word_link  *proving;      // whose peer it reads from,
+    struct tpr_cuda_ipc_seen *reads;   // which device (NULL: the end has gone), and
+    int32_t              reads_by;     // by which of ours
 } tpr_cuda_ipc_net;
 
 typedef struct tpr_cuda_ipc_told {     // an export that the peer knows
@@ -3878,10 +4066,32 @@ typedef struct tpr_cuda_ipc_told {     // an export that the peer knows
 typedef struct tpr_cuda_ipc_import {   // one of the peer's
     struct tpr_cuda_ipc_import *next;
     uint64_t            id, size;
+    uint32_t            device;        // of the peer
     tpr_cuda_driver_ipc handle;
     bool                closing;
     tpr_cuda_driver_ptr at[1];         // by device of ours; 0: not opened, 1: cannot be
 } tpr_cuda_ipc_import;
+
+typedef struct tpr_cuda_ipc_shown {    // a device of ours, to the peer; bit i of the words: its device i
+    struct tpr_cuda_ipc_shown *next;
+    const tpr_cuda_proof_page *page;
+    uint64_t good, bad;                // has told the word; cannot read it
+    bool     told;
+} tpr_cuda_ipc_shown;
+
+typedef struct tpr_cuda_ipc_seen {     // a device of the peer, from here; bit i of the words: our device i
+    struct tpr_cuda_ipc_seen *next;
+    struct tpr_cuda_ipc_end  *end;
+    tpr_cuda_ipc_import *page;         // NULL: we have not been told
+    uint32_t device;
+    uint64_t word, good, bad;          // what we were told; reads it; cannot
+} tpr_cuda_ipc_seen;
+
+typedef struct tpr_cuda_ipc_parked {   // of a receive: its descriptor, of `size` bytes, and since when
+    int64_t since_us;
+    size_t  size;
+    uint8_t descriptor[1];
+} tpr_cuda_ipc_parked;
 
 typedef struct tpr_cuda_ipc_end {
     tpr_cuda_batch_end   batch;        // first
@@ -3889,9 +4099,11 @@ typedef struct tpr_cuda_ipc_end {
     tpr_cuda_word_link  *words;
     tpr_cuda_ipc_told   *told;
     tpr_cuda_ipc_import *imports;      // given to the link when the end goes
+    tpr_cuda_ipc_shown  *shown;
+    tpr_cuda_ipc_seen   *seen;
 } tpr_cuda_ipc_end;
 
-enum { TPR_CUDA_IPC_ASKED, TPR_CUDA_IPC_DIRECT, TPR_CUDA_IPC_OUTBOX };   // which way a send goes
+enum { TPR_CUDA_IPC_ASKED, TPR_CUDA_IPC_DIRECT, TPR_CUDA_IPC_OUTBOX, TPR_CUDA_IPC_LATE };   // which way a send goes
 enum { TPR_CUDA_IPC_CANNOT = 1 };
 enum { TPR_CUDA_IPC_LARGE = 1 << 20 }; // bytes of a part that is fetched beside the next one
 #define TPR_CUDA_IPC_NEVER (UINT64_C(1) << 62)
@@ -3927,14 +4139,28 @@ static void tpr_cuda_ipc_import_free(tpr_cuda_stream_queue *queue, tpr_cuda_ipc_
     tpr_cuda_base_free(queue->ctx, import, tpr_cuda_ipc_import_size(queue));
 }
 
-// Where a device of ours sees the peer's memory; 0: it cannot. The device is entered.
+// Where a device of ours sees the peer's memory; 0: it cannot, and why, when that is found out. The device is entered.
 static tpr_cuda_driver_ptr tpr_cuda_ipc_open_import(const tpr_cuda_stream_queue *queue, tpr_cuda_ipc_import *import,
-                                                    const tpr_cuda_device *device) {
+                                                    const tpr_cuda_device *device, int32_t *code) {
     tpr_cuda_driver_ptr *at = &import->at[device->index];
-    if (!*at && queue->set->cu->cuIpcOpenMemHandle(
-                    at, import->handle, (unsigned int)TPR_CUDA_DRIVER_IPC_MEM_LAZY_ENABLE_PEER_ACCESS) != 0)
-        *at = TPR_CUDA_IPC_CANNOT;
+    if (!*at) {
+        *code = (int32_t)queue->set->cu->cuIpcOpenMemHandle(
+            at, import->handle, (unsigned int)TPR_CUDA_DRIVER_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
+        if (*code) *at = TPR_CUDA_IPC_CANNOT;
+    }
     return *at == TPR_CUDA_IPC_CANNOT ? 0 : *at;
+}
+
+static tpr_cuda_ipc_import *tpr_cuda_ipc_import_new(const tpr_cuda_stream_queue *queue, uint64_t id, uint64_t size,
+                                                    uint64_t device, const uint8_t *handle) {
+    tpr_cuda_ipc_import *import =
+        (tpr_cuda_ipc_import *)tpr_cuda_base_alloc(queue->ctx, tpr_cuda_ipc_import_size(queue));
+    if (!import) return NULL;
+    import->id = id;
+    import->size = size;
+    import->device = (uint32_t)device;
+    memcpy(&import->handle, handle, sizeof import->handle);
+    return import;
 }
 
 // What an end has opened goes when nothing on its link is outstanding.
@@ -3948,7 +4174,172 @@ static void tpr_cuda_ipc_link_freed(tpr_cuda_word_link *link, void *user) {
 }
 
 static bool tpr_cuda_ipc_link_lent(const tpr_cuda_word_link *link) {
-    return tpr_cuda_outbox_lent(link->queue, link);
+    return link->proving || tpr_cuda_outbox_lent(link->queue, link);
+}
+
+// ---- proofs
+
+// Says why transfers go through host memory. code: the driver's; 0: what was read was not the word.
+static void tpr_cuda_ipc_explain(tpr_cuda_ipc_end *end, const char *what, int32_t code) {
+    const tpr_cuda_stream_queue *queue = end->batch.net->queue;
+    char why[110];
+    const char *name = "it read something else";
+    if (code == TPR_CUDA_DRIVER_ERROR_NOT_READY) name = "not within 5 s";
+    else if (code) name = tpr_cuda_driver_name(queue->set->cu, (tpr_cuda_driver_result)code);
+    snprintf(why, sizeof why, "its proof failed: %.51s: %.38s", what, name);
+    tprpc_link_explain(end->batch.link, why);
+    tprpc_log_text(queue->ctx, TPRPC_LOG_INFO, "cuda_ipc", why);
+}
+
+static tpr_cuda_ipc_shown *tpr_cuda_ipc_shown_of(const tpr_cuda_ipc_end *end, uint64_t device) {
+    tpr_cuda_ipc_shown *shown = end->shown;
+    while (shown && (uint64_t)shown->page->device->index != device) shown = shown->next;
+    return shown;
+}
+
+// Has the peer prove that it reads a device of ours, once.
+static void tpr_cuda_ipc_tell_page(tpr_cuda_ipc_end *end, tpr_cuda_ipc_shown *shown) {
+    uint8_t bytes[TPR_CUDA_WIRE_CONTROL + TPR_CUDA_WIRE_HANDLE];
+    tpr_cuda_wire_message message = TPR_CUDA_ZERO;
+    if (shown->told || !shown->page->written) return;
+    shown->told = true;
+    message.kind = TPR_CUDA_WIRE_PROVE;
+    message.id = (uint64_t)shown->page->device->index;
+    message.place = shown->page->words[0];
+    tpr_cuda_wire_write(bytes, &message);
+    memcpy(bytes + TPR_CUDA_WIRE_CONTROL, &shown->page->handle, TPR_CUDA_WIRE_HANDLE);
+    tprpc_link_control(end->batch.link, bytes, sizeof bytes, NULL, 0);   // one that refuses aborts all
+}
+
+static void tpr_cuda_ipc_page_ready(void *user) {
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)user;
+    for (tpr_cuda_base_list *node = net->ends.next, *next; node != &net->ends; node = next) {
+        tpr_cuda_ipc_end *end = TPR_CUDA_OF(node, tpr_cuda_ipc_end, node);
+        next = node->next;
+        for (tpr_cuda_ipc_shown *shown = end->shown, *after; shown; shown = after) {
+            after = shown->next;
+            tpr_cuda_ipc_tell_page(end, shown);
+        }
+    }
+}
+
+// A device of ours as the peer sees it, found or made.
+static tprpc_status tpr_cuda_ipc_show(tpr_cuda_ipc_end *end, tpr_cuda_device *device, tpr_cuda_ipc_shown **out,
+                                      tprpc_error *error) {
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)(void *)end->batch.net;
+    tpr_cuda_stream_queue *queue = net->batch.queue;
+    tpr_cuda_proof_page *page = net->pages;
+    if ((*out = tpr_cuda_ipc_shown_of(end, (uint64_t)device->index)) != NULL) return TPRPC_OK;
+    while (page && page->device != device) page = page->next;
+    if (!page) {
+        const tprpc_status status = tpr_cuda_proof_page_new(queue, device, tpr_cuda_ipc_page_ready, net, &page, error);
+        if (status != TPRPC_OK) return status;
+        page->next = net->pages;
+        net->pages = page;
+    }
+    tpr_cuda_ipc_shown *shown = (tpr_cuda_ipc_shown *)tpr_cuda_base_alloc(queue->ctx, sizeof *shown);
+    if (!shown) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda_ipc: no memory for a proof");
+    shown->page = page;
+    shown->next = end->shown;
+    end->shown = *out = shown;
+    if (page->code) {
+        char what[52];
+        snprintf(what, sizeof what, "GPU %d here cannot be shown", (int)device->index);
+        tpr_cuda_ipc_explain(end, what, page->code);
+    }
+    tpr_cuda_ipc_tell_page(end, shown);
+    return TPRPC_OK;
+}
+
+// Which devices a send is on; 0: one of them cannot be shown. *proven: all were read by each device of the peer that
+// tried to, so that parts can be offered at once.
+static tprpc_status tpr_cuda_ipc_show_all(const tpr_cuda_batch *send, uint64_t *devices, bool *proven,
+                                          tprpc_error *error) {
+    bool can = true;
+    *devices = 0;
+    *proven = true;
+    for (uint32_t i = 0; i < send->order_count; i++) {
+        tpr_cuda_ipc_shown *shown;
+        const tprpc_status status =
+            tpr_cuda_ipc_show(tpr_cuda_ipc_end_of(send), send->orders[i].device, &shown, error);
+        if (status != TPRPC_OK) return status;
+        *devices |= UINT64_C(1) << send->orders[i].device->index;
+        *proven &= shown->good && !shown->bad;
+        can &= !shown->page->code;
+    }
+    if (!can) *devices = 0;
+    *proven &= can;
+    return TPRPC_OK;
+}
+
+// Whether those devices of the peer have proven that they read all that the send is on.
+static bool tpr_cuda_ipc_proven(const tpr_cuda_batch *send, uint64_t devices) {
+    bool all = devices != 0;
+    for (uint32_t i = 0; i < send->order_count && all; i++) {
+        const tpr_cuda_ipc_shown *shown =
+            tpr_cuda_ipc_shown_of(tpr_cuda_ipc_end_of(send), (uint64_t)send->orders[i].device->index);
+        all = shown && !(devices & ~shown->good);
+    }
+    return all;
+}
+
+// The peer says how one of its devices reads one of ours.
+static tprpc_status tpr_cuda_ipc_on_proof(tpr_cuda_ipc_end *end, const tpr_cuda_wire_message *message) {
+    tpr_cuda_ipc_shown *shown = tpr_cuda_ipc_shown_of(end, message->id);
+    const uint64_t bit = UINT64_C(1) << message->offset;
+    if (!shown || message->size > INT32_MAX) return TPRPC_ERROR_PROTOCOL;
+    if (!message->size && message->place == shown->page->words[1]) {
+        if (!(shown->bad & bit)) shown->good |= bit;
+        return TPRPC_OK;
+    }
+    if (!(shown->bad & bit)) {
+        char what[52];
+        snprintf(what, sizeof what, "the peer's GPU %d cannot read GPU %d here", (int)message->offset,
+                 (int)message->id);
+        tpr_cuda_ipc_explain(end, what, (int32_t)message->size);
+    }
+    shown->bad |= bit;
+    shown->good &= ~bit;
+    return TPRPC_OK;
+}
+
+// ---- proofs, of the peer's devices
+
+static tpr_cuda_ipc_seen *tpr_cuda_ipc_seen_of(const tpr_cuda_ipc_end *end, uint32_t device) {
+    tpr_cuda_ipc_seen *seen = end->seen;
+    while (seen && seen->device != device) seen = seen->next;
+    return seen;
+}
+
+// Likewise, or made; NULL: no memory.
+static tpr_cuda_ipc_seen *tpr_cuda_ipc_see(tpr_cuda_ipc_end *end, uint32_t device) {
+    tpr_cuda_ipc_seen *seen = tpr_cuda_ipc_seen_of(end, device);
+    if (seen) return seen;
+    seen = (tpr_cuda_ipc_seen *)tpr_cuda_base_alloc(end->batch.net->queue->ctx, sizeof *seen);
+    if (!seen) return NULL;
+    seen->end = end;
+    seen->device = device;
+    seen->next = end->seen;
+    return end->seen = seen;
+}
+
+// A device of ours reads a device of the peer, or not (any more): the peer is told. words: what was read; NULL: nothing
+// was, for the driver's `code`.
+static void tpr_cuda_ipc_answer(tpr_cuda_ipc_seen *seen, int32_t device, const uint64_t *words, int32_t code) {
+    const uint64_t bit = UINT64_C(1) << device;
+    const bool good = !code && words && words[0] == seen->word;
+    tpr_cuda_ipc_end *end = seen->end;
+    if (seen->bad & bit) return;
+    if (good) seen->good |= bit;
+    else seen->good &= ~bit;
+    if (!good) seen->bad |= bit;
+    if (!good) {
+        char what[52];
+        snprintf(what, sizeof what, "GPU %d here cannot read the peer's GPU %d", (int)device, (int)seen->device);
+        tpr_cuda_ipc_explain(end, what, code);
+    }
+    tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_PROOF, seen->device, (uint64_t)device, (uint64_t)code,
+                       words ? words[1] : 0, NULL);
 }
 
 // ---- sending
@@ -3980,6 +4371,7 @@ static tprpc_status tpr_cuda_ipc_tell(tpr_cuda_ipc_end *end, tpr_cuda_device_exp
     message.kind = TPR_CUDA_WIRE_EXPORT;
     message.id = export_->id;
     message.size = export_->size;
+    message.place = (uint64_t)export_->device->index;
     tpr_cuda_wire_write(bytes, &message);
     memcpy(bytes + TPR_CUDA_WIRE_CONTROL, &export_->uuid, 16);
     memcpy(bytes + TPR_CUDA_WIRE_CONTROL + 16, &export_->handle, 64);
@@ -4071,7 +4463,8 @@ static tprpc_status tpr_cuda_ipc_direct_parts(tpr_cuda_batch *send, tpr_cuda_ipc
     return TPRPC_OK;
 }
 
-// Gives each stream of a direct send a slot, whose word it writes when it has come so far.
+// Gives each stream of a direct send a slot, whose word it writes when it has come so far; of a late one, a stream of
+// ours does that has come so far as it had when the send began.
 static tprpc_status tpr_cuda_ipc_direct_orders(tpr_cuda_batch *send, tprpc_error *error) {
     tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(send)->words;
     const tpr_cuda_device_set *set = link->queue->set;
@@ -4084,9 +4477,14 @@ static tprpc_status tpr_cuda_ipc_direct_orders(tpr_cuda_batch *send, tprpc_error
         status = tpr_cuda_arena_pin(set, &link->mine.memory, order->device, error);
         if (status == TPRPC_OK && !tpr_cuda_word_take(link, &order->slot, &order->seq))
             status = tprpc_error_set(error, TPRPC_ERROR_LIMIT, 0, "cuda_ipc: too many transfers are under way");
-        if (status == TPRPC_OK && order->busy) {
-            status = tpr_cuda_word_write(set, &link->mine, order->slot, false, order->seq, order->stream, error);
+        tpr_cuda_driver_stream stream = order->stream;
+        if (status == TPRPC_OK && order->event) {
+            status = tpr_cuda_stream_own(link->queue, order->device, &stream, error);
+            if (status == TPRPC_OK)
+                status = TPR_CUDA_DRIVER_CALL(set->cu, cuStreamWaitEvent, (stream, order->event, 0), error);
         }
+        if (status == TPRPC_OK && order->busy)
+            status = tpr_cuda_word_write(set, &link->mine, order->slot, false, order->seq, stream, error);
         tpr_cuda_device_leave(set, &guard);
     }
     return status;
@@ -4202,16 +4600,21 @@ static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, bool asked, tpr
     return status;
 }
 
-// Begins to pack. Where there is no chunk it goes on when the receiver says that he is ready. The device is entered.
-static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, tpr_cuda_ipc_parts *parts, tprpc_error *error) {
+// Begins to pack. Where there is no chunk it goes on when the receiver says that he is ready. late: he is. The device
+// is entered.
+static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, bool late, tpr_cuda_ipc_parts *parts,
+                                            tprpc_error *error) {
     tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
     tpr_cuda_stream_queue *queue = send->end->net->queue;
     tpr_cuda_outbox *box;
     tprpc_status status = tpr_cuda_arena_pin(queue->set, &end->words->mine.memory, send->orders[0].device, error);
     if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, &box, error);
     if (status == TPRPC_OK) status = tpr_cuda_ipc_tell(end, box->export_, error);
-    if (status == TPRPC_OK) status = tpr_cuda_ipc_pack_some(send, false, parts, error);
-    if (status == TPRPC_OK && !parts->count) status = tpr_cuda_ipc_pack_stream(send, false, error);
+    if (status == TPRPC_OK && late) status = tpr_cuda_ipc_pack_stream(send, false, error);
+    send->stream_set = late;
+    if (status == TPRPC_OK && (!late || tpr_cuda_base_list_empty(&tpr_cuda_ipc_net_of(send)->starved)))
+        status = tpr_cuda_ipc_pack_some(send, late, parts, error);
+    if (status == TPRPC_OK && !send->stream_set) status = tpr_cuda_ipc_pack_stream(send, false, error);
     send->stream_set = true;
     return status;
 }
@@ -4265,45 +4668,101 @@ static void tpr_cuda_ipc_forget(tpr_cuda_batch *send) {
     send->way = TPR_CUDA_IPC_ASKED;
 }
 
-// Which way a send goes; its first parts are the descriptor.
-static tprpc_status tpr_cuda_ipc_offer(tpr_cuda_batch *send, uint8_t *descriptor, size_t *size, tprpc_error *error) {
-    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
-    tpr_cuda_stream_queue *queue = send->end->net->queue;
-    tpr_cuda_device_guard guard;
-    tpr_cuda_ipc_parts parts;
-    bool direct = true, one = true;
-    parts.count = 0;
-    tprpc_status status = tpr_cuda_word_make(end->words, error);
-    if (status == TPRPC_OK) status = tpr_cuda_ipc_tell_words(end, error);
-    if (status != TPRPC_OK) return status;
-    tpr_cuda_os_lock_take(&queue->set->lock);
+// Whether all of a send is registered and is better read where it is. *one: it is on one device.
+static bool tpr_cuda_ipc_is_direct(const tpr_cuda_batch *send, bool *one) {
+    tpr_cuda_device_set *set = send->end->net->queue->set;
+    bool direct = true;
+    *one = true;
+    tpr_cuda_os_lock_take(&set->lock);
     for (size_t i = 0; i < send->count; i++) {
         const tprpc_buffer *buffer = &send->buffers[i];
         if (!buffer->size) continue;
-        direct = direct && tpr_cuda_export_of(queue->set, buffer->device.index, buffer->data, buffer->size);
-        one &= buffer->device.index == send->orders[0].device->index;
+        direct = direct && tpr_cuda_export_of(set, buffer->device.index, buffer->data, buffer->size);
+        *one &= buffer->device.index == send->orders[0].device->index;
     }
-    tpr_cuda_os_lock_give(&queue->set->lock);
-    direct = direct && !(one && tpr_cuda_ipc_scattered(send));
+    tpr_cuda_os_lock_give(&set->lock);
+    return direct && !(*one && tpr_cuda_ipc_scattered(send));
+}
+
+// Decides which way a send goes, and makes its first parts.
+static tprpc_status tpr_cuda_ipc_begin(tpr_cuda_batch *send, bool late, tpr_cuda_ipc_parts *parts,
+                                       tprpc_error *error) {
+    const tpr_cuda_device_set *set = send->end->net->queue->set;
+    tpr_cuda_device_guard guard;
+    bool one;
+    const bool direct = tpr_cuda_ipc_is_direct(send, &one);
     send->way = direct ? TPR_CUDA_IPC_DIRECT : TPR_CUDA_IPC_OUTBOX;
     if (!direct && !one)
         return tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
                                "cuda_ipc: memory of several devices that is not registered");
     if (direct) {
-        status = tpr_cuda_ipc_direct_orders(send, error);
-        if (status == TPRPC_OK) status = tpr_cuda_ipc_direct_parts(send, &parts, error);
-    } else if ((status = tpr_cuda_device_enter(queue->set, send->orders[0].device, &guard, error)) == TPRPC_OK) {
-        status = tpr_cuda_ipc_pack_first(send, &parts, error);
+        const tprpc_status status = tpr_cuda_ipc_direct_orders(send, error);
+        return status == TPRPC_OK ? tpr_cuda_ipc_direct_parts(send, parts, error) : status;
+    }
+    tprpc_status status = tpr_cuda_device_enter(set, send->orders[0].device, &guard, error);
+    if (status != TPRPC_OK) return status;
+    status = tpr_cuda_ipc_pack_first(send, late, parts, error);
+    tpr_cuda_device_leave(set, &guard);
+    return status;
+}
+
+// Of a send that is late: marks how far its streams are, and nothing else.
+static tprpc_status tpr_cuda_ipc_put_off(tpr_cuda_batch *send, tprpc_error *error) {
+    tpr_cuda_stream_queue *queue = send->end->net->queue;
+    tprpc_status status = TPRPC_OK;
+    send->way = TPR_CUDA_IPC_LATE;
+    for (uint32_t i = 0; i < send->order_count && status == TPRPC_OK; i++) {
+        tpr_cuda_batch_order *order = &send->orders[i];
+        tpr_cuda_device_guard guard;
+        if (!order->busy) continue;
+        status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
+        if (status != TPRPC_OK) break;
+        status = tpr_cuda_stream_record(queue, order->device, order->stream, &order->event, error);
         tpr_cuda_device_leave(queue->set, &guard);
     }
+    return status;
+}
+
+// The descriptor: the devices that the send is on, and its first parts.
+static tprpc_status tpr_cuda_ipc_offer(tpr_cuda_batch *send, uint8_t *descriptor, size_t *size, tprpc_error *error) {
+    tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
+    tpr_cuda_ipc_parts parts;
+    uint64_t devices = 0;
+    bool proven = false, one;
+    parts.count = 0;
+    tprpc_status status = tpr_cuda_word_make(end->words, error);
+    if (status == TPRPC_OK) status = tpr_cuda_ipc_tell_words(end, error);
+    if (status == TPRPC_OK && !tpr_cuda_ipc_is_direct(send, &one) && !one)
+        status = tprpc_error_set(error, TPRPC_ERROR_UNSUPPORTED, 0,
+                                 "cuda_ipc: memory of several devices that is not registered");
+    if (status == TPRPC_OK) status = tpr_cuda_ipc_show_all(send, &devices, &proven, error);
+    if (status != TPRPC_OK) return status;
+    status = proven ? tpr_cuda_ipc_begin(send, false, &parts, error) : tpr_cuda_ipc_put_off(send, error);
     if (status != TPRPC_OK) {
         send->over = true;
         tpr_cuda_ipc_forget(send);
         return status;
     }
-    *size = parts.count * TPR_CUDA_WIRE_PART;
-    memcpy(descriptor, parts.bytes + TPR_CUDA_WIRE_CONTROL, *size);
+    *size = TPR_CUDA_WIRE_DEVICES + parts.count * TPR_CUDA_WIRE_PART;
+    tpr_cuda_wire_store(descriptor, devices, TPR_CUDA_WIRE_DEVICES);
+    memcpy(descriptor + TPR_CUDA_WIRE_DEVICES, parts.bytes + TPR_CUDA_WIRE_CONTROL, parts.count * TPR_CUDA_WIRE_PART);
     return TPRPC_OK;
+}
+
+// The receiver of a late send is ready, with those devices. Where they have not proven themselves, or there is no
+// memory for an outbox, he is to ask.
+static void tpr_cuda_ipc_go_ahead(tpr_cuda_batch *send, uint64_t devices) {
+    tpr_cuda_ipc_parts parts;
+    tprpc_error error = TPR_CUDA_ZERO;
+    parts.count = 0;
+    if (!tpr_cuda_ipc_proven(send, devices) || tpr_cuda_ipc_begin(send, true, &parts, &error) != TPRPC_OK) {
+        tpr_cuda_ipc_forget(send);
+        tpr_cuda_batch_say(send->end, TPR_CUDA_WIRE_ASK, send->id, 0, 0, 0, NULL);
+    } else if (parts.count) {
+        tpr_cuda_ipc_say_parts(send, &parts);
+    } else {
+        tpr_cuda_base_list_add(&tpr_cuda_ipc_net_of(send)->starved, &send->hunger);
+    }
 }
 
 // The peer has queued the read of a chunk: the next bytes go into it, behind that.
@@ -4330,19 +4789,22 @@ static tprpc_status tpr_cuda_ipc_refill(tpr_cuda_batch *send, tpr_cuda_outbox_ch
 }
 
 // The peer goes on with a send.
-static void tpr_cuda_ipc_took(tpr_cuda_batch *send, uint64_t offset) {
+static void tpr_cuda_ipc_took(tpr_cuda_batch *send, const tpr_cuda_wire_message *message) {
+    const uint64_t offset = message->offset;
     tprpc_error error = TPR_CUDA_ZERO;
     tprpc_status status = TPRPC_OK;
     if (send->over || send->way == TPR_CUDA_IPC_ASKED || send->moved == send->total) return;
     send->lent++;
-    if (send->way == TPR_CUDA_IPC_DIRECT) {
+    if (send->way == TPR_CUDA_IPC_LATE) {
+        tpr_cuda_ipc_go_ahead(send, message->size);
+    } else if (send->way == TPR_CUDA_IPC_DIRECT) {
         tpr_cuda_ipc_parts parts;
         for (parts.count = 0; send->moved < send->total && status == TPRPC_OK; parts.count = 0) {
             status = tpr_cuda_ipc_direct_parts(send, &parts, &error);
             tpr_cuda_ipc_say_parts(send, &parts);
         }
     }
-    if (send->way == TPR_CUDA_IPC_OUTBOX && !send->boxes[0] && tpr_cuda_base_list_empty(&send->hunger))
+    else if (send->way == TPR_CUDA_IPC_OUTBOX && !send->boxes[0] && tpr_cuda_base_list_empty(&send->hunger))
         tpr_cuda_base_list_add(&tpr_cuda_ipc_net_of(send)->starved, &send->hunger);
     for (int i = 0; send->way == TPR_CUDA_IPC_OUTBOX && i < TPR_CUDA_BATCH_BOXES; i++) {
         if (!send->boxes[i] || send->boxes[i]->offset != offset) continue;
@@ -4483,6 +4945,18 @@ static tprpc_status tpr_cuda_ipc_write_done(tpr_cuda_batch *receive, const tpr_c
     return status;
 }
 
+// Where a device of ours sees memory of a device of the peer; 0: that is not proven, or cannot be opened, which undoes
+// the proof. The device is entered.
+static tpr_cuda_driver_ptr tpr_cuda_ipc_reach(tpr_cuda_batch *receive, tpr_cuda_ipc_import *import,
+                                              const tpr_cuda_device *device) {
+    tpr_cuda_ipc_seen *seen = tpr_cuda_ipc_seen_of(tpr_cuda_ipc_end_of(receive), import->device);
+    int32_t code = 0;
+    if (!seen || !(seen->good & UINT64_C(1) << device->index)) return 0;
+    const tpr_cuda_driver_ptr at = tpr_cuda_ipc_open_import(receive->end->net->queue, import, device, &code);
+    if (code) tpr_cuda_ipc_answer(seen, device->index, NULL, code);
+    return at;
+}
+
 // Queues the copy of `size` bytes of a part, from `skip` on, to where they go in the receive's current buffer. *can:
 // whether the peer's memory could be opened.
 static tprpc_status tpr_cuda_ipc_copy(tpr_cuda_batch *receive, tpr_cuda_ipc_import *import,
@@ -4496,7 +4970,7 @@ static tprpc_status tpr_cuda_ipc_copy(tpr_cuda_batch *receive, tpr_cuda_ipc_impo
     if (status != TPRPC_OK) return status;
     tpr_cuda_driver_stream stream = order->stream;
     if (!receive->fresh) status = tpr_cuda_device_check_stream(queue->set, order->device, buffer->stream, error);
-    const tpr_cuda_driver_ptr from = status == TPRPC_OK ? tpr_cuda_ipc_open_import(queue, import, order->device) : 0;
+    const tpr_cuda_driver_ptr from = status == TPRPC_OK ? tpr_cuda_ipc_reach(receive, import, order->device) : 0;
     if (status == TPRPC_OK && !from) *can = false;
     if (status == TPRPC_OK && from) status = tpr_cuda_arena_pin(queue->set, &link->theirs.memory, order->device, error);
     if (status == TPRPC_OK && from) status = tpr_cuda_ipc_fetch_stream(receive, part, &stream, error);
@@ -4543,13 +5017,19 @@ static tprpc_status tpr_cuda_ipc_take(tpr_cuda_batch *receive, const tpr_cuda_wi
     return status;
 }
 
+// All of it is to be asked for, also what was queued: that comes first, on the same streams.
+static tpr_cuda_batch_outcome tpr_cuda_ipc_again(tpr_cuda_batch *receive) {
+    receive->buffer = receive->at = 0;
+    receive->moved = 0;
+    return TPR_CUDA_BATCH_UNREADABLE;
+}
+
 static tpr_cuda_batch_outcome tpr_cuda_ipc_take_parts(tpr_cuda_batch *receive, const uint8_t *bytes, size_t count,
                                                       tprpc_error *error) {
     const tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(receive);
     bool can = true;
     for (size_t i = 0; i < count; i++, bytes += TPR_CUDA_WIRE_PART) {
         tpr_cuda_wire_part part;
-        const bool first = !receive->moved;
         tprpc_status status = TPRPC_OK;
         if (!tpr_cuda_wire_read_part(bytes, receive->total, TPR_CUDA_WORD_SLOTS, &part) ||
             !end->words->theirs.memory.base)
@@ -4562,12 +5042,7 @@ static tpr_cuda_batch_outcome tpr_cuda_ipc_take_parts(tpr_cuda_batch *receive, c
             if (status == TPRPC_OK) status = joined;
         }
         if (status != TPRPC_OK) return TPR_CUDA_BATCH_FAILED;
-        if (!can && first) {
-            receive->buffer = receive->at = 0;
-            return TPR_CUDA_BATCH_UNREADABLE;
-        }
-        if (!can) tprpc_error_set(error, TPRPC_ERROR_DEVICE, 0, "cuda_ipc: the peer's memory could not be opened");
-        if (!can) return TPR_CUDA_BATCH_FAILED;
+        if (!can) return tpr_cuda_ipc_again(receive);
         const bool say = (part.flags & TPR_CUDA_WIRE_PART_LAST) || i + 1 == count;
         if (receive->moved == receive->total || !say) continue;
         tpr_cuda_batch_leave(receive->end);
@@ -4589,17 +5064,126 @@ static tpr_cuda_batch_outcome tpr_cuda_ipc_take_all(tpr_cuda_batch *receive, con
     return TPR_CUDA_BATCH_FAILED;
 }
 
+// Begins to read a device of the peer for one of ours, which may fail at once.
+static void tpr_cuda_ipc_read_page(tpr_cuda_ipc_net *net, tpr_cuda_ipc_seen *seen, tpr_cuda_device *device) {
+    tpr_cuda_device_guard guard;
+    tprpc_error error = TPR_CUDA_ZERO;
+    int32_t code = 0;
+    tprpc_status status = tpr_cuda_device_enter(net->batch.queue->set, device, &guard, &error);
+    if (status == TPRPC_OK) {
+        const tpr_cuda_driver_ptr at = tpr_cuda_ipc_open_import(net->batch.queue, seen->page, device, &code);
+        if (at) status = tpr_cuda_proof_read(&net->reader, device, at, &error);
+        tpr_cuda_device_leave(net->batch.queue->set, &guard);
+    }
+    if (status != TPRPC_OK) code = error.os_code;
+    if (status == TPRPC_ERROR_LIMIT) code = TPR_CUDA_DRIVER_ERROR_OUT_OF_MEMORY;
+    if (!net->reader.busy) {
+        tpr_cuda_ipc_answer(seen, device->index, NULL, code);
+        return;
+    }
+    net->reads = seen;
+    net->reads_by = device->index;
+    net->proving = seen->end->words;
+    net->proving->proving = true;
+}
+
+typedef enum tpr_cuda_ipc_state { TPR_CUDA_IPC_PROVEN, TPR_CUDA_IPC_OPEN, TPR_CUDA_IPC_REFUTED } tpr_cuda_ipc_state;
+
+// Whether the devices of a receive read those of the peer; what is not known is being found out. late: for too long.
+static tpr_cuda_ipc_state tpr_cuda_ipc_look_at(tpr_cuda_batch *receive, uint64_t devices, bool late) {
+    tpr_cuda_ipc_net *net = tpr_cuda_ipc_net_of(receive);
+    tpr_cuda_ipc_state state = TPR_CUDA_IPC_PROVEN;
+    for (uint32_t k = 0; k < TPR_CUDA_WIRE_DEVICE_MOST; k++) {
+        if (!(devices & UINT64_C(1) << k)) continue;
+        tpr_cuda_ipc_seen *seen = tpr_cuda_ipc_see(tpr_cuda_ipc_end_of(receive), k);
+        for (uint32_t i = 0; i < receive->order_count; i++) {
+            tpr_cuda_device *device = receive->orders[i].device;
+            const uint64_t bit = UINT64_C(1) << device->index;
+            if (seen && !late && !((seen->good | seen->bad) & bit) && seen->page && !net->reader.busy)
+                tpr_cuda_ipc_read_page(net, seen, device);
+            if (seen && late && !(seen->good & bit))
+                tpr_cuda_ipc_answer(seen, device->index, NULL, TPR_CUDA_DRIVER_ERROR_NOT_READY);
+            if (!seen || (seen->bad & bit)) return TPR_CUDA_IPC_REFUTED;
+            if (!(seen->good & bit)) state = TPR_CUDA_IPC_OPEN;
+        }
+    }
+    return state;
+}
+
+static int64_t tpr_cuda_ipc_due(const tpr_cuda_ipc_parked *parked) {
+    return parked->since_us + TPR_CUDA_PROOF_LIMIT_US;
+}
+
+// Puts a receive aside until more is known.
+static tpr_cuda_batch_outcome tpr_cuda_ipc_park(tpr_cuda_batch *receive, const uint8_t *descriptor, size_t size) {
+    tpr_cuda_ipc_net *net = tpr_cuda_ipc_net_of(receive);
+    tprpc_context *ctx = net->batch.queue->ctx;
+    tpr_cuda_ipc_parked *parked = (tpr_cuda_ipc_parked *)receive->held;
+    if (!parked) {
+        parked = (tpr_cuda_ipc_parked *)tpr_cuda_base_alloc(ctx, sizeof *parked + size);
+        if (!parked) return TPR_CUDA_BATCH_UNREADABLE;
+        parked->since_us = tprpc_now_us(ctx);
+        parked->size = size;
+        memcpy(parked->descriptor, descriptor, size);
+        receive->held = parked;
+    }
+    tpr_cuda_base_list_add(&net->parked, &receive->hunger);
+    return TPR_CUDA_BATCH_GOING_ON;
+}
+
+static void tpr_cuda_ipc_let_go(tpr_cuda_batch *receive) {
+    tpr_cuda_ipc_parked *parked = (tpr_cuda_ipc_parked *)receive->held;
+    tpr_cuda_base_free(receive->end->net->queue->ctx, parked, sizeof *parked + parked->size);
+}
+
 static tpr_cuda_batch_outcome tpr_cuda_ipc_fetch(tpr_cuda_batch *receive, const uint8_t *descriptor, size_t size,
                                                  tprpc_error *error) {
-    if (!size) {                       // its outbox is full
-        tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, TPR_CUDA_WIRE_NOWHERE, 0, 0, NULL);
-        return TPR_CUDA_BATCH_GOING_ON;
-    }
-    if (size % TPR_CUDA_WIRE_PART || size / TPR_CUDA_WIRE_PART > TPR_CUDA_WIRE_PARTS) {
+    const tpr_cuda_ipc_parked *parked = (const tpr_cuda_ipc_parked *)receive->held;
+    const size_t rest = size - TPR_CUDA_WIRE_DEVICES;
+    uint64_t here = 0;
+    if (size < TPR_CUDA_WIRE_DEVICES || rest % TPR_CUDA_WIRE_PART || rest / TPR_CUDA_WIRE_PART > TPR_CUDA_WIRE_PARTS) {
         tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "cuda_ipc: the peer sent a broken descriptor");
         return TPR_CUDA_BATCH_FAILED;
     }
-    return tpr_cuda_ipc_take_all(receive, descriptor, size / TPR_CUDA_WIRE_PART, error);
+    const uint64_t devices = tpr_cuda_wire_load(descriptor, TPR_CUDA_WIRE_DEVICES);
+    const bool late = parked && tprpc_now_us(receive->end->net->queue->ctx) >= tpr_cuda_ipc_due(parked);
+    if (!devices) return TPR_CUDA_BATCH_UNREADABLE;
+    const tpr_cuda_ipc_state state = tpr_cuda_ipc_look_at(receive, devices, late);
+    if (state == TPR_CUDA_IPC_REFUTED) return TPR_CUDA_BATCH_UNREADABLE;
+    if (state == TPR_CUDA_IPC_OPEN) return tpr_cuda_ipc_park(receive, descriptor, size);
+    for (uint32_t i = 0; i < receive->order_count; i++) here |= UINT64_C(1) << receive->orders[i].device->index;
+    if (rest)
+        return tpr_cuda_ipc_take_all(receive, descriptor + TPR_CUDA_WIRE_DEVICES, rest / TPR_CUDA_WIRE_PART, error);
+    tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, TPR_CUDA_WIRE_NOWHERE, here, 0, NULL);
+    return TPR_CUDA_BATCH_GOING_ON;
+}
+
+// Something has become known: receives that were put aside go on, or again wait.
+static void tpr_cuda_ipc_retry(tpr_cuda_ipc_net *net) {
+    tpr_cuda_base_list todo = net->parked;
+    if (tpr_cuda_base_list_empty(&net->parked)) return;
+    todo.next->prev = todo.prev->next = &todo;
+    tpr_cuda_base_list_init(&net->parked);
+    while (!tpr_cuda_base_list_empty(&todo)) {
+        tpr_cuda_batch *receive = TPR_CUDA_OF(todo.next, tpr_cuda_batch, hunger);
+        const tpr_cuda_ipc_parked *parked = (const tpr_cuda_ipc_parked *)receive->held;
+        tprpc_error why = TPR_CUDA_ZERO;
+        tpr_cuda_base_list_remove(&receive->hunger);
+        receive->lent++;
+        tpr_cuda_batch_go_on(receive, tpr_cuda_ipc_fetch(receive, parked->descriptor, parked->size, &why), &why);
+        receive->lent--;
+        tpr_cuda_batch_settle(receive);
+    }
+}
+
+// A page of a peer has been read, or could not be.
+static void tpr_cuda_ipc_page_read(void *user, const uint64_t *words, int32_t code) {
+    tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)user;
+    tpr_cuda_ipc_seen *seen = net->reads;
+    net->reads = NULL;
+    net->proving->proving = false;     // one that has gone is freed when it is looked after
+    if (seen) tpr_cuda_ipc_answer(seen, net->reads_by, code ? NULL : words, code);
+    tpr_cuda_ipc_retry(net);
 }
 
 // ---- from the twin
@@ -4609,13 +5193,22 @@ static tprpc_status tpr_cuda_ipc_on_export(tpr_cuda_ipc_end *end, const tpr_cuda
     tpr_cuda_stream_queue *queue = end->batch.net->queue;
     if (tpr_cuda_ipc_import_of(end, message->id) || !message->size) return TPRPC_ERROR_PROTOCOL;
     tpr_cuda_ipc_import *import =
-        (tpr_cuda_ipc_import *)tpr_cuda_base_alloc(queue->ctx, tpr_cuda_ipc_import_size(queue));
+        tpr_cuda_ipc_import_new(queue, message->id, message->size, message->place, more + 16);
     if (!import) return TPRPC_ERROR_MEMORY;
-    import->id = message->id;
-    import->size = message->size;
-    memcpy(&import->handle, more + 16, 64);
     import->next = end->imports;
     end->imports = import;
+    return TPRPC_OK;
+}
+
+static tprpc_status tpr_cuda_ipc_on_prove(tpr_cuda_ipc_end *end, const tpr_cuda_wire_message *message,
+                                          const uint8_t *more) {
+    tpr_cuda_ipc_seen *seen = tpr_cuda_ipc_see(end, (uint32_t)message->id);
+    if (!seen) return TPRPC_ERROR_MEMORY;
+    if (seen->page) return TPRPC_ERROR_PROTOCOL;
+    seen->word = message->place;
+    seen->page = tpr_cuda_ipc_import_new(end->batch.net->queue, 0, TPR_CUDA_PROOF_PAGE, message->id, more);
+    if (!seen->page) return TPRPC_ERROR_MEMORY;
+    tpr_cuda_ipc_retry((tpr_cuda_ipc_net *)(void *)end->batch.net);
     return TPRPC_OK;
 }
 
@@ -4651,12 +5244,21 @@ static tprpc_status tpr_cuda_ipc_on_parts(tpr_cuda_ipc_end *end, const tpr_cuda_
                                           const uint8_t *more) {
     tpr_cuda_batch *receive = tpr_cuda_batch_find(&end->batch.receives, message->id);
     tprpc_error error = TPR_CUDA_ZERO;
-    if (!receive || receive->over || receive->asked) return TPRPC_OK;
+    if (!receive || receive->over || receive->asked || !tpr_cuda_base_list_empty(&receive->hunger)) return TPRPC_OK;
     receive->lent++;
-    const tpr_cuda_batch_outcome outcome = tpr_cuda_ipc_take_all(receive, more, (size_t)message->size, &error);
-    if (outcome == TPR_CUDA_BATCH_FETCHED) tpr_cuda_batch_receive_over(receive, TPR_CUDA_WIRE_DONE);
-    else if (outcome != TPR_CUDA_BATCH_GOING_ON)
-        tpr_cuda_batch_receive_failed(receive, error.status != TPRPC_OK ? error.status : TPRPC_ERROR_PEER, &error);
+    tpr_cuda_batch_go_on(receive, tpr_cuda_ipc_take_all(receive, more, (size_t)message->size, &error), &error);
+    receive->lent--;
+    tpr_cuda_batch_settle(receive);
+    return TPRPC_OK;
+}
+
+// The peer offers no parts, or no more.
+static tprpc_status tpr_cuda_ipc_on_ask(tpr_cuda_ipc_end *end, uint64_t id) {
+    tpr_cuda_batch *receive = tpr_cuda_batch_find(&end->batch.receives, id);
+    if (!receive || receive->over || receive->asked || receive->refused) return TPRPC_OK;
+    tpr_cuda_base_list_remove(&receive->hunger);
+    receive->lent++;
+    tpr_cuda_batch_go_on(receive, tpr_cuda_ipc_again(receive), NULL);
     receive->lent--;
     tpr_cuda_batch_settle(receive);
     return TPRPC_OK;
@@ -4683,8 +5285,11 @@ static tprpc_status tpr_cuda_ipc_control(tpr_cuda_batch_end *batch_end, const tp
     case TPR_CUDA_WIRE_PARTS_OF: return tpr_cuda_ipc_on_parts(end, message, more);
     case TPR_CUDA_WIRE_TOOK:
         if ((send = tpr_cuda_batch_find(&batch_end->sends, message->id)) != NULL)
-            tpr_cuda_ipc_took(send, message->offset);
+            tpr_cuda_ipc_took(send, message);
         return TPRPC_OK;
+    case TPR_CUDA_WIRE_PROVE: return tpr_cuda_ipc_on_prove(end, message, more);
+    case TPR_CUDA_WIRE_PROOF: return tpr_cuda_ipc_on_proof(end, message);
+    case TPR_CUDA_WIRE_ASK: return tpr_cuda_ipc_on_ask(end, message->id);
     default: return TPRPC_ERROR_PROTOCOL;
     }
 }
@@ -4692,8 +5297,8 @@ static tprpc_status tpr_cuda_ipc_control(tpr_cuda_batch_end *batch_end, const tp
 // ---- instances and ends
 
 static const tpr_cuda_batch_method tpr_cuda_ipc_method = {
-    "cuda_ipc", true, tpr_cuda_ipc_fetch, NULL, NULL, tpr_cuda_ipc_offer, tpr_cuda_ipc_fetched, tpr_cuda_ipc_forget,
-    tpr_cuda_ipc_control,
+    "cuda_ipc", true, tpr_cuda_ipc_fetch, NULL, tpr_cuda_ipc_let_go, tpr_cuda_ipc_offer, tpr_cuda_ipc_fetched,
+    tpr_cuda_ipc_forget, tpr_cuda_ipc_control,
 };
 
 // Asks peers to close what is being unregistered; again after a while, for a pipe that has ended says so only then.
@@ -4737,26 +5342,60 @@ static tprpc_status tpr_cuda_ipc_open(const tprpc_host *host, void *user, void *
     tpr_cuda_base_list_init(&net->ends);
     tpr_cuda_base_list_init(&net->slow);
     tpr_cuda_base_list_init(&net->starved);
+    tpr_cuda_base_list_init(&net->parked);
+    net->reader.queue = net->batch.queue;
+    net->reader.read = tpr_cuda_ipc_page_read;
+    net->reader.user = net;
     tpr_cuda_stream_sweeper(net->batch.queue, tpr_cuda_ipc_sweep, net);
     return TPRPC_OK;
+}
+
+// Whether proofs of ours are no longer queued, after a while.
+static bool tpr_cuda_ipc_proofs_end(const tpr_cuda_ipc_net *net) {
+    bool busy = true;
+    for (int64_t waited_us = 0; busy && waited_us < TPR_CUDA_STREAM_CLOSE_US; waited_us += 100) {
+        busy = net->reader.busy;
+        for (const tpr_cuda_proof_page *page = net->pages; page; page = page->next) busy |= page->writing;
+        if (busy && !tpr_cuda_stream_progress(net->batch.queue)) tpr_cuda_os_sleep_us(100);
+    }
+    return !busy;
 }
 
 static void tpr_cuda_ipc_close(void *instance) {
     tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)instance;
     tpr_cuda_stream_queue *queue = net->batch.queue;
     tpr_cuda_stream_sweeper(queue, NULL, NULL);
-    if (!tpr_cuda_word_tender_close(&net->tender)) {   // what still runs will touch it
+    if (!tpr_cuda_ipc_proofs_end(net) || !tpr_cuda_word_tender_close(&net->tender)) {   // what still runs will touch it
         tprpc_log_text(queue->ctx, TPRPC_LOG_ERROR, "cuda_ipc",
                        "a stream waits for a peer: what it uses is left behind");
         return;
     }
     tpr_cuda_outbox_close(queue);
+    while (net->pages) {
+        tpr_cuda_proof_page *page = net->pages;
+        net->pages = page->next;
+        tpr_cuda_proof_page_free(page);
+    }
+    tpr_cuda_arena_memory_free(queue->set, &net->reader.memory);
     tpr_cuda_batch_close(instance);
+}
+
+// When the first of the receives that wait for a proof has waited for too long.
+static int64_t tpr_cuda_ipc_parked_until(const tpr_cuda_ipc_net *net) {
+    int64_t first = INT64_MAX;
+    for (const tpr_cuda_base_list *node = net->parked.next; node != &net->parked; node = node->next) {
+        const int64_t due =
+            tpr_cuda_ipc_due((const tpr_cuda_ipc_parked *)TPR_CUDA_OF(node, tpr_cuda_batch, hunger)->held);
+        if (due < first) first = due;
+    }
+    return first;
 }
 
 static bool tpr_cuda_ipc_progress(void *instance) {
     tpr_cuda_ipc_net *net = (tpr_cuda_ipc_net *)instance;
     bool did = tpr_cuda_ipc_look_slow(net);
+    if (!tpr_cuda_base_list_empty(&net->parked) &&
+        tpr_cuda_ipc_parked_until(net) <= tprpc_now_us(net->batch.queue->ctx)) tpr_cuda_ipc_retry(net);
     while (!tpr_cuda_base_list_empty(&net->starved)) {
         tpr_cuda_batch *send = TPR_CUDA_OF(net->starved.next, tpr_cuda_batch, hunger);
         tpr_cuda_base_list_remove(&send->hunger);
@@ -4778,6 +5417,8 @@ static bool tpr_cuda_ipc_arm(void *instance, int64_t *deadline_us) {
         const int64_t due = tprpc_now_us(net->batch.queue->ctx) + 1000;
         if (due < *deadline_us) *deadline_us = due;
     }
+    const int64_t until = tpr_cuda_ipc_parked_until(net);
+    if (until < *deadline_us) *deadline_us = until;
     return tpr_cuda_batch_arm(instance, deadline_us);
 }
 
@@ -4831,6 +5472,21 @@ static void tpr_cuda_ipc_detach(void *end) {
         tpr_cuda_export_drop(set, told->of);
         tpr_cuda_base_free(set->ctx, told, sizeof *told);
     }
+    while (self->shown) {
+        tpr_cuda_ipc_shown *shown = self->shown;
+        self->shown = shown->next;
+        tpr_cuda_base_free(set->ctx, shown, sizeof *shown);
+    }
+    while (self->seen) {
+        tpr_cuda_ipc_seen *seen = self->seen;
+        self->seen = seen->next;
+        if (seen == net->reads) net->reads = NULL;
+        if (seen->page) {              // it is closed with the others
+            seen->page->next = self->imports;
+            self->imports = seen->page;
+        }
+        tpr_cuda_base_free(set->ctx, seen, sizeof *seen);
+    }
     self->words->user = self->imports;
     self->words->arena = self->batch.arena;
     self->words->theirs_arena = self->batch.theirs;
@@ -4842,7 +5498,7 @@ static void tpr_cuda_ipc_detach(void *end) {
 }
 
 static const tprpc_channel_table tpr_cuda_ipc_table = {
-    (uint32_t)sizeof(tprpc_channel_table), 0, 0, 1, 0, TPR_CUDA_WIRE_PARTS * TPR_CUDA_WIRE_PART,
+    (uint32_t)sizeof(tprpc_channel_table), 0, 0, 1, 0, TPR_CUDA_WIRE_DEVICES + TPR_CUDA_WIRE_PARTS * TPR_CUDA_WIRE_PART,
     tpr_cuda_ipc_open, tpr_cuda_ipc_close, tpr_cuda_ipc_domain, tpr_cuda_ipc_reaches,
     tpr_cuda_ipc_progress, tpr_cuda_ipc_arm, NULL, tpr_cuda_ipc_moves,
     tpr_cuda_ipc_attach, tpr_cuda_ipc_detach, NULL, NULL, NULL, tpr_cuda_batch_send, tpr_cuda_batch_recv,

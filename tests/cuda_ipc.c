@@ -183,6 +183,183 @@ TEST(sender_is_late) { ordered(false, false); }
 TEST(receiver_is_late_registered) { ordered(true, true); }
 TEST(receiver_is_late) { ordered(false, true); }
 
+/* ---- what cannot be proven goes through host memory, from the first transfer on, and the pipe says why ---- */
+
+enum { LITTLE = 4000, PROOFS = 600 };  /* more than there are words */
+
+static const char *why_not(tprpc_pipe *pipe) {
+    static tprpc_pipe_info info;
+    REQUIRE_EQ_INT(tprpc_pipe_get_info(pipe, &info, sizeof info), TPRPC_OK);
+    for (uint32_t i = 0; i < info.path_count; i++)
+        if (strcmp(info.paths[i].name, "cuda_ipc") == 0) return info.paths[i].why;
+    return "";
+}
+
+/* What each end is to say, and how many allocations it has then: the two tensors, and what the library made. */
+typedef struct refusal { const char *why[2]; long allocations[2], mappings[2]; bool registered; } refusal;
+
+static void refused(two *t, const refusal *x, bool child) {
+    cargo out, in;
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, LITTLE), *target = gpu_alloc(0, LITTLE);
+    const tprpc_tensor from = gpu_tensor(0, source, LITTLE, s, 0);
+    tprpc_tensor to = gpu_tensor(0, target, LITTLE, s, 0);
+    if (x->registered) REQUIRE_EQ_INT(tprpc_cuda_register(t->s.ctx, 0, source, LITTLE, NULL), TPRPC_OK);
+    for (uint64_t i = 0; i < PROOFS / TEST_SLOWDOWN; i++) {
+        gpu_put(0, s, source, LITTLE, 2 * i + child);
+        two_send(t, &out, &from, 1);
+        two_got(t, &in, &to, 1);
+        WAIT(&t->s, out.wrote.runs, 1);
+        if (!CHECK_EQ_INT(out.wrote.status, TPRPC_OK)) fprintf(stderr, "%s\n", out.wrote.text);
+        if (!CHECK(gpu_matches(0, s, target, LITTLE, 2 * i + !child))) break;
+    }
+    CHECK_CONTAINS(why_not(t->s.pipe), x->why[child]);
+    if (gpu.standin_count) CHECK_EQ_INT(gpu.standin_count("allocations"), x->allocations[child]);
+    if (gpu.standin_count) CHECK_EQ_INT(gpu.standin_count("mappings"), x->mappings[child]);
+    two_raise(t, child ? DONE : GO);
+    two_await(t, child ? GO : DONE);
+}
+
+static void refused_child(two *t, void *arg) { refused(t, (const refusal *)arg, true); }
+
+static void refuse(const refusal *x, const char *child, const char *here) {
+    two t;
+    two_fails = child;
+    two_fails_here = here;
+    two_open(&t, "shm://", "cuda_ipc,cuda_basic,basic", refused_child, (void *)(uintptr_t)x);
+    if (!gpu.standin_calls) {
+        two_kill(&t);
+        SKIP("a real driver does not fail when it is told to");
+    }
+    refused(&t, x, false);
+    two_close(&t, false);
+}
+
+#define CANNOT_OPEN "cuIpcOpenMemHandle:1+:1"
+#define SAID(who) "its proof failed: " who ": CUDA_ERROR_INVALID_VALUE"
+
+TEST(nothing_fails) {
+    static const refusal x = {{"another channel comes first", "another channel comes first"}, {4, 4}, {2, 2}, false};
+    refuse(&x, NULL, NULL);
+}
+
+TEST(the_receiver_cannot_open) {
+    static const refusal x = {{SAID("the peer's GPU 0 cannot read GPU 0 here"),
+                               SAID("GPU 0 here cannot read the peer's GPU 0")}, {3, 4}, {2, 0}, false};
+    refuse(&x, CANNOT_OPEN, NULL);
+}
+
+TEST(the_receiver_cannot_open_registered) {
+    static const refusal x = {{SAID("the peer's GPU 0 cannot read GPU 0 here"),
+                               SAID("GPU 0 here cannot read the peer's GPU 0")}, {3, 3}, {2, 0}, true};
+    refuse(&x, CANNOT_OPEN, NULL);
+}
+
+TEST(neither_can_open) {
+    static const refusal x = {{"its proof failed: ", "its proof failed: "}, {3, 3}, {0, 0}, false};
+    refuse(&x, CANNOT_OPEN, CANNOT_OPEN);
+}
+
+TEST(the_sender_cannot_show) {
+    static const refusal x = {{"its proof failed: GPU 0 here cannot be shown: CUDA_ERROR_NOT_SUPPORTED", "another"},
+                              {3, 4}, {2, 0}, false};
+    refuse(&x, NULL, "cuIpcGetMemHandle:1+:801");
+}
+
+/* The page can be opened, and the outbox can not. */
+TEST(no_more_can_be_opened) {
+    static const refusal x = {{SAID("the peer's GPU 0 cannot read GPU 0 here"),
+                               SAID("GPU 0 here cannot read the peer's GPU 0")}, {4, 4}, {2, 1}, false};
+    refuse(&x, "cuIpcOpenMemHandle:2+:1", NULL);
+}
+
+/* Of two allocations the first can be opened, and all is asked for then; or the page can be opened, and not read. */
+static void halfway_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CUstream r = gpu_stream(0);
+    tprpc_tensor in[2];
+    for (int k = 0; k < 2; k++) in[k] = gpu_tensor(0, gpu_alloc(0, SIZE), SIZE, r, 0);
+    for (uint64_t i = 0; i < 3; i++) {
+        two_got(t, &c, in, 2);
+        for (uint64_t k = 0; k < 2; k++) CHECK(gpu_matches(0, r, in[k].data, SIZE, 2 * i + k));
+    }
+    if (gpu.standin_calls) CHECK_CONTAINS(why_not(t->s.pipe), SAID("GPU 0 here cannot read the peer's GPU 0"));
+}
+
+static void halfway(const char *fails) {
+    two t;
+    cargo c;
+    tprpc_tensor out[2];
+    two_fails = fails;
+    two_open(&t, "shm://", "cuda_ipc,basic", halfway_receive, NULL);
+    CUstream s = gpu_stream(0);
+    for (int k = 0; k < 2; k++) {
+        out[k] = gpu_tensor(0, gpu_alloc(0, SIZE), SIZE, s, 0);
+        REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, out[k].data, SIZE, NULL), TPRPC_OK);
+    }
+    for (uint64_t i = 0; i < 3; i++) {
+        for (uint64_t k = 0; k < 2; k++) gpu_put(0, s, out[k].data, SIZE, 2 * i + k);
+        two_sent(&t, &c, out, 2);
+    }
+    two_close(&t, false);
+}
+
+TEST(the_second_cannot_be_opened) { halfway("cuIpcOpenMemHandle:3+:1"); }
+TEST(the_page_cannot_be_read) { halfway("cuMemcpyAsync:1:1"); }
+
+/* Many are sent before the first is read; their streams stand still, and go on after they were sent. */
+enum { EARLY = 40 };
+
+static void early_receive(two *t, void *arg) {
+    static cargo c[EARLY];
+    tprpc_tensor in[EARLY];
+    (void)arg;
+    CUstream r = gpu_stream(other());
+    uint8_t *target = (uint8_t *)gpu_alloc(other(), EARLY * SIZE);
+    two_await(t, SENT);
+    for (size_t i = 0; i < EARLY; i++) {
+        in[i] = gpu_tensor(other(), target + i * SIZE, SIZE, r, other());
+        two_recv(t, &c[i], &in[i], 1);
+    }
+    for (size_t i = 0; i < EARLY; i++) {
+        WAIT(&t->s, c[i].got.runs, 1);
+        CHECK_EQ_INT(c[i].got.status, TPRPC_OK);
+        CHECK(gpu_matches(other(), r, in[i].data, SIZE, i));
+    }
+}
+
+static void early(bool registered, const char *fails) {
+    static cargo c[EARLY];
+    tprpc_tensor out[EARLY];
+    two t;
+    two_fails = fails;
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", early_receive, NULL);
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, EARLY * SIZE);
+    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, EARLY * SIZE, NULL), TPRPC_OK);
+    uint64_t *gate = gate_close(0, s);
+    for (size_t i = 0; i < EARLY; i++) {
+        out[i] = gpu_tensor(0, source + i * SIZE, SIZE, s, other());
+        gpu_put(0, s, out[i].data, SIZE, i);
+        two_send(&t, &c[i], &out[i], 1);
+    }
+    two_raise(&t, SENT);
+    idle(&t.s, 3000);
+    gate_open(gate);
+    for (size_t i = 0; i < EARLY; i++) {
+        WAIT(&t.s, c[i].wrote.runs, 1);
+        CHECK_EQ_INT(c[i].wrote.status, TPRPC_OK);
+    }
+    two_close(&t, false);
+}
+
+TEST(sent_before_it_is_proven) { early(false, NULL); }
+TEST(sent_before_it_is_proven_registered) { early(true, NULL); }
+TEST(sent_before_it_is_refused) { early(false, CANNOT_OPEN); }
+TEST(sent_before_it_is_refused_registered) { early(true, CANNOT_OPEN); }
+
 /* ---- a process is killed: streams of the other go on, with what was queued behind ---- */
 
 static void goes_on(two *t, int device, CUstream stream) {

@@ -16,6 +16,7 @@ typedef struct two {
 } two;
 
 static UNUSED const char *two_visible;  /* CUDA_VISIBLE_DEVICES of the child; NULL: as here */
+static UNUSED const char *two_fails, *two_fails_here;   /* STANDIN_FAIL of the child, and of this process */
 
 typedef struct two_peer {
     const char *address, *channels;
@@ -47,6 +48,7 @@ static UNUSED void two_child(void *arg) {
     memset(&t, 0, sizeof t);
     t.shared = peer->shared;
     if (two_visible) setenv("CUDA_VISIBLE_DEVICES", two_visible, 1);
+    if (two_fails) setenv("STANDIN_FAIL", two_fails, 1);
     gpu_load();
     t.s.ctx = two_context(peer->address, peer->channels);
     while (!LOAD(t.shared->flags[0])) test_sleep_us(100);
@@ -71,6 +73,7 @@ static UNUSED void two_open(two *t, const char *address, const char *channels, v
     peer.arg = arg;
     peer.shared = t->shared;
     t->child = test_fork_run(two_child, &peer);
+    if (two_fails_here) setenv("STANDIN_FAIL", two_fails_here, 1);
     gpu_load();
     t->s.ctx = two_context(address, channels);
     t->s.listener = listen_on(t->s.ctx, address, 0);

@@ -101,6 +101,7 @@ TEST(what_backends_call) {
     INVALID(tprpc_link_bulk(NULL, 1, 0, bytes, sizeof bytes, &work));
     CHECK(!tprpc_link_handles(NULL));
     CHECK_EQ_INT(tprpc_link_process(NULL), 0);
+    tprpc_link_explain(NULL, "why");
     CHECK_EQ_INT(tprpc_context_get_backends(NULL, &info, 1, sizeof info), 0);
     CHECK_EQ_INT(tprpc_context_get_backends(ctx, NULL, 1, sizeof info), 0);
     CHECK_EQ_INT(tprpc_context_get_backends(ctx, &info, 1, sizeof info - 1), 0);

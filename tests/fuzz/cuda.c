@@ -34,7 +34,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     memset(&one, 0, sizeof one);
     memset(&two, 0, sizeof two);
     if (tpr_cuda_wire_read(block, length, handles, &one)) {
-        check(one.kind >= TPR_CUDA_WIRE_WANT && one.kind <= TPR_CUDA_WIRE_TOOK && length <= sizeof again);
+        check(one.kind >= TPR_CUDA_WIRE_WANT && one.kind <= TPR_CUDA_WIRE_ASK && length <= sizeof again);
         check(handles == (tpr_cuda_wire_has_handle(one.kind) ? 1u : 0u));
         memcpy(again, block, length);
         tpr_cuda_wire_write(again, &one);
