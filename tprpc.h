@@ -834,7 +834,7 @@ typedef struct tprpc_path {          // one backend as a pipe sees it
     char    name[16];
     bool    channel;                 // false: a transport
     bool    chosen;                  // the transport carries the pipe, the channel the tensors that `carries` tells
-    char    why[110];                // when not chosen: why not; of the channel for host tensors: why a lane is missing
+    char    why[110];                // when not chosen: why not; of a channel that is: what it lacks, a lane or a proof
     uint32_t carries;                // TPRPC_PATH_*: which tensors to the peer the channel is the one for; 0: none
     int32_t device_kind;             // of these, the devices' (TPRPC_CUDA, say; of several kinds, the one of the
                                      // converter given first); 0: host memory alone
@@ -12657,6 +12657,23 @@ TPR_COLD static tprpc_status tpr_pipe_reach(tprpc_pipe *pipe, const tprpc_pipe_d
 
 // ---- what is chosen, and why the rest is not
 
+// Tells which tensors on devices the channel is the one for.
+static void tpr_pipe_carried(tprpc_pipe *pipe, const tpr_context_backend *entry, tprpc_path *path) {
+    for (uint32_t i = 0; i < pipe->ctx->backend_count && !path->device_kind; i++) {
+        const tprpc_converter_table *converter = pipe->ctx->backends[i].backend->converter;
+        if (!converter || converter->kind == TPRPC_CPU) continue;
+        for (uint32_t way = 1; way < 4; way++) {   // the bits of TPRPC_PATH_*
+            tprpc_device from = {TPRPC_CPU, 0}, to = {TPRPC_CPU, 0};
+            if (way & 2) from.kind = converter->kind;
+            if (way & 1) to.kind = converter->kind;
+            const tpr_pipe_channel *channel = tpr_pipe_choose(pipe, from, to, NULL, 0, 0, false);
+            if (!channel || channel->entry != entry) continue;
+            path->carries |= 1u << way;
+            path->device_kind = converter->kind;
+        }
+    }
+}
+
 static void tpr_pipe_why(const tprpc_pipe *pipe, uint32_t i, tprpc_path *path) {
     const tpr_context_backend *entry = &pipe->ctx->backends[i];
     const char *why = "";
@@ -12675,30 +12692,16 @@ static void tpr_pipe_why(const tprpc_pipe *pipe, uint32_t i, tprpc_path *path) {
     else if (!path->channel && entry->priority <= pipe->now.entry->priority) why = "another transport comes first";
     else if (!path->channel)
         why = pipe->connector ? "the peer does not listen on it" : "the peer, who connected, has not moved the pipe";
-    else if (channel && channel->link.why[0]) why = channel->link.why;
+    else if (channel && channel->link.why[0]) why = channel->link.why;   // of one that carries some, too
+    else if (path->carries)
+        why = path->carries & TPRPC_PATH_HOST_TO_HOST && (pipe->lanes_wanted & ~pipe->lanes_open) ? pipe->lane_why : "";
     else if (!channel || !channel->end) why = "it could not be set up at both ends";
     else if (!channel->proved || !channel->verdict)
         why = "its proof failed: the memory of the other end cannot be reached";
     else if (channel->rate) why = "another channel was faster with large tensors";
     else why = "another channel comes first";
-    snprintf(path->why, sizeof path->why, "%.109s", path->chosen ? "" : why);
-}
-
-// Tells which tensors on devices the channel is the one for.
-static void tpr_pipe_carried(tprpc_pipe *pipe, const tpr_context_backend *entry, tprpc_path *path) {
-    for (uint32_t i = 0; i < pipe->ctx->backend_count && !path->device_kind; i++) {
-        const tprpc_converter_table *converter = pipe->ctx->backends[i].backend->converter;
-        if (!converter || converter->kind == TPRPC_CPU) continue;
-        for (uint32_t way = 1; way < 4; way++) {   // the bits of TPRPC_PATH_*
-            tprpc_device from = {TPRPC_CPU, 0}, to = {TPRPC_CPU, 0};
-            if (way & 2) from.kind = converter->kind;
-            if (way & 1) to.kind = converter->kind;
-            const tpr_pipe_channel *channel = tpr_pipe_choose(pipe, from, to, NULL, 0, 0, false);
-            if (!channel || channel->entry != entry) continue;
-            path->carries |= 1u << way;
-            path->device_kind = converter->kind;
-        }
-    }
+    if (path->carries) path->chosen = true;
+    snprintf(path->why, sizeof path->why, "%.109s", why);
 }
 
 static void tpr_pipe_info_of(tprpc_pipe *pipe, tprpc_pipe_info *info) {
@@ -12723,15 +12726,10 @@ static void tpr_pipe_info_of(tprpc_pipe *pipe, tprpc_pipe_info *info) {
     for (uint32_t i = 0; i < pipe->ctx->backend_count && info->path_count < TPR_COUNT(info->paths); i++) {
         if (pipe->ctx->backends[i].backend->converter) continue;
         tprpc_path *path = &info->paths[info->path_count++];
+        const tpr_context_backend *entry = &pipe->ctx->backends[i];
+        if (channel && channel->entry == entry) path->carries = TPRPC_PATH_HOST_TO_HOST;
+        if (entry->backend->channel && pipe->state == TPR_PIPE_OPEN) tpr_pipe_carried(pipe, entry, path);
         tpr_pipe_why(pipe, i, path);
-        const bool for_host = channel && channel->entry == &pipe->ctx->backends[i];
-        if (for_host) path->carries = TPRPC_PATH_HOST_TO_HOST;
-        if (path->channel && pipe->state == TPR_PIPE_OPEN) tpr_pipe_carried(pipe, &pipe->ctx->backends[i], path);
-        if (path->carries) {
-            path->chosen = true;
-            const bool missing = for_host && (pipe->lanes_wanted & ~pipe->lanes_open) != 0;
-            snprintf(path->why, sizeof path->why, "%s", missing ? pipe->lane_why : "");
-        }
     }
 }
 

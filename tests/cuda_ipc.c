@@ -213,7 +213,8 @@ static void refused(two *t, const refusal *x, bool child) {
         if (!CHECK_EQ_INT(out.wrote.status, TPRPC_OK)) fprintf(stderr, "%s\n", out.wrote.text);
         if (!CHECK(gpu_matches(0, s, target, LITTLE, 2 * i + !child))) break;
     }
-    CHECK_CONTAINS(why_not(t->s.pipe), x->why[child]);
+    if (x->why[child][0]) CHECK_CONTAINS(why_not(t->s.pipe), x->why[child]);
+    else CHECK_STR(why_not(t->s.pipe), "");
     if (gpu.standin_count) CHECK_EQ_INT(gpu.standin_count("allocations"), x->allocations[child]);
     if (gpu.standin_count) CHECK_EQ_INT(gpu.standin_count("mappings"), x->mappings[child]);
     two_raise(t, child ? DONE : GO);
@@ -239,7 +240,7 @@ static void refuse(const refusal *x, const char *child, const char *here) {
 #define SAID(who) "its proof failed: " who ": CUDA_ERROR_INVALID_VALUE"
 
 TEST(nothing_fails) {
-    static const refusal x = {{"another channel comes first", "another channel comes first"}, {4, 4}, {2, 2}, false};
+    static const refusal x = {{"", ""}, {4, 4}, {2, 2}, false};
     refuse(&x, NULL, NULL);
 }
 
@@ -261,7 +262,7 @@ TEST(neither_can_open) {
 }
 
 TEST(the_sender_cannot_show) {
-    static const refusal x = {{"its proof failed: GPU 0 here cannot be shown: CUDA_ERROR_NOT_SUPPORTED", "another"},
+    static const refusal x = {{"its proof failed: GPU 0 here cannot be shown: CUDA_ERROR_NOT_SUPPORTED", ""},
                               {3, 4}, {2, 0}, false};
     refuse(&x, NULL, "cuIpcGetMemHandle:1+:801");
 }
