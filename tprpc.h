@@ -4723,7 +4723,8 @@ TPR_COLD static bool tpr_process_look(tpr_process_set *set, int64_t now_us) {
 enum {
     TPR_LOOP_SOURCES = 32,
     TPR_LOOP_TURNS = 64,               // of an unbudgeted poll
-    TPR_LOOP_IDLE_TURNS = 16,          // between looks at the clock
+    TPR_LOOP_IDLE_TURNS = 16,          // between looks at the clock, in vain
+    TPR_LOOP_BUSY_TURNS = 16,          // or with work
     TPR_LOOP_QUICK_COPY = 16 << 10,    // bytes of bulk copied in one go while small messages are about (3 us),
     TPR_LOOP_QUICK_SEND = 32 << 10,    // or handed to a socket, or taken from one,
     TPR_LOOP_QUICK_US = 10000,         // which they are for so long after the last one
@@ -4783,7 +4784,7 @@ typedef struct tpr_loop {
     uintptr_t        callback_thread;
     int64_t          now_us, sleep_until;
     int64_t          quick_us;         // when a small message was sent or taken in last
-    uint64_t         idle_turns, polls;
+    uint64_t         idle_turns, busy_turns, polls;
     tpr_loop_queue   places, callbacks;
     tpr_loop_work    later;            // deferred under the lock
     tpr_base_list    followers;
@@ -5007,6 +5008,8 @@ static inline bool tpr_loop_turn(tpr_loop *loop) {
             did = true;
         }
     }
+    // Who always has work must see his timers.
+    if (did && TPR_UNLIKELY(++loop->busy_turns % TPR_LOOP_BUSY_TURNS == 0)) tpr_loop_clock(loop);
     return did;
 }
 
@@ -5139,7 +5142,7 @@ static bool tpr_loop_wait(tpr_loop *loop, bool (*ready)(void *), void *arg, int6
             if (did) {
                 spin_until = 0;
                 if (++busy % TPR_LOOP_TURNS != 0) continue;
-                tpr_loop_give_way(loop);   // a loop that always has work sees its timers, its end and other threads too
+                tpr_loop_give_way(loop);   // a loop that always has work sees its end and other threads too
                 if (tpr_loop_clock(loop) >= deadline_us) break;
                 continue;
             }
@@ -5212,8 +5215,7 @@ static bool tpr_loop_poll(tpr_loop *loop, int64_t deadline_us, int64_t stop_us) 
         }
         spin_until = INT64_MIN;        // it has slept: no more spinning, not even where the clock has gone back
     }
-    // Who always has work, or finds some at the start of each poll, must see his timers and other threads.
-    if (TPR_UNLIKELY(turns >= TPR_LOOP_TURNS || ++loop->polls % TPR_LOOP_IDLE_TURNS == 0)) tpr_loop_clock(loop);
+    if (TPR_UNLIKELY(++loop->polls % TPR_LOOP_IDLE_TURNS == 0)) tpr_loop_clock(loop);
     tpr_loop_give_way(loop);
     if (TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->woken))) TPR_ATOMIC_STORE(&loop->woken, 0u);
     if (!loop->driving) tpr_loop_hand_on(loop);

@@ -96,6 +96,64 @@ TEST(others_enter_polls_that_find_work_at_once) { enter_while(false, 2); }
 TEST(others_enter_a_wait_that_is_busy) { enter_while(true, 0); }
 TEST(others_enter_a_wait_that_finds_work_now_and_then) { enter_while(true, 2); }
 
+/* ---- the timers of a loop that has work ---- */
+
+static int64_t hands;                    /* of a clock that each turn with work moves on by a millisecond */
+static uint32_t worked, fired_at;
+
+static int64_t by_hand(void *user) {
+    (void)user;
+    return hands;
+}
+
+static bool works(void *instance) {
+    (void)instance;
+    if (idle_every && ++turns % idle_every == 0) return false;
+    worked++;
+    hands += 1000;
+    return true;
+}
+
+static void on_late(tprpc_work *work) {
+    (void)work;
+    fired_at = worked;
+}
+
+static bool has_fired(void *arg) {
+    (void)arg;
+    return fired_at || worked > 5000;
+}
+
+/* However many turns a poll or a wait takes, a timer is late by so many turns at most. */
+static void due_at_work(bool waits, uint32_t idle) {
+    tpr_loop *loop = loop_new(waits ? GIVE_UP_US : 0);
+    tpr_loop_source source;
+    tprpc_error error;
+    tprpc_work due;
+    memset(&source, 0, sizeof source);
+    memset(&due, 0, sizeof due);
+    hands = tpr_loop_clock(loop);
+    loop->env->clock_us = by_hand;
+    turns = worked = fired_at = 0;
+    source.progress = works;
+    idle_every = idle;
+    due.run = on_late;
+    REQUIRE_EQ_INT(tpr_loop_add_source(loop, source, -1, &error), TPRPC_OK);
+    tpr_loop_enter(loop);
+    tpr_loop_timer(loop, &due, tpr_loop_clock(loop) + 1000);
+    if (waits) tpr_loop_wait(loop, has_fired, NULL, INT64_MAX);
+    else while (!has_fired(NULL)) tpr_loop_poll(loop, INT64_MAX, INT64_MAX);
+    CHECK_LE_INT(1, fired_at);
+    CHECK_LE_INT(fired_at, TPR_LOOP_BUSY_TURNS + 2);
+    tpr_loop_leave(loop);
+    loop_free(loop);
+}
+TEST(due_in_polls_that_work) { due_at_work(false, 0); }
+TEST(due_in_polls_that_work_at_length) { due_at_work(false, 40); }
+TEST(due_in_polls_that_find_work_at_once) { due_at_work(false, 2); }
+TEST(due_in_a_wait_that_works) { due_at_work(true, 0); }
+TEST(due_in_a_wait_that_works_at_length) { due_at_work(true, 40); }
+
 /* ---- a clock that goes back ---- */
 
 static int64_t skew_us;
