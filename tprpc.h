@@ -1808,7 +1808,7 @@ static inline bool tpr_os_trylock(tpr_os_lock *lock) {
 }
 
 TPR_COLD TPR_UNUSED static void tpr_os_lock_await(tpr_os_lock *lock) {
-    for (int i = 0; i < 100; i++) {
+    for (int i = 0; i < 40; i++) {     // two microseconds at most: who holds it longer has no processor, or much to do
         if (TPR_ATOMIC_PEEK(&lock->state) == 0 && tpr_os_trylock(lock)) return;
         tpr_atomic_pause();
     }
@@ -4838,7 +4838,7 @@ TPR_COLD static void tpr_loop_let_pass(tpr_loop *loop) {
     const uint32_t passed = TPR_ATOMIC_PEEK(&loop->passed);
     TPR_ATOMIC_ADD(&loop->giving, 1u);
     tpr_loop_leave(loop);
-    for (int i = 0; i < 1000 && TPR_ATOMIC_PEEK(&loop->contenders); i++) tpr_atomic_pause();
+    for (int i = 0; i < 100 && TPR_ATOMIC_PEEK(&loop->contenders); i++) tpr_atomic_pause();   // they may want this core
     if (TPR_ATOMIC_PEEK(&loop->contenders)) tpr_os_futex_wait(&loop->passed, passed, TPR_LOOP_LET_PASS_US);
     TPR_ATOMIC_SUB(&loop->giving, 1u);
     tpr_loop_enter(loop);
