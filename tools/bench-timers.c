@@ -105,6 +105,7 @@ static void open_sides(side sides[2], tprpc_store **store, kept *all, uint32_t c
         tprpc_store_desc local = {0};
         context.limits.memory_bytes = UINT64_C(1) << 40;
         context.limits.pending_calls = 2 * count + 1000;
+        context.limits.peer_calls = 2 * count + 1000;
         context.transports = "shm";
         local.url = "local://";
         if (tprpc_context_create(&context, &sides[i].ctx, &error) != TPRPC_OK) die("context", &error);
