@@ -349,7 +349,7 @@ def measure(available, needed, rounds):
             try:
                 values[name].append(measure_it())
             except Failed as failure:
-                failures[name] = str(failure)
+                failures[name] = str(failure).replace(ROOT + os.sep, "")
             except LookupError as missing:
                 failures[name] = f"{name}: its output has no {missing}"
             seconds[name] = round(seconds[name] + time.monotonic() - begin, 3)
