@@ -1516,8 +1516,9 @@ TPRPC_API bool         tprpc_link_handles(tprpc_link *link);
 TPRPC_API uint32_t     tprpc_link_transport(tprpc_link *link);
 // The twin's process, as the pipe's transport says (tprpc_transport_table.process); 0: it cannot be told.
 TPRPC_API int32_t      tprpc_link_process(tprpc_link *link);
-// Says why transfers go another way than by this channel, for tprpc_path.why, which cuts it; copied. For what is found
-// out when the first of them come. NULL: it is forgotten.
+// Says why transfers go another way than by this channel, for what is found out when the first of them come: it stands
+// in tprpc_path.why, cut to 109 bytes, until the next one. `why` is copied; NULL: there is none any more. Only on the
+// link's loop, as all of these; it cannot fail.
 TPRPC_API void         tprpc_link_explain(tprpc_link *link, const char *why);
 // Ends a transfer, exactly once: its memory is not touched any more. error: NULL when status is TPRPC_OK; copied.
 TPRPC_API void         tprpc_transfer_done(tprpc_transfer *transfer, tprpc_status status, const tprpc_error *error);
