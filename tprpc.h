@@ -12158,6 +12158,13 @@ static void tpr_pipe_lanes_want(tprpc_pipe *pipe, uint32_t count) {
         tpr_pipe_lane_connect(pipe, number);
 }
 
+// Who hangs up without a word where somebody was to be reached is taken for another: he has got nothing of ours but a
+// hello. What he did say may be lost with the connection.
+TPR_COLD static tprpc_status tpr_pipe_lost_status(const tprpc_pipe *pipe, const tprpc_error *error) {
+    if (pipe->state == TPR_PIPE_GREETING && pipe->due_process && !pipe->hello) return TPRPC_ERROR_UNREACHABLE;
+    return error ? error->status : TPRPC_ERROR_PEER;
+}
+
 static void tpr_pipe_conn_event(tprpc_conn_owner *owner, uint32_t events, const tprpc_error *error) {
     tpr_pipe_conn *conn = (tpr_pipe_conn *)(void *)owner;
     tprpc_pipe *pipe = conn->pipe;
@@ -12185,7 +12192,7 @@ static void tpr_pipe_conn_event(tprpc_conn_owner *owner, uint32_t events, const 
                 tpr_pipe_pump_in(pipe);
                 if (pipe->bytes_received == before) break;
             }
-            tpr_pipe_part(pipe, error ? error->status : TPRPC_ERROR_PEER, error ? error->os_code : 0,
+            tpr_pipe_part(pipe, tpr_pipe_lost_status(pipe, error), error ? error->os_code : 0,
                           error ? error->text : "the connection was lost");
         }
     }
