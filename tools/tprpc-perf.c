@@ -2222,24 +2222,25 @@ static size_t perf_copy_choose(perf_copy *copy) {
     return best;
 }
 
-// The owner of the memory: makes its pages its own, says so, and stays until this process ends.
+// The owner of the memory: says where it is, and stays until this process ends. It is its own from the beginning, as a
+// sender's is: pages that are copied after a fork lie otherwise, and copies from there have another speed.
 static void perf_copy_own(const perf_options *o, void *user) {
     const perf_copy *copy = (const perf_copy *)user;
+    const unsigned char *from = perf_pattern_memory(copy->size);
     (void)o;
-    memcpy(copy->from, perf_pattern_memory(copy->size), copy->size);
-    if (write(copy->tell, "", 1) != 1) perf_die("pipe", NULL);
+    if (write(copy->tell, &from, sizeof from) != (ssize_t)sizeof from) perf_die("pipe", NULL);
     for (;;) pause();
 }
 
 static void perf_copy_start_owner(perf_copy *copy) {
     perf_other other;
     int tell[2];
-    char ready;
     if (pipe(tell) != 0) perf_die("pipe", NULL);
     copy->tell = tell[1];
     perf_start(&other, copy->o, perf_copy_own, copy);
     close(tell[1]);
-    if (read(tell[0], &ready, 1) != 1) perf_die("the owner of the memory", NULL);
+    if (read(tell[0], &copy->from, sizeof copy->from) != (ssize_t)sizeof copy->from)
+        perf_die("the owner of the memory", NULL);
     close(tell[0]);
     copy->owner = other.pid;
 }
@@ -2247,7 +2248,7 @@ static void perf_copy_start_owner(perf_copy *copy) {
 static void perf_raw_copies(const perf_options *o, perf_result *r) {
     perf_copy copy = {.o = o, .size = (size_t)o->size, .chunk = (size_t)o->size};
     bool other_process = o->medium == PERF_READV || o->medium == PERF_READV2;
-    copy.from = other_process ? (unsigned char *)perf_memory(copy.size) : perf_pattern_memory(copy.size);
+    if (!other_process) copy.from = perf_pattern_memory(copy.size);
     for (int i = 0; i < 2; i++) copy.to[i] = (unsigned char *)perf_memory(copy.size);
     if (other_process) perf_copy_start_owner(&copy);
     else perf_pin(o, 0), copy.chunk = perf_copy_choose(&copy);
