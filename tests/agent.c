@@ -814,8 +814,9 @@ IN_MODES(unplaced_when_the_caller_dies, APART_MODES) {
 }
 
 static tprpc_status place_and_stop(tprpc_placement *placement, void *user) {
-    tprpc_status status = place_here(placement, user);
-    kill(shared->pid[1], SIGSTOP);
+    tprpc_status status;
+    kill(shared->pid[1], SIGSTOP);       /* before it is known, for who knows it lets it go on */
+    status = place_here(placement, user);
     test_sleep_us(20000);
     return status;
 }

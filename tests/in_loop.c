@@ -1,5 +1,6 @@
-/* A loop by itself: threads that wait for its lock get it, however busy it is; the ends of other processes that are
-   watched through it are told, once, whether it spins, sleeps or hangs in a foreign loop. */
+/* A loop by itself: threads that wait for its lock get it, however busy it is, and the processor where many wait; the
+   ends of other processes that are watched through it are told, once, whether it spins, sleeps or hangs in a foreign
+   loop. */
 #include "harness.h"
 #include <poll.h>
 #include <pthread.h>
@@ -95,6 +96,65 @@ TEST(others_enter_a_poll_that_is_busy) { enter_while(false, 0); }
 TEST(others_enter_polls_that_find_work_at_once) { enter_while(false, 2); }
 TEST(others_enter_a_wait_that_is_busy) { enter_while(true, 0); }
 TEST(others_enter_a_wait_that_finds_work_now_and_then) { enter_while(true, 2); }
+
+/* ---- a crowd: who finds no work lets others run ---- */
+
+static int yields, over;
+
+static int count_yields(const char *call, int64_t *size) {
+    (void)size;
+    if (strcmp(call, "sched_yield") == 0) ADD(&yields, 1);
+    return 0;
+}
+
+static bool is_over(void *arg) {
+    (void)arg;
+    return LOAD(&over) != 0;
+}
+
+static bool no_work(void *instance) {
+    (void)instance;
+    return false;
+}
+
+static void *enters_and_ends(void *arg) {
+    enters(arg);
+    STORE(&over, 1);
+    return NULL;
+}
+
+/* Spins in vain beside a thread that comes for the lock now and again, or for 60 ms beside none. */
+static void spin_beside(bool another) {
+    tpr_loop *loop = loop_new(GIVE_UP_US);
+    pthread_t thread;
+    loop->sources[0].progress = no_work;
+    loop->source_count = 1;
+    STORE(&tprpc_test_hook, count_yields);
+    tpr_loop_enter(loop);
+    if (another) REQUIRE_EQ_INT(pthread_create(&thread, NULL, enters_and_ends, loop), 0);
+    tpr_loop_wait(loop, is_over, NULL, test_now_us() + (another ? GIVE_UP_US : 60000));
+    tpr_loop_leave(loop);
+    if (another) pthread_join(thread, NULL);
+    if (another) CHECK_LE_INT(1, LOAD(&yields));
+    else CHECK_EQ_INT(LOAD(&yields), 0);
+    CHECK_EQ_INT(LOAD(&over), another);
+    if (another) {                           /* they are gone: so is the crowd, after a while */
+        test_sleep_us(2 * TPR_LOOP_CROWD_US + TPR_LOOP_ABOUT_US);
+        tpr_loop_enter(loop);
+        tpr_loop_clock(loop);
+        STORE(&yields, 0);
+        STORE(&over, 0);
+        tpr_loop_wait(loop, is_over, NULL, test_now_us() + 20000);
+        tpr_loop_leave(loop);
+        CHECK_EQ_INT(LOAD(&yields), 0);
+    }
+    STORE(&tprpc_test_hook, NULL);
+    loop->source_count = 0;
+    loop_free(loop);
+}
+
+TEST(in_a_crowd_who_finds_no_work_yields) { spin_beside(true); }
+TEST(who_spins_alone_does_not_yield) { spin_beside(false); }
 
 /* ---- the timers of a loop that has work ---- */
 

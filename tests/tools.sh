@@ -206,7 +206,7 @@ timers() {
 }
 
 agents() {
-    names="pending_bytes serving_bytes one_mps threads_mps join_ms"
+    names="pending_bytes serving_bytes one_mps threads_mps crowded_mps join_ms"
     timeout 60 build/bench-agent --calls 5000 --workers 20 --seconds 1 >"$out" 2>"$said"
     status=$?
     if [ $status -ne 0 ]; then bad bench_agent "exit status $status"

@@ -3,13 +3,19 @@
 //   pending_bytes, serving_bytes   memory that one of `calls` calls without a body takes while it is pending, of the
 //                                  caller's context and of the one that serves it
 //   one_mps, threads_mps           million calls a second from one thread, and from 16 threads, to one worker of another
-//                                  process, with as many calls under way in all
+//                                  process, with as many calls under way in all; the worker has a core of its own, the
+//                                  threads share the others
+//   crowded_mps                    the same from 16 threads that may take the worker's core, too
 //   join_ms                        the median of how long a worker takes to join a dynamic group of `workers`, from its
 //                                  creation until it is ready, over tcp://
 //
 //   bench-agent [--calls N] [--workers N] [--seconds N]      (default: 1000000, 200, 1)
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE          // sched_setaffinity
+#endif
 #include "../tprpc.h"
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -196,7 +202,20 @@ static double rate_of(tprpc_context *ctx, tprpc_agent *agent, tprpc_method_id id
     return (double)calls / (double)(tprpc_now_us(ctx) - begin);
 }
 
-static void measure_threads(const char *url, int seconds, double mps[2]) {
+// Lets a process (0: this one), and the threads that it starts from now on, have these cores.
+static void have_cores(pid_t pid, const cpu_set_t *cores) {
+    if (sched_setaffinity(pid, sizeof *cores, cores) != 0) die("sched_setaffinity", NULL);
+}
+
+static void measure_threads(const char *url, int seconds, double mps[3]) {
+    cpu_set_t all, one, others;
+    size_t core = 0;
+    if (sched_getaffinity(0, sizeof all, &all) != 0) die("sched_getaffinity", NULL);
+    while (!CPU_ISSET(core, &all)) core++;
+    others = all;
+    if (CPU_COUNT(&all) > 1) CPU_CLR(core, &others);
+    CPU_ZERO(&one);
+    CPU_SET(core, &one);
     pid_t pid = fork();
     if (pid == 0) {
         serve_calls(url);
@@ -208,9 +227,14 @@ static void measure_threads(const char *url, int seconds, double mps[2]) {
     tprpc_future future;
     if (tprpc_agent_wait_ready(agent, START_MS, NULL) != TPRPC_OK) die("the group does not meet", NULL);
     if (tprpc_resolve(agent, "called", "echo", &id, NULL) != TPRPC_OK) die("resolve", NULL);
+    have_cores(pid, &one);
+    have_cores(0, &others);
     rate_of(ctx, agent, id, 1, 1);                               // warms up
     mps[0] = rate_of(ctx, agent, id, 1, seconds);
     mps[1] = rate_of(ctx, agent, id, THREADS, seconds);
+    have_cores(pid, &all);
+    have_cores(0, &all);
+    mps[2] = rate_of(ctx, agent, id, THREADS, seconds);
     if (tprpc_call(agent, "called", "stop", NULL, NULL, &future) == TPRPC_OK) tprpc_future_wait(future, START_MS);
     tprpc_future_release(future);
     tprpc_agent_leave(agent, START_MS, NULL);
@@ -274,7 +298,7 @@ static double measure_join(const char *url, int workers) {
 int main(int argc, char **argv) {
     static const char *const names[] = {"--calls", "--workers", "--seconds"};
     int values[] = {1000000, 200, 1};
-    double bytes[2], mps[2];
+    double bytes[2], mps[3];
     char urls[2][64];
     for (int i = 1; i < argc; i += 2) {
         int at = 0;
@@ -289,6 +313,6 @@ int main(int argc, char **argv) {
     const double join_ms = measure_join(urls[1], values[1]);
     measure_pending((uint32_t)values[0], bytes);
     printf("{\"pending_bytes\": %.1f, \"serving_bytes\": %.1f, \"one_mps\": %.3f, \"threads_mps\": %.3f, "
-           "\"join_ms\": %.3f}\n", bytes[0], bytes[1], mps[0], mps[1], join_ms);
+           "\"crowded_mps\": %.3f, \"join_ms\": %.3f}\n", bytes[0], bytes[1], mps[0], mps[1], mps[2], join_ms);
     return 0;
 }

@@ -240,6 +240,7 @@ def other_rows():
         Row("call that is served, memory", "bytes", ("agent", 1)),
         Row("64 B calls a second, 16 threads", "million", ("agent", 2), ("one thread", ("agent", 3)), (),
             [("one thread", ("agent", 3), ">=", 0.8)]),
+        Row("the same, also on the server's core", "million", ("agent", 5), ("one thread", ("agent", 3)), ()),
         Row("joining a dynamic group of 200", "ms", ("agent", 4), None, (), at_most(50)),
         Row("compiling the implementation, -O2", "s", "compile", None, (), at_most(5)),
     ]
