@@ -1215,8 +1215,6 @@ TPRPC_API tprpc_status tprpc_call_id(tprpc_agent *agent, tprpc_method_id id, con
 // deep (limits.nesting). Any thread.
 TPRPC_API tprpc_status tprpc_future_wait(tprpc_future future, int64_t timeout_ms);
 // Waits for the first of `count` futures of one context, and sets *which (NULL allowed) to it, whatever its outcome.
-TPRPC_API tprpc_status tprpc_future_wait(tprpc_future future, int64_t timeout_ms);
-// Waits for the first of `count` futures of one context, and sets *which (NULL allowed) to it, whatever its outcome.
 TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t count, int64_t timeout_ms,
                                              size_t *which);
 // Waits for all of `count` futures of one context, at most timeout_ms in all; returns the first outcome, in their
