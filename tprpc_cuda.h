@@ -1579,6 +1579,7 @@ typedef struct tpr_cuda_stream_queue { // of one loop, shared by our channels' i
     tprpc_context        *ctx;
     uint32_t              loop, users; // users: under the set's lock
     tpr_cuda_base_list    waits;
+    bool                  armed;       // since the loop's last turn: it may sleep
     tpr_cuda_stream_lane *lanes;       // set->count of them
     tpr_cuda_os_lock      bell_lock;
     bool                  rung;        // under it: the work is deferred
@@ -1603,6 +1604,13 @@ static void tpr_cuda_stream_ring(void *user) {
     if (!queue->rung) tprpc_defer(queue->ctx, &queue->bell);
     queue->rung = true;
     tpr_cuda_os_lock_give(&queue->bell_lock);
+}
+
+// There is something new to wait for. A loop that sleeps does not know: whoever has begun it need not be its thread.
+static void tpr_cuda_stream_rouse(tpr_cuda_stream_queue *queue) {
+    if (!queue->armed) return;
+    queue->armed = false;
+    tpr_cuda_stream_ring(queue);
 }
 
 static tpr_cuda_stream_queue *tpr_cuda_stream_queue_new(tpr_cuda_device_set *set, const tprpc_host *host) {
@@ -1749,6 +1757,7 @@ static void tpr_cuda_stream_watch(tpr_cuda_stream_queue *queue, tpr_cuda_stream_
     wait->stream = stream;
     wait->belled = false;
     tpr_cuda_base_list_add(&queue->waits, &wait->node);
+    tpr_cuda_stream_rouse(queue);
 }
 
 // Has `wait` run when all is done that is queued on a stream now, which has to stay until then. The device is entered.
@@ -1787,6 +1796,7 @@ static bool tpr_cuda_stream_over(tpr_cuda_stream_queue *queue, tpr_cuda_stream_w
 static bool tpr_cuda_stream_progress(tpr_cuda_stream_queue *queue) {
     bool did = false;
     tpr_cuda_base_list todo;
+    queue->armed = false;
     if (tpr_cuda_base_list_empty(&queue->waits)) return false;
     todo = queue->waits;
     todo.next->prev = todo.prev->next = &todo;
@@ -1822,6 +1832,7 @@ static bool tpr_cuda_stream_bell(tpr_cuda_stream_queue *queue, tpr_cuda_stream_w
 
 // As a channel's arm. Waits ring one after the other, so one that is behind a longer one is found by looking.
 static bool tpr_cuda_stream_arm(tpr_cuda_stream_queue *queue, int64_t *deadline_us) {
+    queue->armed = true;
     if (tpr_cuda_base_list_empty(&queue->waits)) return true;
     bool all = true;
     for (tpr_cuda_base_list *node = queue->waits.next; node != &queue->waits; node = node->next)
@@ -4115,6 +4126,12 @@ static tpr_cuda_ipc_end *tpr_cuda_ipc_end_of(const tpr_cuda_batch *batch) {
     return (tpr_cuda_ipc_end *)(void *)batch->end;
 }
 
+// Puts a batch on a list of the net's, at which the loop looks after a time.
+static void tpr_cuda_ipc_put(tpr_cuda_batch *batch, tpr_cuda_base_list *list) {
+    tpr_cuda_base_list_add(list, &batch->hunger);
+    tpr_cuda_stream_rouse(batch->end->net->queue);
+}
+
 // ---- imports
 
 static size_t tpr_cuda_ipc_import_size(const tpr_cuda_stream_queue *queue) {
@@ -4761,7 +4778,7 @@ static void tpr_cuda_ipc_go_ahead(tpr_cuda_batch *send, uint64_t devices) {
     } else if (parts.count) {
         tpr_cuda_ipc_say_parts(send, &parts);
     } else {
-        tpr_cuda_base_list_add(&tpr_cuda_ipc_net_of(send)->starved, &send->hunger);
+        tpr_cuda_ipc_put(send, &tpr_cuda_ipc_net_of(send)->starved);
     }
 }
 
@@ -4805,7 +4822,7 @@ static void tpr_cuda_ipc_took(tpr_cuda_batch *send, const tpr_cuda_wire_message 
         }
     }
     else if (send->way == TPR_CUDA_IPC_OUTBOX && !send->boxes[0] && tpr_cuda_base_list_empty(&send->hunger))
-        tpr_cuda_base_list_add(&tpr_cuda_ipc_net_of(send)->starved, &send->hunger);
+        tpr_cuda_ipc_put(send, &tpr_cuda_ipc_net_of(send)->starved);
     for (int i = 0; send->way == TPR_CUDA_IPC_OUTBOX && i < TPR_CUDA_BATCH_BOXES; i++) {
         if (!send->boxes[i] || send->boxes[i]->offset != offset) continue;
         status = tpr_cuda_ipc_refill(send, send->boxes[i], &error);
@@ -4841,7 +4858,7 @@ static void tpr_cuda_ipc_fetched(tpr_cuda_batch *send) {
     }
     if (!slow) return;
     send->lent++;                      // the host looks at the words
-    tpr_cuda_base_list_add(&net->slow, &send->hunger);
+    tpr_cuda_ipc_put(send, &net->slow);
 }
 
 // Ends sends whose words were to be looked at.
@@ -5127,7 +5144,7 @@ static tpr_cuda_batch_outcome tpr_cuda_ipc_park(tpr_cuda_batch *receive, const u
         memcpy(parked->descriptor, descriptor, size);
         receive->held = parked;
     }
-    tpr_cuda_base_list_add(&net->parked, &receive->hunger);
+    tpr_cuda_ipc_put(receive, &net->parked);
     return TPR_CUDA_BATCH_GOING_ON;
 }
 
