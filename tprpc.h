@@ -4743,8 +4743,8 @@ enum {
     TPR_LOOP_QUICK_SEND = 32 << 10,    // or handed to a socket, or taken from one,
     TPR_LOOP_QUICK_US = 10000,         // which they are for so long after the last one
     TPR_LOOP_LET_PASS_US = 1000,       // that others have to take the lock
-    TPR_LOOP_CROWD = 16,               // waits for the lock within the next number that make a crowd, for as long again
-    TPR_LOOP_CROWD_US = 20000,
+    TPR_LOOP_CROWD = 16,               // so many waits for the lock within
+    TPR_LOOP_CROWD_US = 20000,         // this time make a crowd, which is taken to last for as long again
     TPR_LOOP_STALE_US = 1000,
     TPR_LOOP_ABOUT_US = 11000
 };
