@@ -1447,7 +1447,9 @@ typedef struct tprpc_channel_table {
     void         (*close)(void *instance);
     size_t       (*domain)(void *instance, uint8_t *out, size_t capacity);
     bool         (*reaches)(void *instance, const uint8_t *domain, size_t size);
-    bool         (*progress)(void *instance);    // these three may be NULL when it never has work of its own
+    // A transport's, and NULL when it never has work of its own. What another thread of the user's has it begin after
+    // arm and before progress is in nothing that arm told: then it wakes the loop itself (tprpc_defer).
+    bool         (*progress)(void *instance);
     bool         (*arm)(void *instance, int64_t *deadline_us);
     intptr_t     (*handle)(void *instance);
     bool         (*moves)(void *instance, tprpc_device from, tprpc_device to);   // sender's device to receiver's

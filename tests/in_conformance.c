@@ -1226,14 +1226,7 @@ static void channel_messages(world *w, const channel_case *c, size_t count, size
         batch_fill(&batches[side], c->kinds[0], c->kinds[1], count, size, seed + (unsigned)side);
         batch_write(w, &batches[side], side);
     }
-    for (side = 0; side < 2; side++) {
-        batch *b = &batches[side];
-        if (!world_here(1 - side)) continue;
-        REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w->pipe[1 - side], on_described, &b->described), TPRPC_OK);
-        UNTIL(w, b->described.runs, 1);
-        if (late) test_sleep_us(50000);
-        batch_takes(w, b, 1 - side);
-    }
+    for (side = 0; side < 2; side++) batch_read_after(w, &batches[side], 1 - side, late ? 50000 : 0);
     for (side = 0; side < 2; side++) {
         batch_ends(w, &batches[side], TPRPC_OK, TPRPC_OK);
         if (batches[side].reads) batch_check(&batches[side], seed + (unsigned)side);

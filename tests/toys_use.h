@@ -401,12 +401,15 @@ TOY_USED static void batch_takes(world *w, batch *b, int side) {
     REQUIRE_EQ_INT(tprpc_pipe_read(w->pipe[side], &message, on_read, &b->got), TPRPC_OK);
 }
 
-TOY_USED static void batch_read(world *w, batch *b, int side) {
+TOY_USED static void batch_read_after(world *w, batch *b, int side, int64_t pause_us) {
     if (!world_here(side)) return;
     REQUIRE_EQ_INT(tprpc_pipe_read_descriptor(w->pipe[side], on_described, &b->described), TPRPC_OK);
     UNTIL(w, b->described.runs, 1);
+    if (pause_us) test_sleep_us(pause_us);
     batch_takes(w, b, side);
 }
+
+TOY_USED static void batch_read(world *w, batch *b, int side) { batch_read_after(w, b, side, 0); }
 
 TOY_USED static void batch_ends(world *w, batch *b, tprpc_status written, tprpc_status got) {
     if (b->writes) UNTIL(w, b->written.runs, 1);
