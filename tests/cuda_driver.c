@@ -308,26 +308,29 @@ TEST(no_memory_to_share) {
 static const char fault_ptx[] =
     ".version 6.3\n.target sm_75\n.address_size 64\n.visible .entry standin_fault()\n{\ntrap;\n}\n";
 
-static void fault(CUstream stream) {
+/* A driver that loads a kernel may wait for what the device is at: here, for a gate that is closed. */
+static CUfunction fault_load(void) {
     CUmodule module;
     CUfunction function;
     gpu_on(0);
     CU(cuModuleLoadData(&module, fault_ptx));
     CU(cuModuleGetFunction(&function, module, "standin_fault"));
-    CU(cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, stream, NULL, NULL));
+    return function;
 }
 
 static void lost(const char *channels) {
     pair p;
     cargo c;
+    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
     gpu_load();
     gpu_pair(&p, "shm://", channels, 0);
     CUstream s = gpu_stream(0);
     void *source = gpu_alloc(0, SIZE), *host = malloc(SIZE);
     tprpc_tensor out = gpu_tensor(0, source, SIZE, s, -1), in = gpu_tensor(-1, host, SIZE, NULL, -1);
+    const CUfunction fault = fault_load();
     cargo_carry(&c, &p, &out, &in, 1);
     uint64_t *gate = gate_close(0, s);
-    fault(s);
+    CU(cuLaunchKernel(fault, 1, 1, 1, 1, 1, 1, 0, s, NULL, NULL));
     cargo_send(&c, p.a, p.b, &out, &in, 1);  /* behind it */
     cargo_read(&c, &p.s, p.b);
     gate_open(gate);
