@@ -1817,11 +1817,17 @@ static inline bool tpr_os_trylock(tpr_os_lock *lock) {
 }
 
 TPR_COLD TPR_UNUSED static void tpr_os_lock_await(tpr_os_lock *lock) {
-    for (int i = 0; i < 40; i++) {     // two microseconds at most: who holds it longer has no processor, or much to do
-        if (TPR_ATOMIC_PEEK(&lock->state) == 0 && tpr_os_trylock(lock)) return;
-        tpr_atomic_pause();
+    uint32_t held = 1;                 // or 2, since others may still sleep: it does not know whether it was the last
+    for (;;) {
+        for (int i = 0; i < 40; i++) { // two microseconds at most: who holds it longer has no processor, or much to do
+            uint32_t expected = 0;
+            if (TPR_ATOMIC_PEEK(&lock->state) == 0 && TPR_ATOMIC_CAS(&lock->state, &expected, held)) return;
+            tpr_atomic_pause();
+        }
+        if (TPR_ATOMIC_SWAP(&lock->state, 2u) == 0) return;
+        tpr_os_futex_wait(&lock->state, 2, -1);
+        held = 2;
     }
-    while (TPR_ATOMIC_SWAP(&lock->state, 2u) != 0) tpr_os_futex_wait(&lock->state, 2, -1);
 }
 
 static inline void tpr_os_lock_take(tpr_os_lock *lock) {
@@ -3260,14 +3266,16 @@ static void tpr_base_map_clear(tpr_base_map *map) {
 }
 
 // ---- slab: objects of one size that never move, found by index and generation; ids are never 0
+// Its memory stays until it is cleared, tables of chunks that it has outgrown too: who has no lock may look as well.
 
 enum { TPR_BASE_SLAB_CHUNK = 64, TPR_BASE_SLAB_CHUNKS = 1 << 18 };
 // heads each object
 typedef struct tpr_base_slot { uint32_t index, generation, next_free; uint32_t used; } tpr_base_slot;
 typedef struct tpr_base_slab {
     tpr_base_memory *memory;
-    uint8_t        **chunks;           // chunk_capacity pointers
-    uint32_t         object_size, chunk_count, chunk_capacity, free_head, used, limit;   // free_head: index + 1, 0 none
+    uint8_t        **chunks;           // atomic: chunk_capacity pointers, and one more to the table before
+    uint32_t         chunk_count;      // atomic
+    uint32_t         object_size, chunk_capacity, free_head, used, limit;   // free_head: index + 1, 0 none
 } tpr_base_slab;
 
 static inline tpr_base_slot *tpr_base_slab_at(const tpr_base_slab *slab, uint32_t index) {
@@ -3280,16 +3288,17 @@ static bool tpr_base_slab_grow(tpr_base_slab *slab) {
     if (slab->chunk_count == TPR_BASE_SLAB_CHUNKS) return false;
     if (slab->chunk_count == slab->chunk_capacity) {
         uint32_t capacity = slab->chunk_capacity ? slab->chunk_capacity * 2 : 16;
-        uint8_t **chunks = (uint8_t **)tpr_base_new(slab->memory, capacity * sizeof *chunks, tag);
+        uint8_t **chunks = (uint8_t **)tpr_base_new(slab->memory, (capacity + 1) * sizeof *chunks, tag);
         if (!chunks) return false;
         if (slab->chunk_count) memcpy(chunks, slab->chunks, slab->chunk_count * sizeof *chunks);
-        tpr_base_free(slab->memory, slab->chunks, slab->chunk_capacity * sizeof *chunks, tag);
-        slab->chunks = chunks;
+        chunks[capacity] = (uint8_t *)(void *)slab->chunks;
+        TPR_ATOMIC_STORE(&slab->chunks, chunks);
         slab->chunk_capacity = capacity;
     }
     uint8_t *chunk = (uint8_t *)tpr_base_new(slab->memory, (size_t)slab->object_size * TPR_BASE_SLAB_CHUNK, tag);
     if (!chunk) return false;
-    slab->chunks[slab->chunk_count++] = chunk;
+    slab->chunks[slab->chunk_count] = chunk;
+    TPR_ATOMIC_STORE(&slab->chunk_count, slab->chunk_count + 1);
     for (uint32_t i = TPR_BASE_SLAB_CHUNK; i-- > 0;) {
         uint32_t index = (slab->chunk_count - 1) * TPR_BASE_SLAB_CHUNK + i;
         tpr_base_slot *slot = tpr_base_slab_at(slab, index);
@@ -3327,12 +3336,24 @@ static inline tpr_base_slot *tpr_base_slab_find(const tpr_base_slab *slab, uint3
     return slot->used && slot->generation == generation ? slot : NULL;
 }
 
+// The same without the lock under which objects are taken and given: whatever is there, free or another's, of which
+// only what is atomic may be looked at.
+static inline tpr_base_slot *tpr_base_slab_peek(const tpr_base_slab *slab, uint32_t index) {
+    if (index >= TPR_ATOMIC_LOAD(&slab->chunk_count) * TPR_BASE_SLAB_CHUNK) return NULL;
+    uint8_t **chunks = TPR_ATOMIC_LOAD(&slab->chunks);
+    return (tpr_base_slot *)(void *)(chunks[index / TPR_BASE_SLAB_CHUNK] +
+                                     (size_t)(index % TPR_BASE_SLAB_CHUNK) * slab->object_size);
+}
+
 static void tpr_base_slab_clear(tpr_base_slab *slab) {
     uint32_t tag = TPR_TAG('s', 'l', 'a', 'b');
     for (uint32_t i = 0; i < slab->chunk_count; i++)
         tpr_base_free(slab->memory, slab->chunks[i], (size_t)slab->object_size * TPR_BASE_SLAB_CHUNK, tag);
-    tpr_base_free(slab->memory, slab->chunks, slab->chunk_capacity * sizeof *slab->chunks, tag);
-    slab->chunks = NULL;
+    for (uint32_t capacity = slab->chunk_capacity; slab->chunks; capacity /= 2) {
+        uint8_t **chunks = slab->chunks;
+        slab->chunks = (uint8_t **)(void *)chunks[capacity];
+        tpr_base_free(slab->memory, chunks, (capacity + 1) * sizeof *chunks, tag);
+    }
     slab->chunk_count = slab->chunk_capacity = slab->free_head = slab->used = 0;
 }
 
@@ -4747,6 +4768,8 @@ enum {
     TPR_LOOP_LET_PASS_US = 1000,       // that others have to take the lock
     TPR_LOOP_CROWD = 16,               // so many waits for the lock within
     TPR_LOOP_CROWD_US = 20000,         // this time make a crowd, which is taken to last for as long again
+    TPR_LOOP_ASIDE = 16,               // looks at whether another thread has done what this one wants, before it tries
+    TPR_LOOP_ASIDE_US = 50,            // to have the lock; for so long
     TPR_LOOP_STALE_US = 1000,
     TPR_LOOP_ABOUT_US = 11000
 };
@@ -5013,6 +5036,7 @@ static void tpr_loop_drain(tpr_loop *loop) {
     tprpc_work *list = TPR_ATOMIC_SWAP(&loop->inbox, (tprpc_work *)NULL), *first = NULL;
     while (list) {   // oldest first
         tprpc_work *next = list->next;
+        tpr_atomic_prefetch((const char *)list + 64);  // another core's, as what stands around it
         list->next = first;
         first = list;
         list = next;
@@ -5024,6 +5048,37 @@ static void tpr_loop_drain(tpr_loop *loop) {
         work->state = TPR_TIMER_IDLE;
         if (timed) tpr_timer_set(&loop->wheel, work, work->due_us);
         else work->run(work);
+    }
+}
+
+// A thread that wants what another may do for it, who has the lock, comes by here until it is done or the lock its own.
+// `looked` counts how often; `until_us`, 0 at first, is when it waits for the lock as others do. Returns whether it has
+// the lock. Who gave the lock away often wants it again at once, and finds in his cache what it guards.
+TPR_COLD static bool tpr_loop_enter_aside(tpr_loop *loop, uint32_t *looked, int64_t *until_us) {
+    tpr_atomic_pause();
+    if (++*looked % TPR_LOOP_ASIDE != 0) return false;
+    if (!TPR_ATOMIC_PEEK(&loop->lock.state) && tpr_os_trylock(&loop->lock)) return true;
+    const int64_t now = tpr_os_now_us();
+    if (!*until_us) *until_us = now + TPR_LOOP_ASIDE_US;
+    if (now >= *until_us) {
+        tpr_loop_enter(loop);
+        return true;
+    }
+    tpr_os_yield();                    // who has it may want this core
+    return false;
+}
+
+// Has `work` run under the lock by whoever has that, and returns once it has, which it says by 1 in *ran as the last of
+// its acts. Of many threads that want the lock each would find what it guards in another's cache: so one does for all
+// what they would do.
+TPR_COLD static void tpr_loop_run_aside(tpr_loop *loop, tprpc_work *work, const uint32_t *ran) {
+    uint32_t looked = 0;
+    int64_t until_us = 0;
+    tpr_loop_defer(loop, work, false);
+    while (!TPR_ATOMIC_LOAD(ran)) {
+        if (!tpr_loop_enter_aside(loop, &looked, &until_us)) continue;
+        tpr_loop_drain(loop);
+        tpr_loop_leave(loop);
     }
 }
 
@@ -15551,14 +15606,19 @@ typedef struct tpr_agent_map {         // an entry of the device map
     tprpc_device from, to;
 } tpr_agent_map;
 
+// A call's future: the slot's generation above these. It is held until it is released; once it is done, the call's
+// status stands in the second byte, and what its holder may ask for changes no more until he releases it.
+enum { TPR_AGENT_FUTURE_HELD = 1, TPR_AGENT_FUTURE_DONE = 2, TPR_AGENT_FUTURE_STATUS_SHIFT = 8 };
+
 typedef struct tpr_agent_call {        // a call begun here, and its future
     tpr_base_slot slot;                // first
-    tpr_base_list node;                // of the worker's calls
-    struct tpr_agent_worker *worker;
-    tprpc_work    timer;
-    tpr_loop_task task;                // on_done
+    uint64_t      future;              // atomic: what its holder may see without the lock, see TPR_AGENT_FUTURE_HELD
+    tprpc_work    timer;               // once it is done: its release
     uint32_t      refs, flags;
-    bool          done, awaited, reading, parked, has_future;
+    struct tpr_agent_worker *worker;
+    tpr_base_list node;                // of the worker's calls
+    tpr_loop_task task;                // on_done
+    bool          done, awaited, reading, parked;
     tprpc_status  status;
     int64_t       timeout_ms;
     tprpc_error  *error;               // NULL: none, or no memory for it
@@ -16062,8 +16122,12 @@ static inline tpr_loop *tpr_agent_loop_of(void *owner, uint64_t id) {
     return index < agent->ctx->loop_count ? &agent->ctx->loops[index] : NULL;
 }
 
+static inline uint32_t tpr_agent_index(uint64_t id) {
+    return (uint32_t)(id >> TPR_AGENT_INDEX_SHIFT) & TPR_AGENT_INDEX_MASK;
+}
+
 static inline tpr_base_slot *tpr_agent_find(const tpr_base_slab *slab, uint64_t id) {
-    return tpr_base_slab_find(slab, (uint32_t)(id >> TPR_AGENT_INDEX_SHIFT) & TPR_AGENT_INDEX_MASK, (uint32_t)id);
+    return tpr_base_slab_find(slab, tpr_agent_index(id), (uint32_t)id);
 }
 
 static inline tpr_agent_loop *tpr_agent_on(tprpc_agent *agent, const tpr_loop *loop) {
@@ -16753,6 +16817,8 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     }
     if (call->awaited) tpr_loop_notify(loop);
     if (call->reading && !call->parked && status != TPRPC_OK) tpr_agent_abort_in(call->in);
+    TPR_ATOMIC_STORE(&call->future, call->future | (uint64_t)status << TPR_AGENT_FUTURE_STATUS_SHIFT |
+                                        (uint64_t)TPR_AGENT_FUTURE_DONE);     // from here on its holder may release it
     tpr_agent_call_unref(agent, call);
 }
 
@@ -17366,7 +17432,8 @@ static tprpc_status tpr_agent_call_begin(tpr_agent_worker *worker, const char *m
     call->task.done = tpr_agent_done_over;
     call->task.busy = NULL;
     call->flags = options->flags;
-    call->done = call->awaited = call->reading = call->parked = call->has_future = false;
+    call->done = call->awaited = call->reading = call->parked = false;
+    TPR_ATOMIC_POKE(&call->future, (uint64_t)call->slot.generation << 32);
     call->status = TPRPC_OK;
     call->error = NULL;
     call->in = NULL;
@@ -17436,7 +17503,6 @@ TPR_COLD static tprpc_status tpr_agent_keep_connect(tpr_agent_worker *worker, tp
     return passes ? tpr_agent_worker_connect(worker, error) : status;
 }
 
-// Begins a call, with the lock of the worker's loop.
 // When a timeout that begins now is over: never early, and a long one up to a hundredth late, for a cheaper clock.
 static inline int64_t tpr_agent_due(tpr_loop *loop, int64_t timeout_ms) {
     if (timeout_ms < TPR_AGENT_LONG_MS || loop->env->clock_us)
@@ -17444,11 +17510,26 @@ static inline int64_t tpr_agent_due(tpr_loop *loop, int64_t timeout_ms) {
     return tpr_context_deadline(tpr_loop_clock_about(loop) + TPR_LOOP_ABOUT_US, timeout_ms);
 }
 
-static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method, const char *method_name,
-                                      const tprpc_message *message, const tprpc_call_options *options,
-                                      tprpc_future *out, tprpc_error *error) {
+typedef struct tpr_agent_beginning {   // a call to be begun under the lock of its worker's loop
+    tprpc_work    work;
+    tpr_agent_worker *worker;
+    uint32_t      method;
+    tprpc_status  status;
+    uint32_t      ran;                 // atomic: status is what came of it
+    uint8_t       depth;               // how deep it is in a chain of blocking handlers
+    tprpc_future *out;                 // NULL: nobody asks
+    const char   *method_name;
+    const tprpc_message *message;
+    const tprpc_call_options *options;
+    tprpc_error  *error;
+} tpr_agent_beginning;
+
+static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, tpr_agent_beginning *b, const char *method_name) {
     tprpc_agent *agent = worker->agent;
     tpr_loop *loop = worker->loop;
+    const tprpc_message *message = b->message;
+    const tprpc_call_options *options = b->options;
+    tprpc_error *error = b->error;
     tpr_wire_call prefix;
     tpr_agent_call *call = NULL;
     const int64_t begun = tpr_trace_clock(agent->trace);
@@ -17467,14 +17548,16 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
     bool one_way = (options->flags & TPRPC_CALL_ONE_WAY) != 0;
     prefix.kind = TPR_WIRE_CALL;
     prefix.flags = one_way ? TPR_WIRE_CALL_ONE_WAY : 0;
-    prefix.method = method;
+    prefix.method = b->method;
     prefix.lane = options->lane;
     prefix.timeout_ms = call->timeout_ms > 0 && call->timeout_ms < UINT32_MAX ? (uint32_t)call->timeout_ms : 0;
     prefix.id = id;
-    prefix.depth = TPR_UNLIKELY(agent->thread_count != 0) ? tpr_agent_chain(agent) : 0;
+    prefix.depth = b->depth;
     call->refs++;                      // this function's
-    if (out) call->refs++;
-    call->has_future = out != NULL;
+    if (b->out) {
+        call->refs++;
+        TPR_ATOMIC_POKE(&call->future, call->future | (uint64_t)TPR_AGENT_FUTURE_HELD);
+    }
     if (again) status = tpr_agent_keep_new(call, &prefix, message, error);
     if (status == TPRPC_OK)
         status = again ? tpr_agent_keep_send(call, error)
@@ -17495,13 +17578,30 @@ static tprpc_status tpr_agent_call_on(tpr_agent_worker *worker, uint32_t method,
         int64_t due = tpr_agent_due(loop, call->timeout_ms);
         if (due != INT64_MAX) tpr_loop_timer(loop, &call->timer, due);
     }
-    if (out) {
-        out->owner = agent;
-        out->id = id;
+    if (b->out) {                      // before on_done is called
+        b->out->owner = agent;
+        b->out->id = id;
     }
     if (TPR_UNLIKELY(agent->trace != NULL)) tpr_agent_trace_call(call, TPR_TRACE_CALL, begun, message);
     tpr_agent_call_unref(agent, call);
     return TPRPC_OK;
+}
+
+// Under the lock: destroy ends what began before.
+static void tpr_agent_call_in(tpr_agent_beginning *b) {
+    tprpc_agent *agent = b->worker->agent;
+    const char *name = b->method_name ? b->method_name : (const char *)tpr_base_map_get(&agent->resolved, b->method);
+    b->method_name = name;
+    b->status = tpr_agent_usable(agent, b->error);
+    if (b->status != TPRPC_OK) return;
+    b->status = name ? tpr_agent_call_on(b->worker, b, name)
+                : tprpc_error_set(b->error, TPRPC_ERROR_INVALID, 0, "the id is of no method that was resolved here");
+}
+
+static void tpr_agent_call_run(tprpc_work *work) {
+    tpr_agent_beginning *b = TPR_CONTAINER(work, tpr_agent_beginning, work);
+    tpr_agent_call_in(b);
+    TPR_ATOMIC_STORE(&b->ran, 1u);
 }
 
 // method_name NULL: that of a method that was resolved.
@@ -17510,23 +17610,35 @@ static tprpc_status tpr_agent_call_to(tprpc_agent *agent, tpr_agent_worker *work
                                       const tprpc_call_options *options, tprpc_future *out, tprpc_error *error) {
     static const tprpc_message empty = TPR_ZERO;
     static const tprpc_call_options defaults = TPR_ZERO;
-    if (!message) message = &empty;
-    if (!options) options = &defaults;
-    tprpc_status status = TPR_UNLIKELY(options->stream_count) ? tpr_agent_check_streams(agent->ctx, options, error)
-                                                              : TPRPC_OK;
-    tpr_loop_enter(worker->loop);
-    if (status == TPRPC_OK) status = tpr_agent_usable(agent, error);   // under the lock: destroy ends what began before
-    if (!method_name) method_name = (const char *)tpr_base_map_get(&agent->resolved, method);
-    if (status == TPRPC_OK)
-        status = method_name ? tpr_agent_call_on(worker, method, method_name, message, options, out, error)
-                 : tprpc_error_set(error, TPRPC_ERROR_INVALID, 0, "the id is of no method that was resolved here");
-    tpr_loop_leave(worker->loop);
-    if (TPR_UNLIKELY(status != TPRPC_OK) && method_name) {
+    tpr_loop *loop = worker->loop;
+    tpr_agent_beginning b;
+    b.worker = worker;
+    b.method = method;
+    b.method_name = method_name;
+    b.message = message ? message : &empty;
+    b.options = options ? options : &defaults;
+    b.out = out;
+    b.error = error;
+    b.depth = TPR_UNLIKELY(agent->thread_count != 0) ? tpr_agent_chain(agent) : 0;
+    b.status = TPRPC_OK;
+    if (TPR_UNLIKELY(b.options->stream_count)) b.status = tpr_agent_check_streams(agent->ctx, b.options, error);
+    if (b.status != TPRPC_OK) {
+        // said below
+    } else if (TPR_LIKELY(tpr_os_trylock(&loop->lock))) {
+        if (TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->inbox))) tpr_loop_drain(loop);     // calls of others, and releases
+        tpr_agent_call_in(&b);
+        tpr_loop_leave(loop);
+    } else {
+        b.work.run = tpr_agent_call_run;
+        b.ran = 0;
+        tpr_loop_run_aside(loop, &b.work, &b.ran);
+    }
+    if (TPR_UNLIKELY(b.status != TPRPC_OK) && b.method_name) {
         tprpc_error cause = *error;
-        tprpc_error_set(error, status, cause.os_code, "calling %s on %s: %.180s", method_name, worker->name,
+        tprpc_error_set(error, b.status, cause.os_code, "calling %s on %s: %.180s", b.method_name, worker->name,
                         cause.text);
     }
-    return status;
+    return b.status;
 }
 
 // ---- requests that came in
@@ -18569,7 +18681,8 @@ static bool tpr_agent_wait_idle(tprpc_agent *agent, tpr_loop *loop) {
         tpr_os_futex_wait(&agent->jobs, TPR_ATOMIC_LOAD(&agent->jobs), 1000);
         tpr_loop_enter(loop);
     }
-    for (uint32_t i = 0; i < on->calls.chunk_count * TPR_BASE_SLAB_CHUNK; i++) {   // futures that were not released
+    tpr_loop_drain(loop);              // futures that were released, and those that were not
+    for (uint32_t i = 0; i < on->calls.chunk_count * TPR_BASE_SLAB_CHUNK; i++) {
         tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_base_slab_at(&on->calls, i);
         if (!call->slot.used) continue;
         call->refs = 1;
@@ -18606,7 +18719,21 @@ static tprpc_status tpr_agent_refused(tprpc_status status, const tprpc_error *er
 static inline tpr_agent_call *tpr_agent_future(tprpc_future future, tpr_loop *loop) {
     tprpc_agent *agent = (tprpc_agent *)future.owner;
     tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_agent_find(&tpr_agent_on(agent, loop)->calls, future.id);
-    return call && call->has_future ? call : NULL;
+    return call && (TPR_ATOMIC_PEEK(&call->future) & (uint64_t)TPR_AGENT_FUTURE_HELD) ? call : NULL;
+}
+
+// Without the lock: its call, and in *word what that shows of it. NULL: it is stale, or none.
+static inline tpr_agent_call *tpr_agent_future_peek(tprpc_future future, const tpr_loop *loop, uint64_t *word) {
+    const tpr_base_slab *calls = &tpr_agent_on((tprpc_agent *)future.owner, loop)->calls;
+    tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_base_slab_peek(calls, tpr_agent_index(future.id));
+    if (!call) return NULL;
+    *word = TPR_ATOMIC_LOAD(&call->future);
+    return *word >> 32 == (uint32_t)future.id && (*word & (uint64_t)TPR_AGENT_FUTURE_HELD) ? call : NULL;
+}
+
+static void tpr_agent_future_released(tprpc_work *work) {
+    tpr_agent_call *call = TPR_CONTAINER(work, tpr_agent_call, timer);
+    tpr_agent_call_unref(call->worker->agent, call);
 }
 
 typedef struct tpr_agent_waiting {
@@ -18615,6 +18742,7 @@ typedef struct tpr_agent_waiting {
     bool several;                      // loops that they are on
     tpr_loop *loop;
     tpr_agent_call *call;              // of the future that ended the wait; NULL: that is stale
+    tprpc_status status;               // of one whose outcome was seen without the lock
     struct tpr_agent_thread *thread;   // that waits in a blocking handler; NULL: it is none of the agent's
     bool job;                          // what ended the wait is a job for that
 } tpr_agent_waiting;
@@ -18634,6 +18762,36 @@ static bool tpr_agent_any_done(void *arg) {
     if (TPR_UNLIKELY(waiting->thread != NULL)) waiting->job = tpr_agent_job_waits(waiting->thread);
 #endif
     return waiting->job;
+}
+
+// Without the lock: whether one of the futures on this loop is known to have its outcome.
+static inline bool tpr_agent_any_seen(tpr_agent_waiting *waiting) {
+    uint64_t word;
+    for (size_t i = 0; i < waiting->count; i++) {
+        tprpc_future future = waiting->futures[i];
+        if (waiting->several && tpr_agent_loop_of(future.owner, future.id) != waiting->loop) continue;
+        if (!tpr_agent_future_peek(future, waiting->loop, &word)) return false;    // that is said under the lock
+        if (!(word & (uint64_t)TPR_AGENT_FUTURE_DONE)) continue;
+        waiting->which = i;
+        waiting->status = (tprpc_status)((uint32_t)word >> TPR_AGENT_FUTURE_STATUS_SHIFT);
+        return true;
+    }
+    return false;
+}
+
+// Takes the lock, unless an outcome is seen without it. Another thread that has it may be who brings the outcome; but
+// the callback thread is wanted for what has come.
+static inline bool tpr_agent_wait_enter(tpr_agent_waiting *waiting, int64_t timeout_ms) {
+    tpr_loop *loop = waiting->loop;
+    uint32_t looked = 0;
+    int64_t until_us = 0;
+    if (tpr_agent_any_seen(waiting)) return false;
+    if (TPR_LIKELY(tpr_os_trylock(&loop->lock))) return true;
+    const bool aside = timeout_ms != 0 && loop->env->spin_us > 0 && !waiting->several &&
+                       TPR_ATOMIC_LOAD(&loop->callback_thread) != tpr_os_thread_id();
+    if (!aside) tpr_loop_enter(loop);
+    while (aside && !tpr_loop_enter_aside(loop, &looked, &until_us)) if (tpr_agent_any_seen(waiting)) return false;
+    return true;
 }
 
 // Enters a wait: a thread for blocking handlers runs other jobs meanwhile. False: it is nested too deep.
@@ -19222,7 +19380,10 @@ TPRPC_API tprpc_status tprpc_future_wait_any(const tprpc_future *futures, size_t
         tpr_loop *loop = waiting.several ? &ctx->loops[i] : first;
         tprpc_status status = TPRPC_PENDING;
         waiting.loop = loop;
-        tpr_loop_enter(loop);
+        if (!tpr_agent_wait_enter(&waiting, timeout)) {
+            if (which) *which = waiting.which;
+            return tpr_agent_wait_end(&waiting, waiting.status);
+        }
         if (tpr_loop_in_callback(loop) && loop->depth > loop->env->nesting) {
             tpr_loop_leave(loop);
             return tpr_agent_wait_end(&waiting, tpr_agent_too_deep(ctx));
@@ -19276,13 +19437,10 @@ TPRPC_API tprpc_status tprpc_future_wait_all(const tprpc_future *futures, size_t
 
 TPRPC_API const tprpc_message *tprpc_future_reply(tprpc_future future) {
     tpr_loop *loop = tpr_agent_loop_of(future.owner, future.id);
-    const tprpc_message *message = NULL;
-    if (!loop) return NULL;
-    tpr_loop_enter(loop);
-    tpr_agent_call *call = tpr_agent_future(future, loop);
-    if (call && call->done && call->status == TPRPC_OK && call->in) message = &call->in->message;
-    tpr_loop_leave(loop);
-    return message;
+    uint64_t word;
+    const tpr_agent_call *call = loop ? tpr_agent_future_peek(future, loop, &word) : NULL;
+    if (!call || !(word & (uint64_t)TPR_AGENT_FUTURE_DONE)) return NULL;
+    return call->status == TPRPC_OK && call->in ? &call->in->message : NULL;
 }
 
 TPR_COLD
@@ -19327,11 +19485,22 @@ TPRPC_API tprpc_status tprpc_future_cancel(tprpc_future future) {
 
 TPRPC_API void tprpc_future_release(tprpc_future future) {
     tpr_loop *loop = tpr_agent_loop_of(future.owner, future.id);
+    uint64_t word;
     if (!loop) return;
-    tpr_loop_enter(loop);
+    if (TPR_UNLIKELY(!tpr_os_trylock(&loop->lock))) {  // who has it, or has it next, does it
+        tpr_agent_call *seen = tpr_agent_future_peek(future, loop, &word);
+        if (!seen) return;
+        if (word & (uint64_t)TPR_AGENT_FUTURE_DONE) {
+            if (!TPR_ATOMIC_CAS(&seen->future, &word, word & ~(uint64_t)TPR_AGENT_FUTURE_HELD)) return;
+            seen->timer.run = tpr_agent_future_released;
+            tpr_loop_defer(loop, &seen->timer, false);
+            return;
+        }
+        tpr_loop_enter(loop);
+    }
     tpr_agent_call *call = tpr_agent_future(future, loop);
     if (call) {
-        call->has_future = false;
+        TPR_ATOMIC_POKE(&call->future, call->future & ~(uint64_t)TPR_AGENT_FUTURE_HELD);
         tpr_agent_call_unref((tprpc_agent *)future.owner, call);
     }
     tpr_loop_leave(loop);

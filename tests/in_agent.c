@@ -64,6 +64,63 @@ IN_KINDS(spans_and_plots, POLLED) {
     two_close();
 }
 
+/* ---- what needs no lock, or has who holds it do it ---- */
+
+static tprpc_future asked;
+static int steps;                      /* atomic */
+
+static void *asks(void *arg) {
+    const tprpc_message *reply;
+    tprpc_future next;
+    side *s = (side *)arg;
+    CHECK_EQ_INT(tprpc_future_wait(asked, WAIT_MS), TPRPC_OK);
+    reply = tprpc_future_reply(asked);
+    CHECK(reply && reply->metadata_size == 5 && memcmp(reply->metadata, "hello", 5) == 0);
+    tprpc_future_release(asked);
+    tprpc_future_release(asked);                       /* it is stale: nothing happens */
+    CHECK(tprpc_future_reply(asked) == NULL);
+    STORE(&steps, 1);
+    CHECK_EQ_INT(tprpc_call(s->agent, "bob", "echo", NULL, NULL, &next), TPRPC_OK);
+    CHECK_EQ_INT(tprpc_call(s->agent, "nobody", "echo", NULL, NULL, NULL), TPRPC_ERROR_NO_WORKER);
+    asked = next;
+    STORE(&steps, 2);
+    return NULL;
+}
+
+static void *releases(void *arg) {
+    (void)arg;
+    tprpc_future_release(asked);
+    return NULL;
+}
+
+IN_KINDS(a_future_that_is_done_needs_no_lock, POLLED) {
+    const tprpc_message hello = {.metadata = "hello", .metadata_size = 5};
+    pthread_t thread;
+    two_join(with, echo_methods);
+    tpr_loop *loop = &two[0].ctx->loops[0];
+    const tpr_base_slab *calls = &two[0].agent->loops[0].calls;
+    CHECK_EQ_INT(tprpc_call(two[0].agent, "bob", "echo", &hello, NULL, &asked), TPRPC_OK);
+    while (tprpc_future_wait(asked, TPRPC_NOW) == TPRPC_PENDING) turn();
+    CHECK_EQ_INT(calls->used, 1);
+    tpr_loop_enter(loop);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, asks, &two[0]), 0);
+    while (LOAD(&steps) < 1) test_sleep_us(100);
+    CHECK_EQ_INT(calls->used, 1);                      /* until who has the lock looks */
+    while (LOAD(&steps) < 2) {                         /* and the call is begun here, unless its thread slept before */
+        tpr_loop_drain(loop);
+        tpr_loop_give_way(loop);
+    }
+    CHECK_EQ_INT(calls->used, 1);
+    tpr_loop_leave(loop);
+    pthread_join(thread, NULL);
+    while (tprpc_future_wait(asked, TPRPC_NOW) == TPRPC_PENDING) turn();
+    tpr_loop_enter(loop);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, releases, NULL), 0);
+    pthread_join(thread, NULL);
+    tpr_loop_leave(loop);
+    two_close();                                       /* which finds the release */
+}
+
 /* ---- memory that runs short ---- */
 
 static int64_t allocations_left;       /* of the side that `short_of` names: the next one fails, and those after it */

@@ -428,6 +428,41 @@ TEST(base_slab_without_memory) {
     check_all_given_back(&memory);
 }
 
+typedef struct watched { tpr_base_slot slot; uint64_t word; } watched;
+enum { WATCHED = 200000 };             /* objects: the table of chunks grows eight times */
+
+static void *peeks(void *arg) {
+    const tpr_base_slab *slab = (const tpr_base_slab *)arg;
+    uint32_t index = 0;
+    for (uint64_t seen = 0; seen < WATCHED; index = index * 7919 + 1) {
+        const watched *o = (const watched *)(const void *)tpr_base_slab_peek(slab, index % (WATCHED + 1000));
+        const uint64_t word = o ? TPR_ATOMIC_LOAD(&o->word) : 0;
+        if (word && word != index % (WATCHED + 1000) + 1) CHECK_EQ_INT(word, index % (WATCHED + 1000) + 1);
+        o = (const watched *)(const void *)tpr_base_slab_peek(slab, WATCHED - 1);
+        if (o) seen = TPR_ATOMIC_LOAD(&o->word);
+    }
+    return NULL;
+}
+
+TEST(base_slab_is_looked_at_while_it_grows) {
+    tpr_base_memory memory = memory_of(UINT64_MAX);
+    tpr_base_slab slab;
+    pthread_t thread;
+    memset(&slab, 0, sizeof slab);
+    slab.memory = &memory;
+    slab.object_size = sizeof(watched);
+    slab.limit = UINT32_MAX;
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, peeks, &slab), 0);
+    for (int i = 0; i < WATCHED; i++) {
+        watched *o = (watched *)(void *)tpr_base_slab_take(&slab);
+        REQUIRE(o != NULL);
+        TPR_ATOMIC_STORE(&o->word, (uint64_t)o->slot.index + 1);
+    }
+    pthread_join(thread, NULL);
+    tpr_base_slab_clear(&slab);
+    check_all_given_back(&memory);
+}
+
 /* ---- lists, bytes ------------------------------------------------------------------------------------------------ */
 
 TEST(base_list) {

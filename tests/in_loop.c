@@ -156,6 +156,48 @@ static void spin_beside(bool another) {
 TEST(in_a_crowd_who_finds_no_work_yields) { spin_beside(true); }
 TEST(who_spins_alone_does_not_yield) { spin_beside(false); }
 
+/* ---- work that another thread does for one who wants the lock ---- */
+
+typedef struct errand { tprpc_work work; tpr_loop *loop; uint32_t ran; pthread_t by; } errand;
+
+static void on_errand(tprpc_work *work) {
+    errand *e = (errand *)(void *)work;
+    e->by = pthread_self();
+    TPR_ATOMIC_STORE(&e->ran, 1u);
+}
+
+static void *wants(void *arg) {
+    errand *e = (errand *)arg;
+    tpr_loop_run_aside(e->loop, &e->work, &e->ran);
+    STORE(&over, 1);
+    return NULL;
+}
+
+TEST(who_has_the_lock_does_what_others_want_it_for) {
+    tpr_loop *loop = loop_new(GIVE_UP_US);
+    pthread_t thread;
+    errand e;
+    memset(&e, 0, sizeof e);
+    e.loop = loop;
+    e.work.run = on_errand;
+    tpr_loop_enter(loop);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, wants, &e), 0);
+    tpr_loop_wait(loop, is_over, NULL, test_now_us() + GIVE_UP_US);      /* it is told without having had the lock */
+    tpr_loop_leave(loop);
+    pthread_join(thread, NULL);
+    CHECK(pthread_equal(e.by, pthread_self()));
+    STORE(&over, 0);
+    e.ran = 0;
+    tpr_loop_enter(loop);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, wants, &e), 0);
+    test_sleep_us(10 * TPR_LOOP_ASIDE_US);                               /* who has the lock does nothing for others */
+    CHECK_EQ_INT(TPR_ATOMIC_LOAD(&e.ran), 0);
+    tpr_loop_leave(loop);
+    pthread_join(thread, NULL);
+    CHECK(pthread_equal(e.by, thread));
+    loop_free(loop);
+}
+
 /* ---- the timers of a loop that has work ---- */
 
 static int64_t hands;                    /* of a clock that each turn with work moves on by a millisecond */
