@@ -2795,6 +2795,7 @@ struct tpr_cuda_batch {
     tprpc_buffer       *buffers;
     tpr_cuda_batch_order *orders;
     uint8_t            *order_of;      // per buffer on a device
+    bool               *goes_on;       // per buffer: it lies behind the one before, in one allocation, on one stream
     uint32_t            order_count;
     uint64_t            total, moved;  // bytes; moved: that have gone or come
     size_t              buffer, at;    // of a receive: what is asked for next,
@@ -2844,7 +2845,7 @@ static size_t tpr_cuda_batch_orders_of(size_t count) {
 }
 
 static size_t tpr_cuda_batch_size(size_t count) {
-    return sizeof(tpr_cuda_batch) + count * (sizeof(tprpc_buffer) + 1) +
+    return sizeof(tpr_cuda_batch) + count * (sizeof(tprpc_buffer) + 1 + sizeof(bool)) +
            tpr_cuda_batch_orders_of(count) * sizeof(tpr_cuda_batch_order);
 }
 
@@ -2894,6 +2895,7 @@ static tprpc_status tpr_cuda_batch_new(tpr_cuda_batch_end *end, tprpc_transfer *
     batch->orders = (tpr_cuda_batch_order *)(void *)(batch + 1);
     batch->buffers = (tprpc_buffer *)(void *)(batch->orders + tpr_cuda_batch_orders_of(count));
     batch->order_of = (uint8_t *)(void *)(batch->buffers + count);
+    batch->goes_on = (bool *)(void *)(batch->order_of + count);
     batch->back.run = tpr_cuda_batch_back;
     batch->back.loop = end->net->queue->loop;
     tpr_cuda_base_list_init(&batch->node);
@@ -2942,6 +2944,38 @@ static void tpr_cuda_batch_leave(tpr_cuda_batch_end *end) {
     end->entered = NULL;
 }
 
+// Whether buffer i lies behind the one before it, on the same stream, and both in what is known of an allocation: what
+// was found of that one goes for this one, and one copy moves both.
+static bool tpr_cuda_batch_continues(const tpr_cuda_batch *batch, size_t i, const tpr_cuda_device_range *known) {
+    const tprpc_buffer *buffer = &batch->buffers[i], *last = buffer - 1;
+    return i && buffer->size && last->size && buffer->data == (char *)last->data + last->size &&
+           buffer->stream == last->stream && buffer->device.kind == TPRPC_CUDA &&
+           last->device.kind == TPRPC_CUDA && buffer->device.index == last->device.index &&
+           (uintptr_t)last->data >= known->start && (uintptr_t)buffer->data - known->start < known->size &&
+           buffer->size <= known->size - ((uintptr_t)buffer->data - known->start);
+}
+
+// How many bytes of a batch, from its place on, lie one behind the other, `most` at most. Its place is not an empty
+// buffer.
+static size_t tpr_cuda_batch_run(const tpr_cuda_batch *batch, uint64_t most) {
+    uint64_t size = batch->buffers[batch->buffer].size - batch->at;
+    for (size_t i = batch->buffer + 1; size < most && i < batch->count && batch->goes_on[i]; i++)
+        size += batch->buffers[i].size;
+    return (size_t)(size < most ? size : most);
+}
+
+// Moves a batch's place on by that many bytes, and past what has none.
+static void tpr_cuda_batch_advance(tpr_cuda_batch *batch, size_t size) {
+    while (batch->buffer < batch->count) {
+        const size_t left = batch->buffers[batch->buffer].size - batch->at;
+        if (size < left) break;
+        size -= left;
+        batch->at = 0;
+        batch->buffer++;
+    }
+    batch->at += size;
+}
+
 // Checks what the user gave, and of a send marks how far its streams are.
 static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *error) {
     tpr_cuda_batch_end *end = batch->end;
@@ -2953,6 +2987,9 @@ static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *erro
         tpr_cuda_driver_stream stream = (tpr_cuda_driver_stream)buffer->stream;
         tpr_cuda_device *device;
         if (buffer->device.kind != TPRPC_CUDA || !buffer->size) continue;
+        batch->goes_on[i] = tpr_cuda_batch_continues(batch, i, &known);
+        if (batch->goes_on[i]) batch->order_of[i] = batch->order_of[i - 1];
+        if (batch->goes_on[i]) continue;
         const uint32_t before = batch->order_count;
         status = tpr_cuda_device_of(queue->set, buffer->device, &device, error);
         if (status == TPRPC_OK) status = tpr_cuda_batch_enter(end, device, error);
@@ -3835,8 +3872,8 @@ static bool tpr_cuda_xth_direct(const tpr_cuda_batch *send, const tpr_cuda_batch
     return direct;
 }
 
-// Queues the copy of buffer i. The stream is the receiver's; to host memory it is one of ours on the sender's device.
-static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_batch *send, size_t i,
+// Queues the copy of `size` bytes from the beginning of buffer i on. The stream is the receiver's; to host memory it is one of ours on the sender's device.
+static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_batch *send, size_t i, size_t size,
                                       tprpc_error *error) {
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
     const tprpc_buffer *from = &send->buffers[i], *to = &receive->buffers[i];
@@ -3866,9 +3903,9 @@ static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_ba
     }
     if (status == TPRPC_OK && target && source)
         status = tpr_cuda_batch_copy(receive->end, receive->count, target, (uintptr_t)to->data, source,
-                                     (uintptr_t)from->data, to->size, stream, error);
+                                     (uintptr_t)from->data, size, stream, error);
     else if (status == TPRPC_OK)
-        status = tpr_cuda_device_copy(queue->set, target, to->data, source, from->data, to->size, stream, error);
+        status = tpr_cuda_device_copy(queue->set, target, to->data, source, from->data, size, stream, error);
     return status;
 }
 
@@ -3919,10 +3956,13 @@ static tpr_cuda_batch_outcome tpr_cuda_xth_fetch(tpr_cuda_batch *receive, const 
     if (outcome == TPR_CUDA_BATCH_FETCHED) {
         tprpc_status status = TPRPC_OK;
         bool host = false;
-        for (size_t i = 0; i < receive->count && status == TPRPC_OK; i++) {
-            if (!receive->buffers[i].size) continue;
+        for (size_t i = 0, next; i < receive->count && status == TPRPC_OK; i = next) {
+            size_t bytes = receive->buffers[i].size;
+            for (next = i + 1; next < receive->count && receive->goes_on[next] && send->goes_on[next]; next++)
+                bytes += receive->buffers[next].size;
+            if (!bytes) continue;
             host |= send->buffers[i].device.kind == TPRPC_CPU || receive->buffers[i].device.kind == TPRPC_CPU;
-            status = tpr_cuda_xth_copy(receive, send, i, error);
+            status = tpr_cuda_xth_copy(receive, send, i, bytes, error);
         }
         tpr_cuda_batch_leave(receive->end);
         if (status == TPRPC_OK) status = tpr_cuda_batch_flush(receive->end, error);
@@ -4516,18 +4556,14 @@ static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbo
     tprpc_status status = TPRPC_OK;
     chunk->offset = send->moved;
     chunk->length = 0;
+    tpr_cuda_batch_advance(send, 0);
     while (send->buffer < send->count && chunk->length < chunk->size && status == TPRPC_OK) {
-        const tprpc_buffer *buffer = &send->buffers[send->buffer];
-        uint64_t size = buffer->size - send->at;
-        if (size > chunk->size - chunk->length) size = chunk->size - chunk->length;
-        if (size)
-            status = tpr_cuda_batch_copy(send->end, send->count, device, box->base + chunk->at + chunk->length, device,
-                                         (uintptr_t)buffer->data + send->at, (size_t)size, send->stream, error);
+        const size_t size = tpr_cuda_batch_run(send, chunk->size - chunk->length);
+        status = tpr_cuda_batch_copy(send->end, send->count, device, box->base + chunk->at + chunk->length, device,
+                                     (uintptr_t)send->buffers[send->buffer].data + send->at, size, send->stream,
+                                     error);
         chunk->length += size;
-        send->at += (size_t)size;
-        if (send->at < buffer->size) continue;
-        send->buffer++;
-        send->at = 0;
+        tpr_cuda_batch_advance(send, size);
     }
     send->moved += chunk->length;
     if (status == TPRPC_OK) status = tpr_cuda_batch_flush(send->end, error);
@@ -5012,17 +5048,13 @@ static tprpc_status tpr_cuda_ipc_take(tpr_cuda_batch *receive, const tpr_cuda_wi
     uint64_t done = 0;
     if (!import || part->from > import->size || part->size > import->size - part->from || part->at != receive->moved)
         return tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "cuda_ipc: the peer offered memory that it has not");
+    tpr_cuda_batch_advance(receive, 0);
     while (done < part->size && receive->buffer < receive->count && *can && status == TPRPC_OK) {
-        const tprpc_buffer *buffer = &receive->buffers[receive->buffer];
-        size_t size = buffer->size - receive->at;
-        if (size > part->size - done) size = (size_t)(part->size - done);
-        if (size) status = tpr_cuda_ipc_copy(receive, import, part, done, size, can, error);
+        const size_t size = tpr_cuda_batch_run(receive, part->size - done);
+        status = tpr_cuda_ipc_copy(receive, import, part, done, size, can, error);
         if (!*can || status != TPRPC_OK) break;
         done += size;
-        receive->at += size;
-        if (receive->at < buffer->size) continue;
-        receive->buffer++;
-        receive->at = 0;
+        tpr_cuda_batch_advance(receive, size);
     }
     if (status != TPRPC_OK || !*can) return status;
     receive->moved += part->size;
