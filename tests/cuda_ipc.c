@@ -551,45 +551,59 @@ static tprpc_tensor *smalls(int device, uint8_t *memory, size_t step, CUstream s
     return tensors;
 }
 
+typedef struct steps { size_t from, to; } steps;   /* from tensor to tensor, in the sender's memory and the receiver's */
+
+static int calls_of(const char *name) { return gpu.standin_calls ? (int)gpu.standin_calls(name) : 0; }
+
 static void smalls_receive(two *t, void *arg) {
     cargo c;
-    const bool apart = *(const size_t *)arg != EACH;
+    const size_t to = ((const steps *)arg)->to;
+    int copies = 0;
     CUstream r = gpu_stream(other());
-    uint8_t *target = (uint8_t *)gpu_alloc(other(), SMALLS * EACH);
-    tprpc_tensor *in = smalls(other(), target, EACH, r, other());
+    uint8_t *target = (uint8_t *)gpu_alloc(other(), SMALLS * to);
+    tprpc_tensor *in = smalls(other(), target, to, r, other());
     for (uint64_t i = 0; i < 3; i++) {
+        const int before = calls_of("cuMemcpyAsync");
         two_got(t, &c, in, SMALLS);
-        if (!apart) CHECK(gpu_matches(other(), r, target, SMALLS * EACH, i));
-        for (size_t k = 0; apart && k < SMALLS; k++) CHECK(gpu_matches(other(), r, target + k * EACH, EACH, i + k));
+        copies += calls_of("cuMemcpyAsync") - before;
+        for (size_t k = 0; k < SMALLS; k++) CHECK(gpu_matches(other(), r, target + k * to, EACH, i + k));
         two_raise(t, 10 + (int)i);
     }
-    if (gpu.standin_calls) CHECK_LE_INT(3, gpu.standin_calls("cuLaunchKernel"));   /* by a kernel */
+    const int launches = calls_of("cuLaunchKernel");
+    if (gpu.standin_calls && to != EACH) CHECK_LE_INT(3, launches);   /* by a kernel */
+    if (gpu.standin_calls && to == EACH) CHECK_EQ_INT(launches, 0);   /* neighbours at both ends: one copy each time */
+    if (gpu.standin_calls) CHECK_LE_INT(copies, 4);                   /* and one of the proof's */
     free(in);
 }
 
-static void many_smalls(bool registered, size_t step) {
+static void many_smalls(bool registered, size_t from, size_t to) {
     two t;
     cargo c;
+    steps step;
+    step.from = from;
+    step.to = to;
     more_memory();
     two_open(&t, "shm://", "cuda_ipc,basic", smalls_receive, &step);
     CUstream s = gpu_stream(0);
-    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * step);
-    tprpc_tensor *out = smalls(0, source, step, s, other());
-    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * step, NULL), TPRPC_OK);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * from);
+    tprpc_tensor *out = smalls(0, source, from, s, other());
+    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * from, NULL), TPRPC_OK);
     for (uint64_t i = 0; i < 3; i++) {
-        if (step == EACH) gpu_put(0, s, source, SMALLS * EACH, i);
-        for (size_t k = 0; step != EACH && k < SMALLS; k++) gpu_put(0, s, source + k * step, EACH, i + k);
+        for (size_t k = 0; k < SMALLS; k++) gpu_put(0, s, source + k * from, EACH, i + k);
         two_sent(&t, &c, out, SMALLS);
-        gpu_set(0, s, source, 0, SMALLS * step);
+        gpu_set(0, s, source, 0, SMALLS * from);
         two_await(&t, 10 + (int)i);
     }
     free(out);
     two_close(&t, false);
 }
 
-TEST(many_small_registered) { many_smalls(true, EACH); }
-TEST(many_small_here_and_there) { many_smalls(true, APART); }
-TEST(many_small) { many_smalls(false, EACH); }
+TEST(many_small_registered) { many_smalls(true, EACH, APART); }
+TEST(many_small_here_and_there) { many_smalls(true, APART, APART); }
+TEST(many_small) { many_smalls(false, EACH, APART); }
+TEST(many_small_to_one_place) { many_smalls(true, APART, EACH); }
+TEST(neighbours_at_both_ends) { many_smalls(true, EACH, EACH); }
+TEST(neighbours_at_both_ends_through_the_outbox) { many_smalls(false, EACH, EACH); }
 
 /* ---- what is sent ahead of its receiver leaves room in the outbox for what he waits for ---- */
 
