@@ -110,8 +110,9 @@
 //   a chunk of pinned host memory                     -                                     2 MiB
 //   chunks of an end of a pipe                        -                                     8
 //   chunks of a transfer that are under way           -                                     6
-//   an outbox, of each device and loop of a context   -                                     52 MiB
-//   chunks of an outbox                               -                                     6 of 8 MiB, 64 of 64 KiB
+//   an outbox, of each device and loop of a context   -                                     20 MiB
+//   chunks of an outbox                               -                                     8 of 2 MiB, 64 of 64 KiB
+//   likewise for what is larger than 2 MiB            -                                     96 MiB: 3 of 32 MiB
 //   transfers of a pipe that words order at a time    -                                     512
 //   memory by which a device is proven, likewise      -                                     2 MiB
 //   a proof has failed when it takes                  -                                     5 s
@@ -1570,7 +1571,8 @@ typedef struct tpr_cuda_stream_lane {  // of one device
     uint32_t               turn;
     tpr_cuda_driver_event *events;     // free ones: `count` of them, room for `room`
     uint32_t               count, room;
-    void                  *outbox;     // of >>outbox
+    void                  *outboxes[2];   // of >>outbox: for transfers of a few bytes, and of many
+    bool                   no_large;   // there is no memory for the second
 } tpr_cuda_stream_lane;
 
 typedef struct tpr_cuda_stream_queue { // of one loop, shared by our channels' instances on it
@@ -2417,15 +2419,23 @@ TPRPC_API tprpc_status tprpc_cuda_unregister(tprpc_context *ctx, void *base, tpr
 // Uses: base, driver, device, stream, arena, word, export.
 // Invariant: a chunk is used again when the receiver's word says that it was read, or the receiver's process has ended.
 
+// A device has two on a loop. The second is for transfers of many bytes: a copy between two H200 takes 4 us more than
+// its bytes do, and a chunk's words 3 us, so that chunks of 8 MiB (21 us) reached three quarters of a long copy's rate.
+#ifndef TPR_CUDA_OUTBOX_LARGE_MIB
+#define TPR_CUDA_OUTBOX_LARGE_MIB 32
+#endif
+#ifndef TPR_CUDA_OUTBOX_LARGE_COUNT
+#define TPR_CUDA_OUTBOX_LARGE_COUNT 3
+#endif
 enum {
-    TPR_CUDA_OUTBOX_CHUNK = 8 << 20, TPR_CUDA_OUTBOX_CHUNKS = 6,
+    TPR_CUDA_OUTBOX_LARGE = TPR_CUDA_OUTBOX_LARGE_MIB << 20, TPR_CUDA_OUTBOX_LARGES = TPR_CUDA_OUTBOX_LARGE_COUNT,
+    TPR_CUDA_OUTBOX_MIDDLE = 2 << 20, TPR_CUDA_OUTBOX_MIDDLES = 8,
     TPR_CUDA_OUTBOX_SMALL = 64 << 10, TPR_CUDA_OUTBOX_SMALLS = 64,
-    TPR_CUDA_OUTBOX_ALL = TPR_CUDA_OUTBOX_CHUNKS + TPR_CUDA_OUTBOX_SMALLS,
-    TPR_CUDA_OUTBOX_SIZE =
-        TPR_CUDA_OUTBOX_CHUNK * TPR_CUDA_OUTBOX_CHUNKS + TPR_CUDA_OUTBOX_SMALL * TPR_CUDA_OUTBOX_SMALLS
+    TPR_CUDA_OUTBOX_MOST = TPR_CUDA_OUTBOX_MIDDLES + TPR_CUDA_OUTBOX_SMALLS
 };
 
 typedef struct tpr_cuda_outbox_chunk {
+    struct tpr_cuda_outbox *box;
     tpr_cuda_word_link *link;          // whose word says that it was read; NULL: it is free
     uint64_t at, size, seq;            // at: within the outbox
     uint64_t offset, length;           // of the transfer's bytes that are in it
@@ -2436,36 +2446,53 @@ typedef struct tpr_cuda_outbox_chunk {
 typedef struct tpr_cuda_outbox {       // of a device, on a loop
     tpr_cuda_device_export *export_;
     uint64_t              base;
-    tpr_cuda_outbox_chunk chunks[TPR_CUDA_OUTBOX_ALL];
+    int                   count, smalls;   // smalls: the first of them
+    tpr_cuda_outbox_chunk chunks[TPR_CUDA_OUTBOX_MOST];
 } tpr_cuda_outbox;
 
-// The outbox of a device, made on first use. The device is entered.
-static tprpc_status tpr_cuda_outbox_of(tpr_cuda_stream_queue *queue, tpr_cuda_device *device, tpr_cuda_outbox **out,
-                                       tprpc_error *error) {
-    tpr_cuda_stream_lane *lane = &queue->lanes[device->index];
+// Makes an outbox of a device, which is entered.
+static tprpc_status tpr_cuda_outbox_make(tpr_cuda_stream_queue *queue, tpr_cuda_device *device, bool large,
+                                         tpr_cuda_outbox **out, tprpc_error *error) {
     tpr_cuda_device_set *set = queue->set;
     tpr_cuda_driver_ptr at = 0;
-    *out = (tpr_cuda_outbox *)lane->outbox;
-    if (*out) return TPRPC_OK;
-    tprpc_status status = TPR_CUDA_DRIVER_CALL(set->cu, cuMemAlloc, (&at, (size_t)TPR_CUDA_OUTBOX_SIZE), error);
-    if (status != TPRPC_OK) return status;
     tpr_cuda_outbox *box = (tpr_cuda_outbox *)tpr_cuda_base_alloc(queue->ctx, sizeof *box);
-    if (!box) status = tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory for an outbox");
-    if (status == TPRPC_OK)
-        status = tpr_cuda_export_make(set, device, at, TPR_CUDA_OUTBOX_SIZE, &box->export_, error);
+    if (!box) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory for an outbox");
+    uint64_t size = 0;
+    box->smalls = large ? 0 : (int)TPR_CUDA_OUTBOX_SMALLS;
+    box->count = large ? (int)TPR_CUDA_OUTBOX_LARGES : (int)TPR_CUDA_OUTBOX_MOST;
+    for (int i = 0; i < box->count; i++) {
+        tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
+        chunk->box = box;
+        chunk->at = size;
+        chunk->size = large ? (uint64_t)TPR_CUDA_OUTBOX_LARGE
+                      : i < box->smalls ? (uint64_t)TPR_CUDA_OUTBOX_SMALL : (uint64_t)TPR_CUDA_OUTBOX_MIDDLE;
+        size += chunk->size;
+    }
+    tprpc_status status = TPR_CUDA_DRIVER_CALL(set->cu, cuMemAlloc, (&at, (size_t)size), error);
+    if (status == TPRPC_OK) status = tpr_cuda_export_make(set, device, at, size, &box->export_, error);
     if (status != TPRPC_OK) {
         tpr_cuda_base_free(queue->ctx, box, sizeof *box);
-        set->cu->cuMemFree(at);
+        if (at) set->cu->cuMemFree(at);
         return status;
     }
     box->base = at;
-    for (uint64_t i = 0, offset = 0; i < TPR_CUDA_OUTBOX_ALL; i++) {
-        box->chunks[i].at = offset;
-        box->chunks[i].size = i < TPR_CUDA_OUTBOX_SMALLS ? TPR_CUDA_OUTBOX_SMALL : TPR_CUDA_OUTBOX_CHUNK;
-        offset += box->chunks[i].size;
-    }
-    lane->outbox = *out = box;
+    *out = box;
     return TPRPC_OK;
+}
+
+// The outbox of a device for transfers of that size, made on first use; where there is no memory for large chunks, the
+// one with small ones. The device is entered.
+static tprpc_status tpr_cuda_outbox_of(tpr_cuda_stream_queue *queue, tpr_cuda_device *device, uint64_t size,
+                                       tpr_cuda_outbox **out, tprpc_error *error) {
+    tpr_cuda_stream_lane *lane = &queue->lanes[device->index];
+    bool large = size > TPR_CUDA_OUTBOX_MIDDLE && !lane->no_large;
+    *out = (tpr_cuda_outbox *)lane->outboxes[large];
+    if (*out) return TPRPC_OK;
+    lane->no_large = large && tpr_cuda_outbox_make(queue, device, true, out, NULL) != TPRPC_OK;
+    if (lane->no_large) return tpr_cuda_outbox_of(queue, device, size, out, error);
+    const tprpc_status status = large ? TPRPC_OK : tpr_cuda_outbox_make(queue, device, false, out, error);
+    if (status == TPRPC_OK) lane->outboxes[large] = *out;
+    return status;
 }
 
 // Whether a chunk is being written, or may be read.
@@ -2478,7 +2505,7 @@ static bool tpr_cuda_outbox_busy(const tpr_cuda_outbox_chunk *chunk) {
 // For a receiver who waits: the chunk of the link that will be the first to be read, as its peer has said; NULL: none.
 static tpr_cuda_outbox_chunk *tpr_cuda_outbox_next(tpr_cuda_outbox *box, const tpr_cuda_word_link *link, int first) {
     tpr_cuda_outbox_chunk *next = NULL;
-    for (int i = first; i < TPR_CUDA_OUTBOX_ALL; i++) {
+    for (int i = first; i < box->count; i++) {
         tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
         if (chunk->link != link || chunk->held || chunk->dropped) continue;
         if (!next || (int64_t)(next->seq - chunk->seq) > 0) next = chunk;
@@ -2491,8 +2518,8 @@ static tpr_cuda_outbox_chunk *tpr_cuda_outbox_next(tpr_cuda_outbox *box, const t
 // *busy: the stream that fills it has to wait for its word.
 static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cuda_word_link *link, uint64_t size,
                                                    bool asked, bool *busy) {
-    const int first = size <= TPR_CUDA_OUTBOX_SMALL ? 0 : TPR_CUDA_OUTBOX_SMALLS;
-    for (int i = first; i < TPR_CUDA_OUTBOX_ALL; i++) {
+    const int first = size <= TPR_CUDA_OUTBOX_SMALL ? 0 : box->smalls;
+    for (int i = first; i < box->count; i++) {
         tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
         if ((!asked && i % 2) || chunk->held || tpr_cuda_outbox_busy(chunk)) continue;
         if (!tpr_cuda_word_take(link, &chunk->slot, &chunk->seq)) return NULL;
@@ -2509,9 +2536,9 @@ static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cud
 // Whether the peer of a link has not read a chunk that it may know of.
 static bool tpr_cuda_outbox_lent(const tpr_cuda_stream_queue *queue, const tpr_cuda_word_link *link) {
     bool lent = false;
-    for (int32_t i = 0; i < queue->set->count; i++) {
-        const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[i].outbox;
-        for (int k = 0; box && k < TPR_CUDA_OUTBOX_ALL && !lent; k++)
+    for (int32_t i = 0; i < 2 * queue->set->count; i++) {
+        const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[i / 2].outboxes[i % 2];
+        for (int k = 0; box && k < box->count && !lent; k++)
             lent = box->chunks[k].link == link && tpr_cuda_outbox_busy(&box->chunks[k]);
     }
     return lent;
@@ -2519,17 +2546,17 @@ static bool tpr_cuda_outbox_lent(const tpr_cuda_stream_queue *queue, const tpr_c
 
 // A link goes: its chunks are free, for nothing of ours waits on it, and its peer reads at its own risk.
 static void tpr_cuda_outbox_link_gone(tpr_cuda_stream_queue *queue, const tpr_cuda_word_link *link) {
-    for (int32_t i = 0; i < queue->set->count; i++) {
-        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i].outbox;
-        for (int k = 0; box && k < TPR_CUDA_OUTBOX_ALL; k++)
+    for (int32_t i = 0; i < 2 * queue->set->count; i++) {
+        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i / 2].outboxes[i % 2];
+        for (int k = 0; box && k < box->count; k++)
             if (box->chunks[k].link == link) box->chunks[k].link = NULL;
     }
 }
 
 // Frees the outboxes of a loop, whose links have gone.
 static void tpr_cuda_outbox_close(tpr_cuda_stream_queue *queue) {
-    for (int32_t i = 0; i < queue->set->count; i++) {
-        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i].outbox;
+    for (int32_t i = 0; i < 2 * queue->set->count; i++) {
+        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i / 2].outboxes[i % 2];
         tpr_cuda_device_guard guard;
         if (!box) continue;
         if (tpr_cuda_device_enter(queue->set, box->export_->device, &guard, NULL) == TPRPC_OK) {
@@ -2538,7 +2565,7 @@ static void tpr_cuda_outbox_close(tpr_cuda_stream_queue *queue) {
         }
         tpr_cuda_base_free(queue->ctx, box->export_, sizeof *box->export_);
         tpr_cuda_base_free(queue->ctx, box, sizeof *box);
-        queue->lanes[i].outbox = NULL;
+        queue->lanes[i / 2].outboxes[i % 2] = NULL;
     }
 }
 
@@ -3872,7 +3899,8 @@ static bool tpr_cuda_xth_direct(const tpr_cuda_batch *send, const tpr_cuda_batch
     return direct;
 }
 
-// Queues the copy of `size` bytes from the beginning of buffer i on. The stream is the receiver's; to host memory it is one of ours on the sender's device.
+// Queues the copy of `size` bytes from the beginning of buffer i on. The stream is the receiver's; to host memory it is
+// one of ours on the sender's device.
 static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_batch *send, size_t i, size_t size,
                                       tprpc_error *error) {
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
@@ -4548,8 +4576,7 @@ static tprpc_status tpr_cuda_ipc_direct_orders(tpr_cuda_batch *send, tprpc_error
 }
 
 // Queues the copy of the next bytes of a send into a chunk, on a stream of its outbox's device, which is entered.
-static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbox *box, tpr_cuda_outbox_chunk *chunk,
-                                      tprpc_error *error) {
+static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, tpr_cuda_outbox_chunk *chunk, tprpc_error *error) {
     tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(send)->words;
     const tpr_cuda_device_set *set = link->queue->set;
     tpr_cuda_device *device = send->orders[0].device;
@@ -4559,9 +4586,9 @@ static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbo
     tpr_cuda_batch_advance(send, 0);
     while (send->buffer < send->count && chunk->length < chunk->size && status == TPRPC_OK) {
         const size_t size = tpr_cuda_batch_run(send, chunk->size - chunk->length);
-        status = tpr_cuda_batch_copy(send->end, send->count, device, box->base + chunk->at + chunk->length, device,
-                                     (uintptr_t)send->buffers[send->buffer].data + send->at, size, send->stream,
-                                     error);
+        status = tpr_cuda_batch_copy(send->end, send->count, device, chunk->box->base + chunk->at + chunk->length,
+                                     device, (uintptr_t)send->buffers[send->buffer].data + send->at, size,
+                                     send->stream, error);
         chunk->length += size;
         tpr_cuda_batch_advance(send, size);
     }
@@ -4573,10 +4600,9 @@ static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbo
     return status;
 }
 
-static void tpr_cuda_ipc_chunk_part(const tpr_cuda_outbox *box, const tpr_cuda_outbox_chunk *chunk,
-                                    tpr_cuda_ipc_parts *parts) {
+static void tpr_cuda_ipc_chunk_part(const tpr_cuda_outbox_chunk *chunk, tpr_cuda_ipc_parts *parts) {
     tpr_cuda_wire_part part;
-    part.export_id = box->export_->id;
+    part.export_id = chunk->box->export_->id;
     part.from = chunk->at;
     part.at = chunk->offset;
     part.size = chunk->length;
@@ -4634,8 +4660,8 @@ static tprpc_status tpr_cuda_ipc_wait_read(tpr_cuda_batch *send, tpr_cuda_outbox
 static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, bool asked, tpr_cuda_ipc_parts *parts,
                                            tprpc_error *error) {
     tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
-    tpr_cuda_outbox *box = (tpr_cuda_outbox *)end->batch.net->queue->lanes[send->orders[0].device->index].outbox;
-    tprpc_status status = TPRPC_OK;
+    tpr_cuda_outbox *box;
+    tprpc_status status = tpr_cuda_outbox_of(end->batch.net->queue, send->orders[0].device, send->total, &box, error);
     for (int i = 0; i < TPR_CUDA_BATCH_BOXES && send->moved < send->total && status == TPRPC_OK; i++) {
         bool busy = false;
         if (send->boxes[i]) continue;
@@ -4646,8 +4672,8 @@ static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, bool asked, tpr
                                               error);
         send->stream_set = true;
         if (status == TPRPC_OK && busy) status = tpr_cuda_ipc_wait_read(send, send->boxes[i], error);
-        if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, box, send->boxes[i], error);
-        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(box, send->boxes[i], parts);
+        if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, send->boxes[i], error);
+        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(send->boxes[i], parts);
     }
     if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
     return status;
@@ -4661,7 +4687,7 @@ static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, bool late, tpr
     tpr_cuda_stream_queue *queue = send->end->net->queue;
     tpr_cuda_outbox *box;
     tprpc_status status = tpr_cuda_arena_pin(queue->set, &end->words->mine.memory, send->orders[0].device, error);
-    if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, &box, error);
+    if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, send->total, &box, error);
     if (status == TPRPC_OK) status = tpr_cuda_ipc_tell(end, box->export_, error);
     if (status == TPRPC_OK && late) status = tpr_cuda_ipc_pack_stream(send, false, error);
     send->stream_set = late;
@@ -4822,7 +4848,6 @@ static void tpr_cuda_ipc_go_ahead(tpr_cuda_batch *send, uint64_t devices) {
 static tprpc_status tpr_cuda_ipc_refill(tpr_cuda_batch *send, tpr_cuda_outbox_chunk *chunk, tprpc_error *error) {
     tpr_cuda_stream_queue *queue = send->end->net->queue;
     tpr_cuda_device *device = send->orders[0].device;
-    const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[device->index].outbox;
     tpr_cuda_ipc_parts parts;
     tpr_cuda_device_guard guard;
     tprpc_status status = tpr_cuda_device_enter(queue->set, device, &guard, error);
@@ -4832,9 +4857,9 @@ static tprpc_status tpr_cuda_ipc_refill(tpr_cuda_batch *send, tpr_cuda_outbox_ch
         status = tpr_cuda_ipc_pack_some(send, true, &parts, error);
     if (status == TPRPC_OK && send->moved < send->total) {
         status = tpr_cuda_ipc_wait_read(send, chunk, error);
-        if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, box, chunk, error);
+        if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, chunk, error);
         if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
-        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(box, chunk, &parts);
+        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(chunk, &parts);
     }
     tpr_cuda_device_leave(queue->set, &guard);
     if (status == TPRPC_OK) tpr_cuda_ipc_say_parts(send, &parts);

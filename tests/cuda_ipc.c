@@ -5,7 +5,8 @@
 enum { SIZE = 100000, LARGE = (34 << 20) + 12, FEW = 10 };
 enum { SENT = 1, GOT, GO, DONE };      /* flags */
 
-static void more_memory(void) { setenv("STANDIN_MEMORY_MB", "256", 1); }
+static const char *memory_mb = "256";
+static void more_memory(void) { setenv("STANDIN_MEMORY_MB", memory_mb, 1); }
 
 /* ---- bytes arrive ---- */
 
@@ -90,6 +91,47 @@ static void large(bool registered) {
 
 TEST(large_registered_memory) { large(true); }
 TEST(large_memory) { large(false); }
+
+TEST(large_memory_where_large_chunks_have_no_room) {
+    memory_mb = "100";
+    large(false);
+}
+
+/* One message that has more bytes than the outbox has: each chunk is used again, and one holds parts of two tensors. */
+enum { MUCH = 5, MUCH_EACH = (22 << 20) + 4 };
+
+static void much_receive(two *t, void *arg) {
+    cargo c;
+    tprpc_tensor in[MUCH];
+    CUstream r = gpu_stream(1);
+    (void)arg;
+    uint8_t *target = (uint8_t *)gpu_alloc(1, MUCH * (size_t)MUCH_EACH);
+    for (size_t i = 0; i < MUCH; i++) in[i] = gpu_tensor(1, target + i * MUCH_EACH, MUCH_EACH, r, 1);
+    two_got(t, &c, in, MUCH);
+    for (size_t i = 0; i < MUCH; i++) CHECK(gpu_matches(1, r, in[i].data, MUCH_EACH, i));
+}
+
+TEST(more_than_the_outbox_has) {
+    two t;
+    cargo c;
+    tprpc_tensor out[MUCH];
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", much_receive, NULL);
+    if (gpu.count < 2) {
+        two_kill(&t);
+        SKIP("one device");
+    }
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, MUCH * (size_t)MUCH_EACH);
+    for (size_t i = 0; i < MUCH; i++) {
+        out[i] = gpu_tensor(0, source + i * MUCH_EACH, MUCH_EACH, s, 1);
+        CU(cuStreamSynchronize(s));    /* what the bytes come from has room for two */
+        gpu_put(0, s, out[i].data, MUCH_EACH, i);
+    }
+    two_sent(&t, &c, out, MUCH);
+    gpu_set(0, s, source, 0, MUCH * (size_t)MUCH_EACH);
+    two_close(&t, false);
+}
 
 /* ---- memory that others than cuMemAlloc gave: by way of the outbox; it cannot be registered ---- */
 
@@ -551,7 +593,7 @@ static tprpc_tensor *smalls(int device, uint8_t *memory, size_t step, CUstream s
     return tensors;
 }
 
-typedef struct steps { size_t from, to; } steps;   /* from tensor to tensor, in the sender's memory and the receiver's */
+typedef struct steps { size_t from, to; } steps;   /* from tensor to tensor, in the sender's memory and the other's */
 
 static int calls_of(const char *name) { return gpu.standin_calls ? (int)gpu.standin_calls(name) : 0; }
 
