@@ -2062,6 +2062,9 @@ enum {
     TPR_CUDA_WORD_SIZE = TPR_CUDA_WORD_SLOTS * 16,   // bytes: a slot is u64 ready, u64 done
     TPR_CUDA_WORD_TEND_US = 50000      // a peer's death is looked for, while something waits for it
 };
+#ifndef TPR_CUDA_WORD_DONE_FLAGS
+#define TPR_CUDA_WORD_DONE_FLAGS 0     // 1: no barrier before `done`, which publishes nothing: it says that was read
+#endif
 
 typedef struct tpr_cuda_word_side {    // the words of one direction: its sender writes `ready`, its receiver `done`
     tpr_cuda_arena_memory memory;
@@ -2119,9 +2122,10 @@ static tprpc_status tpr_cuda_word_wait(const tpr_cuda_device_set *set, tpr_cuda_
 static tprpc_status tpr_cuda_word_write(const tpr_cuda_device_set *set, tpr_cuda_word_side *side, uint32_t slot,
                                         bool done, uint64_t value, tpr_cuda_driver_stream stream, tprpc_error *error) {
     const tpr_cuda_driver_ptr at = side->memory.at + 16 * (uint64_t)slot + (done ? 8 : 0);
-    const tprpc_status status = TPR_CUDA_DRIVER_CALL(
-        set->cu, cuStreamWriteValue64, (stream, at, value, (unsigned int)TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT),
-        error);
+    const unsigned int flags =
+        done ? (unsigned int)TPR_CUDA_WORD_DONE_FLAGS : (unsigned int)TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT;
+    const tprpc_status status =
+        TPR_CUDA_DRIVER_CALL(set->cu, cuStreamWriteValue64, (stream, at, value, flags), error);
     if (status == TPRPC_OK) side->writes[slot] = value;
     return status;
 }
@@ -2326,6 +2330,22 @@ static bool tpr_cuda_export_has(tpr_cuda_device_set *set, int32_t device, const 
     const bool has = tpr_cuda_export_of(set, device, data, size) != NULL;
     tpr_cuda_os_lock_give(&set->lock);
     return has;
+}
+
+// Whether what was registered has all of these bytes; then *known is what is known of it, and the driver need not be
+// asked, which takes as long as to queue a copy.
+static bool tpr_cuda_export_knows(tpr_cuda_device_set *set, int32_t device, const void *data, size_t size,
+                                  tpr_cuda_device_range *known) {
+    tpr_cuda_os_lock_take(&set->lock);
+    const tpr_cuda_device_export *found = tpr_cuda_export_of(set, device, data, size);
+    if (found) {
+        known->kind = TPR_CUDA_DRIVER_MEMORYTYPE_DEVICE;
+        known->ordinal = device;
+        known->start = found->from;
+        known->size = found->length;
+    }
+    tpr_cuda_os_lock_give(&set->lock);
+    return found != NULL;
 }
 
 // Likewise, and it stays until it is dropped.
@@ -2712,7 +2732,7 @@ static tprpc_status tpr_cuda_proof_read(tpr_cuda_proof_reader *reader, tpr_cuda_
 // A piece goes through a chunk of the receiver's arena, into which the sender copies it; where the two share no memory,
 // through the pipe.
 //
-// Uses: os, base, driver, wire, device, kernels, stream, arena, outbox.
+// Uses: os, base, driver, wire, device, kernels, stream, arena, export, outbox.
 // Invariant: a batch is in `sends` or `receives` of its end from its beginning to its end; a message of the twin about
 // one that is not there is about one that has ended. A send ends when neither a stream of ours, nor the link, nor a
 // receiver of this process is at its memory, or when what is at it is ordered before what the user queues next.
@@ -3003,7 +3023,8 @@ static void tpr_cuda_batch_advance(tpr_cuda_batch *batch, size_t size) {
     batch->at += size;
 }
 
-// Checks what the user gave, and of a send marks how far its streams are.
+// Checks what the user gave, and of a send marks how far its streams are. The last device stays entered when all is
+// well, for what comes next is most often queued there.
 static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *error) {
     tpr_cuda_batch_end *end = batch->end;
     tpr_cuda_stream_queue *queue = end->net->queue;
@@ -3020,7 +3041,9 @@ static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *erro
         const uint32_t before = batch->order_count;
         status = tpr_cuda_device_of(queue->set, buffer->device, &device, error);
         if (status == TPRPC_OK) status = tpr_cuda_batch_enter(end, device, error);
-        if (status == TPRPC_OK)
+        if (status == TPRPC_OK &&
+            !(end->net->method->words && tpr_cuda_export_knows(queue->set, device->index, buffer->data, buffer->size,
+                                                               &known)))
             status = tpr_cuda_device_check_memory(queue->set, device, buffer->data, buffer->size, &known, error);
         if (status == TPRPC_OK) status = tpr_cuda_batch_order_for(batch, device, stream, &batch->order_of[i], error);
         if (status != TPRPC_OK || batch->order_count == before) continue;
@@ -3030,7 +3053,7 @@ static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *erro
         if (order->busy && !end->net->method->words)
             status = tpr_cuda_stream_record(queue, device, stream, &order->event, error);
     }
-    tpr_cuda_batch_leave(end);
+    if (status != TPRPC_OK) tpr_cuda_batch_leave(end);
     return status;
 }
 
@@ -3526,6 +3549,7 @@ static tprpc_status tpr_cuda_batch_send(void *end, tprpc_transfer *transfer, con
     status = tpr_cuda_batch_look(send, error);
     if (status == TPRPC_OK && self->net->method->offer)
         status = self->net->method->offer(send, descriptor, descriptor_size, error);
+    tpr_cuda_batch_leave(self);
     if (status == TPRPC_OK) tpr_cuda_batch_list(send);
     else tpr_cuda_batch_free(self->net, send);
     return status;
@@ -3570,6 +3594,7 @@ static tprpc_status tpr_cuda_batch_recv(void *end, tprpc_transfer *transfer, con
     receive->fresh = true;
     if (receive->total && self->net->method->fetch)
         outcome = self->net->method->fetch(receive, descriptor, descriptor_size, &why);
+    tpr_cuda_batch_leave(self);
     receive->fresh = false;
     tpr_cuda_batch_go_on(receive, outcome, &why);
     receive->lent--;
@@ -4184,6 +4209,9 @@ typedef struct tpr_cuda_ipc_end {
 
 enum { TPR_CUDA_IPC_ASKED, TPR_CUDA_IPC_DIRECT, TPR_CUDA_IPC_OUTBOX, TPR_CUDA_IPC_LATE };   // which way a send goes
 enum { TPR_CUDA_IPC_CANNOT = 1 };
+#ifndef TPR_CUDA_IPC_BESIDE
+#define TPR_CUDA_IPC_BESIDE 0          // 1: `done` is never written on a user's stream
+#endif
 enum { TPR_CUDA_IPC_LARGE = 1 << 20 }; // bytes of a part that is fetched beside the next one
 #define TPR_CUDA_IPC_NEVER (UINT64_C(1) << 62)
 
@@ -4315,6 +4343,7 @@ static tprpc_status tpr_cuda_ipc_show(tpr_cuda_ipc_end *end, tpr_cuda_device *de
     tpr_cuda_stream_queue *queue = net->batch.queue;
     tpr_cuda_proof_page *page = net->pages;
     if ((*out = tpr_cuda_ipc_shown_of(end, (uint64_t)device->index)) != NULL) return TPRPC_OK;
+    tpr_cuda_batch_leave(&end->batch);
     while (page && page->device != device) page = page->next;
     if (!page) {
         const tprpc_status status = tpr_cuda_proof_page_new(queue, device, tpr_cuda_ipc_page_ready, net, &page, error);
@@ -4433,6 +4462,7 @@ static void tpr_cuda_ipc_answer(tpr_cuda_ipc_seen *seen, int32_t device, const u
 static tprpc_status tpr_cuda_ipc_tell_words(tpr_cuda_ipc_end *end, tprpc_error *error) {
     const intptr_t handle = end->words->fd;
     if (end->words->told) return TPRPC_OK;
+    tpr_cuda_batch_leave(&end->batch);
     end->words->told = true;
     const tprpc_status status = tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_WORDS, 0, 0, TPR_CUDA_WORD_SIZE, 0,
                                                    &handle);
@@ -4445,6 +4475,7 @@ static tprpc_status tpr_cuda_ipc_tell(tpr_cuda_ipc_end *end, tpr_cuda_device_exp
     tpr_cuda_stream_queue *queue = end->batch.net->queue;
     for (tpr_cuda_ipc_told *told = end->told; told; told = told->next)
         if (told->of == export_) return TPRPC_OK;
+    tpr_cuda_batch_leave(&end->batch);
     tpr_cuda_ipc_told *told = (tpr_cuda_ipc_told *)tpr_cuda_base_alloc(queue->ctx, sizeof *told);
     if (!told) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda_ipc: no memory to remember an export");
     told->of = export_;
@@ -4556,8 +4587,7 @@ static tprpc_status tpr_cuda_ipc_direct_orders(tpr_cuda_batch *send, tprpc_error
     tprpc_status status = TPRPC_OK;
     for (uint32_t i = 0; i < send->order_count && status == TPRPC_OK; i++) {
         tpr_cuda_batch_order *order = &send->orders[i];
-        tpr_cuda_device_guard guard;
-        status = tpr_cuda_device_enter(set, order->device, &guard, error);
+        status = tpr_cuda_batch_enter(send->end, order->device, error);
         if (status != TPRPC_OK) break;
         status = tpr_cuda_arena_pin(set, &link->mine.memory, order->device, error);
         if (status == TPRPC_OK && !tpr_cuda_word_take(link, &order->slot, &order->seq))
@@ -4570,8 +4600,8 @@ static tprpc_status tpr_cuda_ipc_direct_orders(tpr_cuda_batch *send, tprpc_error
         }
         if (status == TPRPC_OK && order->busy)
             status = tpr_cuda_word_write(set, &link->mine, order->slot, false, order->seq, stream, error);
-        tpr_cuda_device_leave(set, &guard);
     }
+    tpr_cuda_batch_leave(send->end);
     return status;
 }
 
@@ -4778,6 +4808,7 @@ static tprpc_status tpr_cuda_ipc_begin(tpr_cuda_batch *send, bool late, tpr_cuda
         const tprpc_status status = tpr_cuda_ipc_direct_orders(send, error);
         return status == TPRPC_OK ? tpr_cuda_ipc_direct_parts(send, parts, error) : status;
     }
+    tpr_cuda_batch_leave(send->end);   // to tell the peer of an outbox may run what is not ours
     tprpc_status status = tpr_cuda_device_enter(set, send->orders[0].device, &guard, error);
     if (status != TPRPC_OK) return status;
     status = tpr_cuda_ipc_pack_first(send, late, parts, error);
@@ -4949,21 +4980,17 @@ static bool tpr_cuda_ipc_look_slow(tpr_cuda_ipc_net *net) {
 // One of our streams, which comes behind all streams of a receive.
 static tprpc_status tpr_cuda_ipc_join(tpr_cuda_batch *receive, tpr_cuda_driver_stream *out, tprpc_error *error) {
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
-    tpr_cuda_device_guard guard;
-    tprpc_status status = tpr_cuda_device_enter(queue->set, receive->orders[0].device, &guard, error);
-    if (status != TPRPC_OK) return status;
-    status = tpr_cuda_stream_own(queue, receive->orders[0].device, out, error);
-    tpr_cuda_device_leave(queue->set, &guard);
+    tprpc_status status = tpr_cuda_batch_enter(receive->end, receive->orders[0].device, error);
+    if (status == TPRPC_OK) status = tpr_cuda_stream_own(queue, receive->orders[0].device, out, error);
     for (uint32_t i = 0; i < receive->order_count && status == TPRPC_OK; i++) {
         const tpr_cuda_batch_order *order = &receive->orders[i];
         tpr_cuda_driver_event event = NULL;
-        status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
+        status = tpr_cuda_batch_enter(receive->end, order->device, error);
         if (status != TPRPC_OK) break;
         status = tpr_cuda_stream_record(queue, order->device, order->stream, &event, error);
         if (status == TPRPC_OK)
             status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (*out, event, 0), error);
         tpr_cuda_stream_event_back(queue, order->device, event);
-        tpr_cuda_device_leave(queue->set, &guard);
     }
     return status;
 }
@@ -5012,13 +5039,12 @@ static tprpc_status tpr_cuda_ipc_write_done(tpr_cuda_batch *receive, const tpr_c
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
     tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
     tpr_cuda_driver_stream stream = receive->stream ? receive->stream : receive->orders[0].stream;
-    const bool beside = receive->order_count > 1 || !(part->flags & TPR_CUDA_WIRE_PART_WAITS);
-    tpr_cuda_device_guard guard;
+    const bool beside = receive->order_count > 1 || !(part->flags & TPR_CUDA_WIRE_PART_WAITS) ||
+                        (TPR_CUDA_IPC_BESIDE && !receive->stream);
     tprpc_status status = beside ? tpr_cuda_ipc_join(receive, &stream, error) : TPRPC_OK;
-    if (status == TPRPC_OK) status = tpr_cuda_device_enter(queue->set, receive->orders[0].device, &guard, error);
+    if (status == TPRPC_OK) status = tpr_cuda_batch_enter(receive->end, receive->orders[0].device, error);
     if (status != TPRPC_OK) return status;
     status = tpr_cuda_word_write(queue->set, &link->theirs, part->slot, true, part->seq, stream, error);
-    tpr_cuda_device_leave(queue->set, &guard);
     tpr_cuda_word_tend(&tpr_cuda_ipc_net_of(receive)->tender);
     return status;
 }
@@ -5083,7 +5109,6 @@ static tprpc_status tpr_cuda_ipc_take(tpr_cuda_batch *receive, const tpr_cuda_wi
     }
     if (status != TPRPC_OK || !*can) return status;
     receive->moved += part->size;
-    if (part->flags & TPR_CUDA_WIRE_PART_LAST || receive->moved == receive->total) tpr_cuda_batch_leave(receive->end);
     if (part->flags & TPR_CUDA_WIRE_PART_LAST || receive->moved == receive->total)
         status = tpr_cuda_batch_flush(receive->end, error);
     if (status == TPRPC_OK && (part->flags & TPR_CUDA_WIRE_PART_LAST))
@@ -5167,12 +5192,14 @@ typedef enum tpr_cuda_ipc_state { TPR_CUDA_IPC_PROVEN, TPR_CUDA_IPC_OPEN, TPR_CU
 static tpr_cuda_ipc_state tpr_cuda_ipc_look_at(tpr_cuda_batch *receive, uint64_t devices, bool late) {
     tpr_cuda_ipc_net *net = tpr_cuda_ipc_net_of(receive);
     tpr_cuda_ipc_state state = TPR_CUDA_IPC_PROVEN;
-    for (uint32_t k = 0; k < TPR_CUDA_WIRE_DEVICE_MOST; k++) {
+    for (uint32_t k = 0; k < TPR_CUDA_WIRE_DEVICE_MOST && devices >> k; k++) {
         if (!(devices & UINT64_C(1) << k)) continue;
         tpr_cuda_ipc_seen *seen = tpr_cuda_ipc_see(tpr_cuda_ipc_end_of(receive), k);
         for (uint32_t i = 0; i < receive->order_count; i++) {
             tpr_cuda_device *device = receive->orders[i].device;
             const uint64_t bit = UINT64_C(1) << device->index;
+            if (seen && (seen->good & bit)) continue;
+            tpr_cuda_batch_leave(receive->end);
             if (seen && !late && !((seen->good | seen->bad) & bit) && seen->page && !net->reader.busy)
                 tpr_cuda_ipc_read_page(net, seen, device);
             if (seen && late && !(seen->good & bit))
@@ -5228,6 +5255,7 @@ static tpr_cuda_batch_outcome tpr_cuda_ipc_fetch(tpr_cuda_batch *receive, const 
     for (uint32_t i = 0; i < receive->order_count; i++) here |= UINT64_C(1) << receive->orders[i].device->index;
     if (rest)
         return tpr_cuda_ipc_take_all(receive, descriptor + TPR_CUDA_WIRE_DEVICES, rest / TPR_CUDA_WIRE_PART, error);
+    tpr_cuda_batch_leave(receive->end);
     tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, TPR_CUDA_WIRE_NOWHERE, here, 0, NULL);
     return TPR_CUDA_BATCH_GOING_ON;
 }
