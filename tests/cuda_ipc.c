@@ -817,6 +817,7 @@ static void waves(size_t size, int count, bool registered) {
             CHECK_EQ_INT(c[i].wrote.status, TPRPC_OK);
         }
         two_await(&t, 10 + w);
+        CU(cuStreamSynchronize(s));    /* all has been compared; this process, too, knows that its bytes were read */
     }
     two_close(&t, false);
 }
