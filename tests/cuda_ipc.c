@@ -647,6 +647,60 @@ TEST(many_small_to_one_place) { many_smalls(true, APART, EACH); }
 TEST(neighbours_at_both_ends) { many_smalls(true, EACH, EACH); }
 TEST(neighbours_at_both_ends_through_the_outbox) { many_smalls(false, EACH, EACH); }
 
+/* ---- what stands between a small transfer and its copy ---- */
+
+enum { EIGHT = 8, BEFORE = 50, LITTLE_SENT = 20, LITTLE_GOT = 30 };    /* the last two: flags */
+
+static int calls_of_all(void) {
+    static const char *const names[] = {
+        "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuThreadExchangeStreamCaptureMode", "cuPointerGetAttributes",
+        "cuStreamIsCapturing", "cuStreamGetCtx", "cuStreamQuery", "cuStreamWaitValue64_v2", "cuStreamWriteValue64_v2",
+        "cuMemcpyAsync", "cuEventRecord", "cuEventQuery", "cuStreamWaitEvent", "cuMemcpyPeerAsync",
+    };
+    int sum = 0;
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) sum += calls_of(names[i]);
+    return sum;
+}
+
+static void little_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CUstream r = gpu_stream(other());
+    void *target = gpu_alloc(other(), EIGHT);
+    tprpc_tensor in = gpu_tensor(other(), target, EIGHT, r, other());
+    for (int i = 0; i < 3; i++) {
+        two_await(t, LITTLE_SENT + i);
+        tprpc_poll(t->s.ctx, 3000, 0);
+        const int before = calls_of_all();
+        two_got(t, &c, &in, 1);
+        const int calls = calls_of_all() - before;
+        if (i == 2) CHECK_LE_INT(calls, 10);
+        CHECK(gpu_matches(other(), r, target, EIGHT, (uint64_t)i));
+        two_raise(t, LITTLE_GOT + i);
+    }
+}
+
+TEST(a_small_transfer_asks_little_of_the_driver) {
+    two t;
+    cargo c;
+    two_open(&t, "shm://", "cuda_ipc,basic", little_receive, NULL);
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, EIGHT);
+    tprpc_tensor out = gpu_tensor(0, source, EIGHT, s, other());
+    REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, EIGHT, NULL), TPRPC_OK);
+    for (int i = 0; i < 3; i++) {
+        for (int k = 0; k < BEFORE; k++) gpu_put(0, s, source, EIGHT, (uint64_t)i);
+        const int before = calls_of_all();
+        two_send(&t, &c, &out, 1);
+        const int calls = calls_of_all() - before;
+        if (i == 2) CHECK_LE_INT(calls, 8);
+        two_raise(&t, LITTLE_SENT + i);
+        two_await(&t, LITTLE_GOT + i);
+        WAIT(&t.s, c.wrote.runs, 1);
+    }
+    two_close(&t, false);
+}
+
 /* ---- what is sent ahead of its receiver leaves room in the outbox for what he waits for ---- */
 
 enum { AHEAD = 20, AHEAD_FIRST = 8, AHEAD_SIZE = 1 << 20, AHEAD_MAY = 20, AHEAD_TAKEN = 21 };   /* the last two: flags */
