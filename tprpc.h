@@ -3023,13 +3023,19 @@ TPR_COLD static void *tpr_base_new(tpr_base_memory *memory, size_t size, uint32_
 }
 
 // A cache of blocks by power of two from 64 B to 128 KiB, so that a hot path allocates nothing once it is warm. Not
-// locked: each belongs to a loop. Larger blocks go straight to the allocator.
+// locked: each belongs to a loop. Larger blocks go straight to the allocator, but for a few that were given back last,
+// up to 512 KiB, which serve again for just their size: a stream of messages of a thousand tensors asks for the same
+// again and again, and fresh pages cost more than what is written to them.
 enum { TPR_BASE_POOL_CLASSES = 12, TPR_BASE_POOL_LEAST = 64, TPR_BASE_POOL_KEEP = 1 << 20 };   // bytes kept per class
+enum { TPR_BASE_POOL_SPARES = 4, TPR_BASE_POOL_SPARE = 512 << 10 };
 typedef struct tpr_base_block { struct tpr_base_block *next; } tpr_base_block;
 typedef struct tpr_base_pool {
     tpr_base_memory *memory;
     tpr_base_block  *free[TPR_BASE_POOL_CLASSES];
     uint32_t         kept[TPR_BASE_POOL_CLASSES];
+    void            *spares[TPR_BASE_POOL_SPARES];
+    size_t           spare_sizes[TPR_BASE_POOL_SPARES];
+    uint32_t         turn;             // which spare makes room next
 } tpr_base_pool;
 
 static inline uint32_t tpr_base_pool_class(size_t size) {
@@ -3038,10 +3044,34 @@ static inline uint32_t tpr_base_pool_class(size_t size) {
     return (uint32_t)(64 - __builtin_clzll((unsigned long long)(size - 1))) - 6;
 }
 
+static void *tpr_base_pool_take_large(tpr_base_pool *pool, size_t size) {
+    for (uint32_t i = 0; i < TPR_BASE_POOL_SPARES; i++) {
+        void *spare = pool->spares[i];
+        if (!spare || pool->spare_sizes[i] != size) continue;
+        pool->spares[i] = NULL;
+        return spare;
+    }
+    return tpr_base_alloc(pool->memory, size, 64, TPR_TAG('b', 'u', 'l', 'k'));
+}
+
+static void tpr_base_pool_give_large(tpr_base_pool *pool, void *ptr, size_t size) {
+    uint32_t i = 0;
+    if (size <= TPR_BASE_POOL_SPARE) {
+        while (i < TPR_BASE_POOL_SPARES && pool->spares[i]) i++;
+        if (i == TPR_BASE_POOL_SPARES) i = pool->turn++ % TPR_BASE_POOL_SPARES;
+        void *old = pool->spares[i];
+        const size_t old_size = pool->spare_sizes[i];
+        pool->spares[i] = ptr;
+        pool->spare_sizes[i] = size;
+        ptr = old;
+        size = old_size;
+    }
+    tpr_base_free(pool->memory, ptr, size, TPR_TAG('b', 'u', 'l', 'k'));
+}
+
 static inline void *tpr_base_pool_take(tpr_base_pool *pool, size_t size) {
     uint32_t c = tpr_base_pool_class(size);
-    if (TPR_UNLIKELY(c == TPR_BASE_POOL_CLASSES))
-        return tpr_base_alloc(pool->memory, size, 64, TPR_TAG('b', 'u', 'l', 'k'));
+    if (TPR_UNLIKELY(c == TPR_BASE_POOL_CLASSES)) return tpr_base_pool_take_large(pool, size);
     tpr_base_block *block = pool->free[c];
     if (TPR_UNLIKELY(!block))
         return tpr_base_alloc(pool->memory, (size_t)TPR_BASE_POOL_LEAST << c, 64, TPR_TAG('p', 'o', 'o', 'l'));
@@ -3054,7 +3084,7 @@ static inline void tpr_base_pool_give(tpr_base_pool *pool, void *ptr, size_t siz
     uint32_t c = tpr_base_pool_class(size);
     if (!ptr) return;
     if (TPR_UNLIKELY(c == TPR_BASE_POOL_CLASSES)) {
-        tpr_base_free(pool->memory, ptr, size, TPR_TAG('b', 'u', 'l', 'k'));
+        tpr_base_pool_give_large(pool, ptr, size);
         return;
     }
     size_t whole = (size_t)TPR_BASE_POOL_LEAST << c;
@@ -3082,6 +3112,10 @@ static void tpr_base_pool_clear(tpr_base_pool *pool) {
             tpr_base_free(pool->memory, block, (size_t)TPR_BASE_POOL_LEAST << c, TPR_TAG('p', 'o', 'o', 'l'));
         }
         pool->kept[c] = 0;
+    }
+    for (uint32_t i = 0; i < TPR_BASE_POOL_SPARES; i++) {
+        tpr_base_free(pool->memory, pool->spares[i], pool->spare_sizes[i], TPR_TAG('b', 'u', 'l', 'k'));
+        pool->spares[i] = NULL;
     }
 }
 
@@ -3963,31 +3997,37 @@ static void tpr_wire_read_payload(tpr_wire_reader *r, tpr_wire_item *item, uint3
     if (item->transfer != TPR_WIRE_INLINE && item->transfer >= transfers) r->failed = true;
 }
 
-static void tpr_wire_write_tensor(tpr_wire_writer *w, const tpr_wire_item *item) {
-    tpr_wire_write_u64(w, item->size);
-    tpr_wire_write_u32(w, item->metadata_size);
-    tpr_wire_write_u8(w, item->transfer);
-    tpr_wire_write_u8(w, item->dtype);
-    tpr_wire_write_u8(w, item->ndim);
-    tpr_wire_write_u8(w, 0);
-    tpr_wire_write_u32(w, (uint32_t)item->device.kind);
-    tpr_wire_write_u32(w, (uint32_t)item->device.index);
-    tpr_wire_write_u32(w, (uint32_t)item->target.kind);
-    tpr_wire_write_u32(w, (uint32_t)item->target.index);
+// A message may have thousands of tensors, so the fixed part of one is checked once and written in one go.
+static inline void tpr_wire_write_tensor(tpr_wire_writer *w, const tpr_wire_item *item) {
+    uint8_t *out = w->at;
+    if (!tpr_wire_room(w, tpr_wire_tensor_bytes(0))) return;
+    tpr_base_store_le64(out, item->size);
+    tpr_base_store_le32(out + 8, item->metadata_size);
+    out[12] = item->transfer;
+    out[13] = item->dtype;
+    out[14] = item->ndim;
+    out[15] = 0;
+    tpr_base_store_le32(out + 16, (uint32_t)item->device.kind);
+    tpr_base_store_le32(out + 20, (uint32_t)item->device.index);
+    tpr_base_store_le32(out + 24, (uint32_t)item->target.kind);
+    tpr_base_store_le32(out + 28, (uint32_t)item->target.index);
+    w->at += tpr_wire_tensor_bytes(0);
     for (uint32_t i = 0; i < item->ndim; i++) tpr_wire_write_u64(w, (uint64_t)item->shape[i]);
 }
 
-static void tpr_wire_read_tensor(tpr_wire_reader *r, tpr_wire_item *item, uint32_t transfers) {
-    item->size = tpr_wire_read_u64(r);
-    item->metadata_size = tpr_wire_read_u32(r);
-    item->transfer = tpr_wire_read_u8(r);
-    item->dtype = tpr_wire_read_u8(r);
-    item->ndim = tpr_wire_read_u8(r);
-    tpr_wire_read_u8(r);
-    item->device.kind = (int32_t)tpr_wire_read_u32(r);
-    item->device.index = (int32_t)tpr_wire_read_u32(r);
-    item->target.kind = (int32_t)tpr_wire_read_u32(r);
-    item->target.index = (int32_t)tpr_wire_read_u32(r);
+static inline void tpr_wire_read_tensor(tpr_wire_reader *r, tpr_wire_item *item, uint32_t transfers) {
+    const uint8_t *in = r->at;
+    if (!tpr_wire_take(r, tpr_wire_tensor_bytes(0))) return;
+    item->size = tpr_base_load_le64(in);
+    item->metadata_size = tpr_base_load_le32(in + 8);
+    item->transfer = in[12];
+    item->dtype = in[13];
+    item->ndim = in[14];
+    item->device.kind = (int32_t)tpr_base_load_le32(in + 16);
+    item->device.index = (int32_t)tpr_base_load_le32(in + 20);
+    item->target.kind = (int32_t)tpr_base_load_le32(in + 24);
+    item->target.index = (int32_t)tpr_base_load_le32(in + 28);
+    r->at += tpr_wire_tensor_bytes(0);
     if (item->ndim > TPRPC_MAX_DIMS) r->failed = true;
     for (uint32_t i = 0; i < item->ndim && !r->failed; i++) item->shape[i] = (int64_t)tpr_wire_read_u64(r);
     if (item->transfer != TPR_WIRE_INLINE && item->transfer >= transfers) r->failed = true;
@@ -9425,6 +9465,8 @@ struct tpr_pipe_in {                   // an incoming message, with its inline b
     tprpc_tensor  *tensors;
     tprpc_payload *payloads;
     tpr_pipe_slot *slots;              // payloads, then tensors
+    uint64_t bytes;                    // of all of them
+    bool     adopted;                  // some of which are the sender's own
     uint32_t block, credit, pending, transfer_count;
     bool     described, reading;
     uint8_t  prefix_size;
@@ -10083,22 +10125,32 @@ static int32_t tpr_pipe_link_process(tprpc_link *link) {
 
 // ---- transfers
 
-// Payload or tensor i of a message, payloads first.
+// Payload or tensor i of a message, payloads first, to where it is to stand: of thousands, one that is put together
+// elsewhere and then copied takes several times as long, for what was written in parts is read back as a whole.
+static inline void tpr_pipe_item_to(const tprpc_message *m, size_t i, tprpc_buffer *out) {
+    const tprpc_tensor *tensor = &m->tensors[i - m->payload_count];
+    if (i < m->payload_count) {
+        memset(out, 0, sizeof *out);
+        out->data = m->payloads[i].data;
+        out->size = m->payloads[i].size;
+        out->device.kind = TPRPC_CPU;
+        return;
+    }
+    out->data = tensor->data;
+    out->size = tensor->size;
+    out->stream = tensor->stream;
+    if (TPR_UNLIKELY(tensor->device.kind == TPRPC_DEVICE_DEFAULT)) out->device = tpr_pipe_device(tensor->device);
+    else out->device = tensor->device;
+}
+
 static inline tprpc_buffer tpr_pipe_item(const tprpc_message *m, size_t i) {
     tprpc_buffer buffer;
-    memset(&buffer, 0, sizeof buffer);
-    if (i < m->payload_count) {
-        buffer.data = m->payloads[i].data;
-        buffer.size = m->payloads[i].size;
-        buffer.device.kind = TPRPC_CPU;
-    } else {
-        const tprpc_tensor *tensor = &m->tensors[i - m->payload_count];
-        buffer.data = tensor->data;
-        buffer.size = tensor->size;
-        buffer.device = tpr_pipe_device(tensor->device);
-        buffer.stream = tensor->stream;
-    }
+    tpr_pipe_item_to(m, i, &buffer);
     return buffer;
+}
+
+static inline size_t tpr_pipe_item_size(const tprpc_message *m, size_t i) {
+    return i < m->payload_count ? m->payloads[i].size : m->tensors[i - m->payload_count].size;
 }
 
 static void tpr_pipe_in_done(tpr_pipe_in *in, tprpc_status status, const tprpc_error *error) {
@@ -10108,11 +10160,10 @@ static void tpr_pipe_in_done(tpr_pipe_in *in, tprpc_status status, const tprpc_e
         else tprpc_error_set(&in->error, status, 0, "the read failed");
     }
     if (--in->pending) return;
-    for (size_t i = 0; i < in->message.payload_count + in->message.tensor_count && in->status == TPRPC_OK; i++) {
-        const size_t size = tpr_pipe_item(&in->message, i).size;
-        in->pipe->tensor_bytes_received += size;
-        if (in->slots[i].transfer != TPR_WIRE_INLINE && in->slots[i].bytes) in->pipe->tensor_bytes_adopted += size;
-    }
+    if (in->status == TPRPC_OK) in->pipe->tensor_bytes_received += in->bytes;
+    for (size_t i = 0; in->adopted && i < in->message.payload_count + in->message.tensor_count; i++)
+        if (in->status == TPRPC_OK && in->slots[i].transfer != TPR_WIRE_INLINE && in->slots[i].bytes)
+            in->pipe->tensor_bytes_adopted += tpr_pipe_item_size(&in->message, i);
     in->done(in);
 }
 
@@ -10365,16 +10416,17 @@ static tprpc_status tpr_pipe_plan_send(tprpc_pipe *pipe, tpr_pipe_plan *plan, ui
                                        tprpc_buffer *buffers, tprpc_error *error) {
     tpr_pipe_channel *channel = pipe->channels[plan->transfers[k].channel];
     tpr_pipe_transfer *transfer = &write->transfers[k];
-    tprpc_device from = TPR_ZERO, to = TPR_ZERO;
-    size_t count = 0;
+    tprpc_device from, to;
+    size_t count = 0, last = 0;
     uint64_t bytes = 0;
     for (size_t i = 0; i < plan->count; i++) {
         if (plan->where[i] != k) continue;
-        buffers[count++] = tpr_pipe_item(plan->message, i);
-        bytes += buffers[count - 1].size;
-        from = buffers[0].device;
-        to = tpr_pipe_item_target(plan->message, i);
+        tpr_pipe_item_to(plan->message, i, &buffers[count]);
+        bytes += buffers[count++].size;
+        last = i;
     }
+    from = buffers[0].device;
+    to = tpr_pipe_item_target(plan->message, last);
     for (; channel; channel = tpr_pipe_pick(pipe, from, to, buffers, count, channel)) {
         const tprpc_channel_table *table = channel->entry->backend->channel;
         size_t size = table->max_descriptor;
@@ -10418,7 +10470,7 @@ static size_t tpr_pipe_message_size(const tpr_pipe_plan *plan, size_t prefix_siz
     for (size_t i = 0; i < m->tensor_count; i++)
         size += tpr_wire_tensor_bytes(m->tensors[i].ndim) + m->tensors[i].metadata_size;
     for (size_t i = 0; i < plan->count; i++)
-        if (plan->where[i] == TPR_WIRE_INLINE) size += tpr_pipe_item(m, i).size;
+        if (plan->where[i] == TPR_WIRE_INLINE) size += tpr_pipe_item_size(m, i);
     return size;
 }
 
@@ -10438,7 +10490,7 @@ static void tpr_pipe_build_message(const tpr_pipe_plan *plan, const void *prefix
         tpr_wire_item item;
         bool payload = i < m->payload_count;
         const tprpc_tensor *t = payload ? NULL : &m->tensors[i - m->payload_count];
-        item.size = tpr_pipe_item(m, i).size;
+        item.size = tpr_pipe_item_size(m, i);
         item.metadata_size = (uint32_t)(payload ? m->payloads[i].metadata_size : t->metadata_size);
         item.transfer = plan->where[i];
         if (payload) {
@@ -10449,7 +10501,7 @@ static void tpr_pipe_build_message(const tpr_pipe_plan *plan, const void *prefix
         item.ndim = (uint8_t)t->ndim;
         item.device = tpr_pipe_device(t->device);
         item.target = t->target;
-        memcpy(item.shape, t->shape, sizeof item.shape);
+        if (t->ndim) memcpy(item.shape, t->shape, sizeof item.shape);
         tpr_wire_write_tensor(&w, &item);
     }
     for (uint32_t k = 0; k < plan->transfer_count; k++) tpr_wire_write_transfer(&w, &plan->transfers[k]);
@@ -10460,8 +10512,9 @@ static void tpr_pipe_build_message(const tpr_pipe_plan *plan, const void *prefix
     for (size_t i = 0; i < m->tensor_count; i++)
         tpr_wire_write_raw(&w, m->tensors[i].metadata, m->tensors[i].metadata_size);
     for (size_t i = 0; i < plan->count; i++) {
-        tprpc_buffer buffer = tpr_pipe_item(m, i);
-        if (plan->where[i] == TPR_WIRE_INLINE) tpr_wire_write_raw(&w, buffer.data, buffer.size);
+        if (plan->where[i] != TPR_WIRE_INLINE) continue;
+        const tprpc_buffer buffer = tpr_pipe_item(m, i);
+        tpr_wire_write_raw(&w, buffer.data, buffer.size);
     }
     TPRPC_ASSERT(!w.failed && w.at == w.end);
 }
@@ -10550,7 +10603,7 @@ static tprpc_status tpr_pipe_send_planned(tprpc_pipe *pipe, tpr_pipe_write *writ
     if (status == TPRPC_OK) {
         uint8_t *out = frame ? tpr_pipe_frame_bytes(frame) : stack;
         tpr_pipe_build_message(&plan, prefix, prefix_size, out, size);
-        for (size_t i = 0; i < plan.count; i++) pipe->tensor_bytes_sent += tpr_pipe_item(message, i).size;
+        for (size_t i = 0; i < plan.count; i++) pipe->tensor_bytes_sent += tpr_pipe_item_size(message, i);
         if (!tpr_pipe_emit(pipe, stack, frame, size, write))
             status = tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "no memory to queue a message");
     }
@@ -10820,6 +10873,8 @@ static inline tpr_pipe_in *tpr_pipe_in_short(tprpc_pipe *pipe, uint32_t metadata
     in->transfers = NULL;
     in->wire = NULL;
     in->block = (uint32_t)size;
+    in->bytes = 0;
+    in->adopted = false;
     in->credit = TPR_WIRE_SHORT + prefix_size + metadata_size;
     in->pending = in->transfer_count = 0;
     in->described = in->reading = false;
@@ -10830,8 +10885,13 @@ static inline tpr_pipe_in *tpr_pipe_in_short(tprpc_pipe *pipe, uint32_t metadata
     return in;
 }
 
-// Reads payloads and tensors. Returns the bytes of metadata and of items they announce, or fails the reader.
-static void tpr_pipe_read_items(tpr_pipe_in *in, tpr_wire_reader *r, uint64_t *bytes, uint64_t *metadata) {
+// Reads payloads and tensors. Returns the bytes of metadata and of items they announce, or fails the reader. *here:
+// some of them are in the message. (A tensor is copied from an empty one: to clear it takes compilers several times as
+// long.)
+static void tpr_pipe_read_items(tpr_pipe_in *in, tpr_wire_reader *r, uint64_t *bytes, uint64_t *metadata, bool *here) {
+    tprpc_tensor empty;
+    memset(&empty, 0, sizeof empty);
+    empty.metadata = in->message.metadata;
     for (size_t i = 0; i < in->message.payload_count + in->message.tensor_count && !r->failed; i++) {
         tpr_wire_item item;
         bool payload = i < in->message.payload_count;
@@ -10842,15 +10902,17 @@ static void tpr_pipe_read_items(tpr_pipe_in *in, tpr_wire_reader *r, uint64_t *b
         *bytes = *bytes + item.size < *bytes ? UINT64_MAX : *bytes + item.size;
         memset(&in->slots[i], 0, sizeof in->slots[i]);
         in->slots[i].transfer = item.transfer;
+        *here |= item.transfer == TPR_WIRE_INLINE;
         if (payload) {
             tprpc_payload *p = &in->payloads[i];
             p->data = NULL;
             p->size = (size_t)item.size;
+            p->metadata = in->message.metadata;
             p->metadata_size = item.metadata_size;
             continue;
         }
         tprpc_tensor *t = &in->tensors[i - in->message.payload_count];
-        memset(t, 0, sizeof *t);
+        *t = empty;
         t->size = (size_t)item.size;
         t->dtype = item.dtype;
         t->ndim = item.ndim;
@@ -10875,7 +10937,8 @@ static tpr_pipe_in *tpr_pipe_decode(tprpc_pipe *pipe, const uint8_t *body, size_
     tpr_wire_reader r = tpr_wire_reader_of(body, size);
     const tprpc_limits *limits = &pipe->ctx->limits;
     tpr_wire_message head;
-    uint64_t bytes = 0, metadata;
+    uint64_t metadata;
+    bool here = false;
     *status = TPRPC_ERROR_PROTOCOL;
     tpr_wire_read_message(&r, &head);
     metadata = head.metadata_size;
@@ -10885,8 +10948,8 @@ static tpr_pipe_in *tpr_pipe_decode(tprpc_pipe *pipe, const uint8_t *body, size_
     if (!in) return NULL;
     uint8_t *at = (uint8_t *)(uintptr_t)in->message.metadata;
     size_t count = in->message.payload_count + in->message.tensor_count;
-    tpr_pipe_read_items(in, &r, &bytes, &metadata);
-    if (bytes > limits->message_bytes || metadata > limits->metadata_bytes) r.failed = true;
+    tpr_pipe_read_items(in, &r, &in->bytes, &metadata, &here);
+    if (in->bytes > limits->message_bytes || metadata > limits->metadata_bytes) r.failed = true;
     for (uint32_t k = 0; k < head.transfers && !r.failed; k++) {
         tpr_wire_read_transfer(&r, &in->wire[k]);
         if (in->wire[k].channel >= pipe->channel_count || !pipe->channels[in->wire[k].channel]->end) r.failed = true;
@@ -10898,13 +10961,13 @@ static tpr_pipe_in *tpr_pipe_decode(tprpc_pipe *pipe, const uint8_t *body, size_
     in->prefix_size = head.prefix_size;
     tpr_wire_read_into(&r, in->prefix, head.prefix_size);
     if (!r.failed) in->message.metadata = tpr_pipe_in_bytes(&at, &r, head.metadata_size);
-    for (size_t i = 0; i < count && !r.failed; i++) {
+    for (size_t i = 0; i < count && metadata > head.metadata_size && !r.failed; i++) {
         if (i < head.payloads) in->payloads[i].metadata = tpr_pipe_in_bytes(&at, &r, in->payloads[i].metadata_size);
         else
             in->tensors[i - head.payloads].metadata =
                 tpr_pipe_in_bytes(&at, &r, in->tensors[i - head.payloads].metadata_size);
     }
-    for (size_t i = 0; i < count && !r.failed; i++) {
+    for (size_t i = 0; i < count && here && !r.failed; i++) {
         size_t n = i < head.payloads ? in->payloads[i].size : in->tensors[i - head.payloads].size;
         if (in->slots[i].transfer != TPR_WIRE_INLINE) continue;
         in->slots[i].bytes = (void *)(uintptr_t)tpr_pipe_in_bytes(&at, &r, n);
@@ -10916,14 +10979,15 @@ static tpr_pipe_in *tpr_pipe_decode(tprpc_pipe *pipe, const uint8_t *body, size_
 
 // Where item i is to go: to what the user gave, or (data NULL) to memory of the library's on the device asked for.
 static tprpc_buffer tpr_pipe_in_wanted(const tpr_pipe_in *in, size_t i, const tprpc_message *allocation) {
+    const bool payload = i < in->message.payload_count;
     tprpc_buffer to;
-    memset(&to, 0, sizeof to);
-    if (allocation) to = tpr_pipe_item(allocation, i);
-    to.size = tpr_pipe_item(&in->message, i).size;
+    if (allocation) tpr_pipe_item_to(allocation, i, &to);
+    else memset(&to, 0, sizeof to);
+    to.size = tpr_pipe_item_size(&in->message, i);
     if (to.data) return to;
     to.device.index = 0;
     to.device.kind = TPRPC_CPU;
-    if (i < in->message.payload_count || in->slots[i].transfer == TPR_WIRE_INLINE) return to;
+    if (payload || in->slots[i].transfer == TPR_WIRE_INLINE) return to;
     const tprpc_tensor *t = &in->tensors[i - in->message.payload_count];
     to.device = t->target.kind == TPRPC_DEVICE_DEFAULT ? tpr_pipe_device(t->device) : t->target;
     return to;
@@ -10944,6 +11008,7 @@ static void tpr_pipe_in_adopt(tpr_pipe_in *in, const tprpc_message *allocation, 
             host &= buffers[n++].device.kind == TPRPC_CPU;
         }
         if (!wanted || !host) continue;
+        in->adopted = true;
         in->transfers[k].holder = channel->entry;
         in->transfers[k].hold = channel->entry->backend->channel->adopt(channel->end, in->wire[k].id, buffers, n);
         for (size_t i = n = 0; in->transfers[k].hold && i < count; i++) {
@@ -10961,6 +11026,13 @@ static tprpc_status tpr_pipe_in_place(tpr_pipe_in *in, size_t i, const tprpc_mes
     bool payload = i < in->message.payload_count;
     tprpc_tensor *t = payload ? NULL : &in->tensors[i - in->message.payload_count];
     tpr_pipe_slot *slot = &in->slots[i];
+    const tprpc_tensor *given = allocation && t ? &allocation->tensors[i - in->message.payload_count] : NULL;
+    if (given && given->data && slot->transfer != TPR_WIRE_INLINE) {   // as most of many are
+        t->data = given->data;
+        t->stream = given->stream;
+        t->device = tpr_pipe_device(given->device);
+        return TPRPC_OK;
+    }
     tprpc_buffer to = tpr_pipe_in_wanted(in, i, allocation);
     const size_t size = to.size;
     if (slot->transfer == TPR_WIRE_INLINE) {
@@ -11043,10 +11115,12 @@ static void tpr_pipe_in_read(tpr_pipe_in *in, const tprpc_message *allocation, b
         tpr_pipe_transfer *transfer = &in->transfers[k];
         tpr_pipe_channel *channel = pipe->channels[in->wire[k].channel];
         size_t n = 0;
-        for (size_t i = 0; i < count; i++)
-            if (in->slots[i].transfer == k) buffers[n++] = tpr_pipe_item(&in->message, i);
+        for (size_t i = 0; i < count; i++) {
+            if (in->slots[i].transfer != k) continue;
+            tpr_pipe_item_to(&in->message, i, &buffers[n]);
+            transfer->large |= buffers[n++].size >= TPR_PIPE_LARGE;
+        }
         transfer->in = in;
-        for (size_t i = 0; i < n; i++) transfer->large |= buffers[i].size >= TPR_PIPE_LARGE;
         transfer->place = pipe->receives++;
         in->pending++;
         tpr_pipe_transfer_begin(pipe, transfer, in->wire[k].id, in->wire[k].channel);

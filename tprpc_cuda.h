@@ -110,8 +110,9 @@
 //   a chunk of pinned host memory                     -                                     2 MiB
 //   chunks of an end of a pipe                        -                                     8
 //   chunks of a transfer that are under way           -                                     6
-//   an outbox, of each device and loop of a context   -                                     52 MiB
-//   chunks of an outbox                               -                                     6 of 8 MiB, 64 of 64 KiB
+//   an outbox, of each device and loop of a context   -                                     20 MiB
+//   chunks of an outbox                               -                                     8 of 2 MiB, 64 of 64 KiB
+//   likewise for what is larger than 2 MiB            -                                     96 MiB: 3 of 32 MiB
 //   transfers of a pipe that words order at a time    -                                     512
 //   memory by which a device is proven, likewise      -                                     2 MiB
 //   a proof has failed when it takes                  -                                     5 s
@@ -1570,7 +1571,8 @@ typedef struct tpr_cuda_stream_lane {  // of one device
     uint32_t               turn;
     tpr_cuda_driver_event *events;     // free ones: `count` of them, room for `room`
     uint32_t               count, room;
-    void                  *outbox;     // of >>outbox
+    void                  *outboxes[2];   // of >>outbox: for transfers of a few bytes, and of many
+    bool                   no_large;   // there is no memory for the second
 } tpr_cuda_stream_lane;
 
 typedef struct tpr_cuda_stream_queue { // of one loop, shared by our channels' instances on it
@@ -2060,6 +2062,9 @@ enum {
     TPR_CUDA_WORD_SIZE = TPR_CUDA_WORD_SLOTS * 16,   // bytes: a slot is u64 ready, u64 done
     TPR_CUDA_WORD_TEND_US = 50000      // a peer's death is looked for, while something waits for it
 };
+#ifndef TPR_CUDA_WORD_DONE_FLAGS
+#define TPR_CUDA_WORD_DONE_FLAGS 0     // 1: no barrier before `done`, which publishes nothing: it says that was read
+#endif
 
 typedef struct tpr_cuda_word_side {    // the words of one direction: its sender writes `ready`, its receiver `done`
     tpr_cuda_arena_memory memory;
@@ -2117,9 +2122,10 @@ static tprpc_status tpr_cuda_word_wait(const tpr_cuda_device_set *set, tpr_cuda_
 static tprpc_status tpr_cuda_word_write(const tpr_cuda_device_set *set, tpr_cuda_word_side *side, uint32_t slot,
                                         bool done, uint64_t value, tpr_cuda_driver_stream stream, tprpc_error *error) {
     const tpr_cuda_driver_ptr at = side->memory.at + 16 * (uint64_t)slot + (done ? 8 : 0);
-    const tprpc_status status = TPR_CUDA_DRIVER_CALL(
-        set->cu, cuStreamWriteValue64, (stream, at, value, (unsigned int)TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT),
-        error);
+    const unsigned int flags =
+        done ? (unsigned int)TPR_CUDA_WORD_DONE_FLAGS : (unsigned int)TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT;
+    const tprpc_status status =
+        TPR_CUDA_DRIVER_CALL(set->cu, cuStreamWriteValue64, (stream, at, value, flags), error);
     if (status == TPRPC_OK) side->writes[slot] = value;
     return status;
 }
@@ -2326,6 +2332,22 @@ static bool tpr_cuda_export_has(tpr_cuda_device_set *set, int32_t device, const 
     return has;
 }
 
+// Whether what was registered has all of these bytes; then *known is what is known of it, and the driver need not be
+// asked, which takes as long as to queue a copy.
+static bool tpr_cuda_export_knows(tpr_cuda_device_set *set, int32_t device, const void *data, size_t size,
+                                  tpr_cuda_device_range *known) {
+    tpr_cuda_os_lock_take(&set->lock);
+    const tpr_cuda_device_export *found = tpr_cuda_export_of(set, device, data, size);
+    if (found) {
+        known->kind = TPR_CUDA_DRIVER_MEMORYTYPE_DEVICE;
+        known->ordinal = device;
+        known->start = found->from;
+        known->size = found->length;
+    }
+    tpr_cuda_os_lock_give(&set->lock);
+    return found != NULL;
+}
+
 // Likewise, and it stays until it is dropped.
 static tpr_cuda_device_export *tpr_cuda_export_hold(tpr_cuda_device_set *set, int32_t device, const void *data,
                                                     size_t size) {
@@ -2417,15 +2439,23 @@ TPRPC_API tprpc_status tprpc_cuda_unregister(tprpc_context *ctx, void *base, tpr
 // Uses: base, driver, device, stream, arena, word, export.
 // Invariant: a chunk is used again when the receiver's word says that it was read, or the receiver's process has ended.
 
+// A device has two on a loop. The second is for transfers of many bytes: a copy between two H200 takes 4 us more than
+// its bytes do, and a chunk's words 3 us, so that chunks of 8 MiB (21 us) reached three quarters of a long copy's rate.
+#ifndef TPR_CUDA_OUTBOX_LARGE_MIB
+#define TPR_CUDA_OUTBOX_LARGE_MIB 32
+#endif
+#ifndef TPR_CUDA_OUTBOX_LARGE_COUNT
+#define TPR_CUDA_OUTBOX_LARGE_COUNT 3
+#endif
 enum {
-    TPR_CUDA_OUTBOX_CHUNK = 8 << 20, TPR_CUDA_OUTBOX_CHUNKS = 6,
+    TPR_CUDA_OUTBOX_LARGE = TPR_CUDA_OUTBOX_LARGE_MIB << 20, TPR_CUDA_OUTBOX_LARGES = TPR_CUDA_OUTBOX_LARGE_COUNT,
+    TPR_CUDA_OUTBOX_MIDDLE = 2 << 20, TPR_CUDA_OUTBOX_MIDDLES = 8,
     TPR_CUDA_OUTBOX_SMALL = 64 << 10, TPR_CUDA_OUTBOX_SMALLS = 64,
-    TPR_CUDA_OUTBOX_ALL = TPR_CUDA_OUTBOX_CHUNKS + TPR_CUDA_OUTBOX_SMALLS,
-    TPR_CUDA_OUTBOX_SIZE =
-        TPR_CUDA_OUTBOX_CHUNK * TPR_CUDA_OUTBOX_CHUNKS + TPR_CUDA_OUTBOX_SMALL * TPR_CUDA_OUTBOX_SMALLS
+    TPR_CUDA_OUTBOX_MOST = TPR_CUDA_OUTBOX_MIDDLES + TPR_CUDA_OUTBOX_SMALLS
 };
 
 typedef struct tpr_cuda_outbox_chunk {
+    struct tpr_cuda_outbox *box;
     tpr_cuda_word_link *link;          // whose word says that it was read; NULL: it is free
     uint64_t at, size, seq;            // at: within the outbox
     uint64_t offset, length;           // of the transfer's bytes that are in it
@@ -2436,36 +2466,53 @@ typedef struct tpr_cuda_outbox_chunk {
 typedef struct tpr_cuda_outbox {       // of a device, on a loop
     tpr_cuda_device_export *export_;
     uint64_t              base;
-    tpr_cuda_outbox_chunk chunks[TPR_CUDA_OUTBOX_ALL];
+    int                   count, smalls;   // smalls: the first of them
+    tpr_cuda_outbox_chunk chunks[TPR_CUDA_OUTBOX_MOST];
 } tpr_cuda_outbox;
 
-// The outbox of a device, made on first use. The device is entered.
-static tprpc_status tpr_cuda_outbox_of(tpr_cuda_stream_queue *queue, tpr_cuda_device *device, tpr_cuda_outbox **out,
-                                       tprpc_error *error) {
-    tpr_cuda_stream_lane *lane = &queue->lanes[device->index];
+// Makes an outbox of a device, which is entered.
+static tprpc_status tpr_cuda_outbox_make(tpr_cuda_stream_queue *queue, tpr_cuda_device *device, bool large,
+                                         tpr_cuda_outbox **out, tprpc_error *error) {
     tpr_cuda_device_set *set = queue->set;
     tpr_cuda_driver_ptr at = 0;
-    *out = (tpr_cuda_outbox *)lane->outbox;
-    if (*out) return TPRPC_OK;
-    tprpc_status status = TPR_CUDA_DRIVER_CALL(set->cu, cuMemAlloc, (&at, (size_t)TPR_CUDA_OUTBOX_SIZE), error);
-    if (status != TPRPC_OK) return status;
     tpr_cuda_outbox *box = (tpr_cuda_outbox *)tpr_cuda_base_alloc(queue->ctx, sizeof *box);
-    if (!box) status = tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory for an outbox");
-    if (status == TPRPC_OK)
-        status = tpr_cuda_export_make(set, device, at, TPR_CUDA_OUTBOX_SIZE, &box->export_, error);
+    if (!box) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda: no memory for an outbox");
+    uint64_t size = 0;
+    box->smalls = large ? 0 : (int)TPR_CUDA_OUTBOX_SMALLS;
+    box->count = large ? (int)TPR_CUDA_OUTBOX_LARGES : (int)TPR_CUDA_OUTBOX_MOST;
+    for (int i = 0; i < box->count; i++) {
+        tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
+        chunk->box = box;
+        chunk->at = size;
+        chunk->size = large ? (uint64_t)TPR_CUDA_OUTBOX_LARGE
+                      : i < box->smalls ? (uint64_t)TPR_CUDA_OUTBOX_SMALL : (uint64_t)TPR_CUDA_OUTBOX_MIDDLE;
+        size += chunk->size;
+    }
+    tprpc_status status = TPR_CUDA_DRIVER_CALL(set->cu, cuMemAlloc, (&at, (size_t)size), error);
+    if (status == TPRPC_OK) status = tpr_cuda_export_make(set, device, at, size, &box->export_, error);
     if (status != TPRPC_OK) {
         tpr_cuda_base_free(queue->ctx, box, sizeof *box);
-        set->cu->cuMemFree(at);
+        if (at) set->cu->cuMemFree(at);
         return status;
     }
     box->base = at;
-    for (uint64_t i = 0, offset = 0; i < TPR_CUDA_OUTBOX_ALL; i++) {
-        box->chunks[i].at = offset;
-        box->chunks[i].size = i < TPR_CUDA_OUTBOX_SMALLS ? TPR_CUDA_OUTBOX_SMALL : TPR_CUDA_OUTBOX_CHUNK;
-        offset += box->chunks[i].size;
-    }
-    lane->outbox = *out = box;
+    *out = box;
     return TPRPC_OK;
+}
+
+// The outbox of a device for transfers of that size, made on first use; where there is no memory for large chunks, the
+// one with small ones. The device is entered.
+static tprpc_status tpr_cuda_outbox_of(tpr_cuda_stream_queue *queue, tpr_cuda_device *device, uint64_t size,
+                                       tpr_cuda_outbox **out, tprpc_error *error) {
+    tpr_cuda_stream_lane *lane = &queue->lanes[device->index];
+    bool large = size > TPR_CUDA_OUTBOX_MIDDLE && !lane->no_large;
+    *out = (tpr_cuda_outbox *)lane->outboxes[large];
+    if (*out) return TPRPC_OK;
+    lane->no_large = large && tpr_cuda_outbox_make(queue, device, true, out, NULL) != TPRPC_OK;
+    if (lane->no_large) return tpr_cuda_outbox_of(queue, device, size, out, error);
+    const tprpc_status status = large ? TPRPC_OK : tpr_cuda_outbox_make(queue, device, false, out, error);
+    if (status == TPRPC_OK) lane->outboxes[large] = *out;
+    return status;
 }
 
 // Whether a chunk is being written, or may be read.
@@ -2478,7 +2525,7 @@ static bool tpr_cuda_outbox_busy(const tpr_cuda_outbox_chunk *chunk) {
 // For a receiver who waits: the chunk of the link that will be the first to be read, as its peer has said; NULL: none.
 static tpr_cuda_outbox_chunk *tpr_cuda_outbox_next(tpr_cuda_outbox *box, const tpr_cuda_word_link *link, int first) {
     tpr_cuda_outbox_chunk *next = NULL;
-    for (int i = first; i < TPR_CUDA_OUTBOX_ALL; i++) {
+    for (int i = first; i < box->count; i++) {
         tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
         if (chunk->link != link || chunk->held || chunk->dropped) continue;
         if (!next || (int64_t)(next->seq - chunk->seq) > 0) next = chunk;
@@ -2491,8 +2538,8 @@ static tpr_cuda_outbox_chunk *tpr_cuda_outbox_next(tpr_cuda_outbox *box, const t
 // *busy: the stream that fills it has to wait for its word.
 static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cuda_word_link *link, uint64_t size,
                                                    bool asked, bool *busy) {
-    const int first = size <= TPR_CUDA_OUTBOX_SMALL ? 0 : TPR_CUDA_OUTBOX_SMALLS;
-    for (int i = first; i < TPR_CUDA_OUTBOX_ALL; i++) {
+    const int first = size <= TPR_CUDA_OUTBOX_SMALL ? 0 : box->smalls;
+    for (int i = first; i < box->count; i++) {
         tpr_cuda_outbox_chunk *chunk = &box->chunks[i];
         if ((!asked && i % 2) || chunk->held || tpr_cuda_outbox_busy(chunk)) continue;
         if (!tpr_cuda_word_take(link, &chunk->slot, &chunk->seq)) return NULL;
@@ -2509,9 +2556,9 @@ static tpr_cuda_outbox_chunk *tpr_cuda_outbox_take(tpr_cuda_outbox *box, tpr_cud
 // Whether the peer of a link has not read a chunk that it may know of.
 static bool tpr_cuda_outbox_lent(const tpr_cuda_stream_queue *queue, const tpr_cuda_word_link *link) {
     bool lent = false;
-    for (int32_t i = 0; i < queue->set->count; i++) {
-        const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[i].outbox;
-        for (int k = 0; box && k < TPR_CUDA_OUTBOX_ALL && !lent; k++)
+    for (int32_t i = 0; i < 2 * queue->set->count; i++) {
+        const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[i / 2].outboxes[i % 2];
+        for (int k = 0; box && k < box->count && !lent; k++)
             lent = box->chunks[k].link == link && tpr_cuda_outbox_busy(&box->chunks[k]);
     }
     return lent;
@@ -2519,17 +2566,17 @@ static bool tpr_cuda_outbox_lent(const tpr_cuda_stream_queue *queue, const tpr_c
 
 // A link goes: its chunks are free, for nothing of ours waits on it, and its peer reads at its own risk.
 static void tpr_cuda_outbox_link_gone(tpr_cuda_stream_queue *queue, const tpr_cuda_word_link *link) {
-    for (int32_t i = 0; i < queue->set->count; i++) {
-        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i].outbox;
-        for (int k = 0; box && k < TPR_CUDA_OUTBOX_ALL; k++)
+    for (int32_t i = 0; i < 2 * queue->set->count; i++) {
+        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i / 2].outboxes[i % 2];
+        for (int k = 0; box && k < box->count; k++)
             if (box->chunks[k].link == link) box->chunks[k].link = NULL;
     }
 }
 
 // Frees the outboxes of a loop, whose links have gone.
 static void tpr_cuda_outbox_close(tpr_cuda_stream_queue *queue) {
-    for (int32_t i = 0; i < queue->set->count; i++) {
-        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i].outbox;
+    for (int32_t i = 0; i < 2 * queue->set->count; i++) {
+        tpr_cuda_outbox *box = (tpr_cuda_outbox *)queue->lanes[i / 2].outboxes[i % 2];
         tpr_cuda_device_guard guard;
         if (!box) continue;
         if (tpr_cuda_device_enter(queue->set, box->export_->device, &guard, NULL) == TPRPC_OK) {
@@ -2538,7 +2585,7 @@ static void tpr_cuda_outbox_close(tpr_cuda_stream_queue *queue) {
         }
         tpr_cuda_base_free(queue->ctx, box->export_, sizeof *box->export_);
         tpr_cuda_base_free(queue->ctx, box, sizeof *box);
-        queue->lanes[i].outbox = NULL;
+        queue->lanes[i / 2].outboxes[i % 2] = NULL;
     }
 }
 
@@ -2685,7 +2732,7 @@ static tprpc_status tpr_cuda_proof_read(tpr_cuda_proof_reader *reader, tpr_cuda_
 // A piece goes through a chunk of the receiver's arena, into which the sender copies it; where the two share no memory,
 // through the pipe.
 //
-// Uses: os, base, driver, wire, device, kernels, stream, arena, outbox.
+// Uses: os, base, driver, wire, device, kernels, stream, arena, export, outbox.
 // Invariant: a batch is in `sends` or `receives` of its end from its beginning to its end; a message of the twin about
 // one that is not there is about one that has ended. A send ends when neither a stream of ours, nor the link, nor a
 // receiver of this process is at its memory, or when what is at it is ordered before what the user queues next.
@@ -2795,6 +2842,7 @@ struct tpr_cuda_batch {
     tprpc_buffer       *buffers;
     tpr_cuda_batch_order *orders;
     uint8_t            *order_of;      // per buffer on a device
+    bool               *goes_on;       // per buffer: it lies behind the one before, in one allocation, on one stream
     uint32_t            order_count;
     uint64_t            total, moved;  // bytes; moved: that have gone or come
     size_t              buffer, at;    // of a receive: what is asked for next,
@@ -2844,7 +2892,7 @@ static size_t tpr_cuda_batch_orders_of(size_t count) {
 }
 
 static size_t tpr_cuda_batch_size(size_t count) {
-    return sizeof(tpr_cuda_batch) + count * (sizeof(tprpc_buffer) + 1) +
+    return sizeof(tpr_cuda_batch) + count * (sizeof(tprpc_buffer) + 1 + sizeof(bool)) +
            tpr_cuda_batch_orders_of(count) * sizeof(tpr_cuda_batch_order);
 }
 
@@ -2894,6 +2942,7 @@ static tprpc_status tpr_cuda_batch_new(tpr_cuda_batch_end *end, tprpc_transfer *
     batch->orders = (tpr_cuda_batch_order *)(void *)(batch + 1);
     batch->buffers = (tprpc_buffer *)(void *)(batch->orders + tpr_cuda_batch_orders_of(count));
     batch->order_of = (uint8_t *)(void *)(batch->buffers + count);
+    batch->goes_on = (bool *)(void *)(batch->order_of + count);
     batch->back.run = tpr_cuda_batch_back;
     batch->back.loop = end->net->queue->loop;
     tpr_cuda_base_list_init(&batch->node);
@@ -2942,7 +2991,40 @@ static void tpr_cuda_batch_leave(tpr_cuda_batch_end *end) {
     end->entered = NULL;
 }
 
-// Checks what the user gave, and of a send marks how far its streams are.
+// Whether buffer i lies behind the one before it, on the same stream, and both in what is known of an allocation: what
+// was found of that one goes for this one, and one copy moves both.
+static bool tpr_cuda_batch_continues(const tpr_cuda_batch *batch, size_t i, const tpr_cuda_device_range *known) {
+    const tprpc_buffer *buffer = &batch->buffers[i], *last = buffer - 1;
+    return i && buffer->size && last->size && buffer->data == (char *)last->data + last->size &&
+           buffer->stream == last->stream && buffer->device.kind == TPRPC_CUDA &&
+           last->device.kind == TPRPC_CUDA && buffer->device.index == last->device.index &&
+           (uintptr_t)last->data >= known->start && (uintptr_t)buffer->data - known->start < known->size &&
+           buffer->size <= known->size - ((uintptr_t)buffer->data - known->start);
+}
+
+// How many bytes of a batch, from its place on, lie one behind the other, `most` at most. Its place is not an empty
+// buffer.
+static size_t tpr_cuda_batch_run(const tpr_cuda_batch *batch, uint64_t most) {
+    uint64_t size = batch->buffers[batch->buffer].size - batch->at;
+    for (size_t i = batch->buffer + 1; size < most && i < batch->count && batch->goes_on[i]; i++)
+        size += batch->buffers[i].size;
+    return (size_t)(size < most ? size : most);
+}
+
+// Moves a batch's place on by that many bytes, and past what has none.
+static void tpr_cuda_batch_advance(tpr_cuda_batch *batch, size_t size) {
+    while (batch->buffer < batch->count) {
+        const size_t left = batch->buffers[batch->buffer].size - batch->at;
+        if (size < left) break;
+        size -= left;
+        batch->at = 0;
+        batch->buffer++;
+    }
+    batch->at += size;
+}
+
+// Checks what the user gave, and of a send marks how far its streams are. The last device stays entered when all is
+// well, for what comes next is most often queued there.
 static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *error) {
     tpr_cuda_batch_end *end = batch->end;
     tpr_cuda_stream_queue *queue = end->net->queue;
@@ -2953,10 +3035,15 @@ static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *erro
         tpr_cuda_driver_stream stream = (tpr_cuda_driver_stream)buffer->stream;
         tpr_cuda_device *device;
         if (buffer->device.kind != TPRPC_CUDA || !buffer->size) continue;
+        batch->goes_on[i] = tpr_cuda_batch_continues(batch, i, &known);
+        if (batch->goes_on[i]) batch->order_of[i] = batch->order_of[i - 1];
+        if (batch->goes_on[i]) continue;
         const uint32_t before = batch->order_count;
         status = tpr_cuda_device_of(queue->set, buffer->device, &device, error);
         if (status == TPRPC_OK) status = tpr_cuda_batch_enter(end, device, error);
-        if (status == TPRPC_OK)
+        if (status == TPRPC_OK &&
+            !(end->net->method->words && tpr_cuda_export_knows(queue->set, device->index, buffer->data, buffer->size,
+                                                               &known)))
             status = tpr_cuda_device_check_memory(queue->set, device, buffer->data, buffer->size, &known, error);
         if (status == TPRPC_OK) status = tpr_cuda_batch_order_for(batch, device, stream, &batch->order_of[i], error);
         if (status != TPRPC_OK || batch->order_count == before) continue;
@@ -2966,7 +3053,7 @@ static tprpc_status tpr_cuda_batch_look(tpr_cuda_batch *batch, tprpc_error *erro
         if (order->busy && !end->net->method->words)
             status = tpr_cuda_stream_record(queue, device, stream, &order->event, error);
     }
-    tpr_cuda_batch_leave(end);
+    if (status != TPRPC_OK) tpr_cuda_batch_leave(end);
     return status;
 }
 
@@ -3462,6 +3549,7 @@ static tprpc_status tpr_cuda_batch_send(void *end, tprpc_transfer *transfer, con
     status = tpr_cuda_batch_look(send, error);
     if (status == TPRPC_OK && self->net->method->offer)
         status = self->net->method->offer(send, descriptor, descriptor_size, error);
+    tpr_cuda_batch_leave(self);
     if (status == TPRPC_OK) tpr_cuda_batch_list(send);
     else tpr_cuda_batch_free(self->net, send);
     return status;
@@ -3506,6 +3594,7 @@ static tprpc_status tpr_cuda_batch_recv(void *end, tprpc_transfer *transfer, con
     receive->fresh = true;
     if (receive->total && self->net->method->fetch)
         outcome = self->net->method->fetch(receive, descriptor, descriptor_size, &why);
+    tpr_cuda_batch_leave(self);
     receive->fresh = false;
     tpr_cuda_batch_go_on(receive, outcome, &why);
     receive->lent--;
@@ -3835,8 +3924,9 @@ static bool tpr_cuda_xth_direct(const tpr_cuda_batch *send, const tpr_cuda_batch
     return direct;
 }
 
-// Queues the copy of buffer i. The stream is the receiver's; to host memory it is one of ours on the sender's device.
-static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_batch *send, size_t i,
+// Queues the copy of `size` bytes from the beginning of buffer i on. The stream is the receiver's; to host memory it is
+// one of ours on the sender's device.
+static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_batch *send, size_t i, size_t size,
                                       tprpc_error *error) {
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
     const tprpc_buffer *from = &send->buffers[i], *to = &receive->buffers[i];
@@ -3866,9 +3956,9 @@ static tprpc_status tpr_cuda_xth_copy(tpr_cuda_batch *receive, const tpr_cuda_ba
     }
     if (status == TPRPC_OK && target && source)
         status = tpr_cuda_batch_copy(receive->end, receive->count, target, (uintptr_t)to->data, source,
-                                     (uintptr_t)from->data, to->size, stream, error);
+                                     (uintptr_t)from->data, size, stream, error);
     else if (status == TPRPC_OK)
-        status = tpr_cuda_device_copy(queue->set, target, to->data, source, from->data, to->size, stream, error);
+        status = tpr_cuda_device_copy(queue->set, target, to->data, source, from->data, size, stream, error);
     return status;
 }
 
@@ -3919,10 +4009,13 @@ static tpr_cuda_batch_outcome tpr_cuda_xth_fetch(tpr_cuda_batch *receive, const 
     if (outcome == TPR_CUDA_BATCH_FETCHED) {
         tprpc_status status = TPRPC_OK;
         bool host = false;
-        for (size_t i = 0; i < receive->count && status == TPRPC_OK; i++) {
-            if (!receive->buffers[i].size) continue;
+        for (size_t i = 0, next; i < receive->count && status == TPRPC_OK; i = next) {
+            size_t bytes = receive->buffers[i].size;
+            for (next = i + 1; next < receive->count && receive->goes_on[next] && send->goes_on[next]; next++)
+                bytes += receive->buffers[next].size;
+            if (!bytes) continue;
             host |= send->buffers[i].device.kind == TPRPC_CPU || receive->buffers[i].device.kind == TPRPC_CPU;
-            status = tpr_cuda_xth_copy(receive, send, i, error);
+            status = tpr_cuda_xth_copy(receive, send, i, bytes, error);
         }
         tpr_cuda_batch_leave(receive->end);
         if (status == TPRPC_OK) status = tpr_cuda_batch_flush(receive->end, error);
@@ -4116,6 +4209,9 @@ typedef struct tpr_cuda_ipc_end {
 
 enum { TPR_CUDA_IPC_ASKED, TPR_CUDA_IPC_DIRECT, TPR_CUDA_IPC_OUTBOX, TPR_CUDA_IPC_LATE };   // which way a send goes
 enum { TPR_CUDA_IPC_CANNOT = 1 };
+#ifndef TPR_CUDA_IPC_BESIDE
+#define TPR_CUDA_IPC_BESIDE 0          // 1: `done` is never written on a user's stream
+#endif
 enum { TPR_CUDA_IPC_LARGE = 1 << 20 }; // bytes of a part that is fetched beside the next one
 #define TPR_CUDA_IPC_NEVER (UINT64_C(1) << 62)
 
@@ -4247,6 +4343,7 @@ static tprpc_status tpr_cuda_ipc_show(tpr_cuda_ipc_end *end, tpr_cuda_device *de
     tpr_cuda_stream_queue *queue = net->batch.queue;
     tpr_cuda_proof_page *page = net->pages;
     if ((*out = tpr_cuda_ipc_shown_of(end, (uint64_t)device->index)) != NULL) return TPRPC_OK;
+    tpr_cuda_batch_leave(&end->batch);
     while (page && page->device != device) page = page->next;
     if (!page) {
         const tprpc_status status = tpr_cuda_proof_page_new(queue, device, tpr_cuda_ipc_page_ready, net, &page, error);
@@ -4365,6 +4462,7 @@ static void tpr_cuda_ipc_answer(tpr_cuda_ipc_seen *seen, int32_t device, const u
 static tprpc_status tpr_cuda_ipc_tell_words(tpr_cuda_ipc_end *end, tprpc_error *error) {
     const intptr_t handle = end->words->fd;
     if (end->words->told) return TPRPC_OK;
+    tpr_cuda_batch_leave(&end->batch);
     end->words->told = true;
     const tprpc_status status = tpr_cuda_batch_say(&end->batch, TPR_CUDA_WIRE_WORDS, 0, 0, TPR_CUDA_WORD_SIZE, 0,
                                                    &handle);
@@ -4377,6 +4475,7 @@ static tprpc_status tpr_cuda_ipc_tell(tpr_cuda_ipc_end *end, tpr_cuda_device_exp
     tpr_cuda_stream_queue *queue = end->batch.net->queue;
     for (tpr_cuda_ipc_told *told = end->told; told; told = told->next)
         if (told->of == export_) return TPRPC_OK;
+    tpr_cuda_batch_leave(&end->batch);
     tpr_cuda_ipc_told *told = (tpr_cuda_ipc_told *)tpr_cuda_base_alloc(queue->ctx, sizeof *told);
     if (!told) return tprpc_error_set(error, TPRPC_ERROR_MEMORY, 0, "cuda_ipc: no memory to remember an export");
     told->of = export_;
@@ -4488,8 +4587,7 @@ static tprpc_status tpr_cuda_ipc_direct_orders(tpr_cuda_batch *send, tprpc_error
     tprpc_status status = TPRPC_OK;
     for (uint32_t i = 0; i < send->order_count && status == TPRPC_OK; i++) {
         tpr_cuda_batch_order *order = &send->orders[i];
-        tpr_cuda_device_guard guard;
-        status = tpr_cuda_device_enter(set, order->device, &guard, error);
+        status = tpr_cuda_batch_enter(send->end, order->device, error);
         if (status != TPRPC_OK) break;
         status = tpr_cuda_arena_pin(set, &link->mine.memory, order->device, error);
         if (status == TPRPC_OK && !tpr_cuda_word_take(link, &order->slot, &order->seq))
@@ -4502,32 +4600,27 @@ static tprpc_status tpr_cuda_ipc_direct_orders(tpr_cuda_batch *send, tprpc_error
         }
         if (status == TPRPC_OK && order->busy)
             status = tpr_cuda_word_write(set, &link->mine, order->slot, false, order->seq, stream, error);
-        tpr_cuda_device_leave(set, &guard);
     }
+    tpr_cuda_batch_leave(send->end);
     return status;
 }
 
 // Queues the copy of the next bytes of a send into a chunk, on a stream of its outbox's device, which is entered.
-static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbox *box, tpr_cuda_outbox_chunk *chunk,
-                                      tprpc_error *error) {
+static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, tpr_cuda_outbox_chunk *chunk, tprpc_error *error) {
     tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(send)->words;
     const tpr_cuda_device_set *set = link->queue->set;
     tpr_cuda_device *device = send->orders[0].device;
     tprpc_status status = TPRPC_OK;
     chunk->offset = send->moved;
     chunk->length = 0;
+    tpr_cuda_batch_advance(send, 0);
     while (send->buffer < send->count && chunk->length < chunk->size && status == TPRPC_OK) {
-        const tprpc_buffer *buffer = &send->buffers[send->buffer];
-        uint64_t size = buffer->size - send->at;
-        if (size > chunk->size - chunk->length) size = chunk->size - chunk->length;
-        if (size)
-            status = tpr_cuda_batch_copy(send->end, send->count, device, box->base + chunk->at + chunk->length, device,
-                                         (uintptr_t)buffer->data + send->at, (size_t)size, send->stream, error);
+        const size_t size = tpr_cuda_batch_run(send, chunk->size - chunk->length);
+        status = tpr_cuda_batch_copy(send->end, send->count, device, chunk->box->base + chunk->at + chunk->length,
+                                     device, (uintptr_t)send->buffers[send->buffer].data + send->at, size,
+                                     send->stream, error);
         chunk->length += size;
-        send->at += (size_t)size;
-        if (send->at < buffer->size) continue;
-        send->buffer++;
-        send->at = 0;
+        tpr_cuda_batch_advance(send, size);
     }
     send->moved += chunk->length;
     if (status == TPRPC_OK) status = tpr_cuda_batch_flush(send->end, error);
@@ -4537,10 +4630,9 @@ static tprpc_status tpr_cuda_ipc_pack(tpr_cuda_batch *send, const tpr_cuda_outbo
     return status;
 }
 
-static void tpr_cuda_ipc_chunk_part(const tpr_cuda_outbox *box, const tpr_cuda_outbox_chunk *chunk,
-                                    tpr_cuda_ipc_parts *parts) {
+static void tpr_cuda_ipc_chunk_part(const tpr_cuda_outbox_chunk *chunk, tpr_cuda_ipc_parts *parts) {
     tpr_cuda_wire_part part;
-    part.export_id = box->export_->id;
+    part.export_id = chunk->box->export_->id;
     part.from = chunk->at;
     part.at = chunk->offset;
     part.size = chunk->length;
@@ -4598,8 +4690,8 @@ static tprpc_status tpr_cuda_ipc_wait_read(tpr_cuda_batch *send, tpr_cuda_outbox
 static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, bool asked, tpr_cuda_ipc_parts *parts,
                                            tprpc_error *error) {
     tpr_cuda_ipc_end *end = tpr_cuda_ipc_end_of(send);
-    tpr_cuda_outbox *box = (tpr_cuda_outbox *)end->batch.net->queue->lanes[send->orders[0].device->index].outbox;
-    tprpc_status status = TPRPC_OK;
+    tpr_cuda_outbox *box;
+    tprpc_status status = tpr_cuda_outbox_of(end->batch.net->queue, send->orders[0].device, send->total, &box, error);
     for (int i = 0; i < TPR_CUDA_BATCH_BOXES && send->moved < send->total && status == TPRPC_OK; i++) {
         bool busy = false;
         if (send->boxes[i]) continue;
@@ -4610,8 +4702,8 @@ static tprpc_status tpr_cuda_ipc_pack_some(tpr_cuda_batch *send, bool asked, tpr
                                               error);
         send->stream_set = true;
         if (status == TPRPC_OK && busy) status = tpr_cuda_ipc_wait_read(send, send->boxes[i], error);
-        if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, box, send->boxes[i], error);
-        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(box, send->boxes[i], parts);
+        if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, send->boxes[i], error);
+        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(send->boxes[i], parts);
     }
     if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
     return status;
@@ -4625,7 +4717,7 @@ static tprpc_status tpr_cuda_ipc_pack_first(tpr_cuda_batch *send, bool late, tpr
     tpr_cuda_stream_queue *queue = send->end->net->queue;
     tpr_cuda_outbox *box;
     tprpc_status status = tpr_cuda_arena_pin(queue->set, &end->words->mine.memory, send->orders[0].device, error);
-    if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, &box, error);
+    if (status == TPRPC_OK) status = tpr_cuda_outbox_of(queue, send->orders[0].device, send->total, &box, error);
     if (status == TPRPC_OK) status = tpr_cuda_ipc_tell(end, box->export_, error);
     if (status == TPRPC_OK && late) status = tpr_cuda_ipc_pack_stream(send, false, error);
     send->stream_set = late;
@@ -4716,6 +4808,7 @@ static tprpc_status tpr_cuda_ipc_begin(tpr_cuda_batch *send, bool late, tpr_cuda
         const tprpc_status status = tpr_cuda_ipc_direct_orders(send, error);
         return status == TPRPC_OK ? tpr_cuda_ipc_direct_parts(send, parts, error) : status;
     }
+    tpr_cuda_batch_leave(send->end);   // to tell the peer of an outbox may run what is not ours
     tprpc_status status = tpr_cuda_device_enter(set, send->orders[0].device, &guard, error);
     if (status != TPRPC_OK) return status;
     status = tpr_cuda_ipc_pack_first(send, late, parts, error);
@@ -4786,7 +4879,6 @@ static void tpr_cuda_ipc_go_ahead(tpr_cuda_batch *send, uint64_t devices) {
 static tprpc_status tpr_cuda_ipc_refill(tpr_cuda_batch *send, tpr_cuda_outbox_chunk *chunk, tprpc_error *error) {
     tpr_cuda_stream_queue *queue = send->end->net->queue;
     tpr_cuda_device *device = send->orders[0].device;
-    const tpr_cuda_outbox *box = (const tpr_cuda_outbox *)queue->lanes[device->index].outbox;
     tpr_cuda_ipc_parts parts;
     tpr_cuda_device_guard guard;
     tprpc_status status = tpr_cuda_device_enter(queue->set, device, &guard, error);
@@ -4796,9 +4888,9 @@ static tprpc_status tpr_cuda_ipc_refill(tpr_cuda_batch *send, tpr_cuda_outbox_ch
         status = tpr_cuda_ipc_pack_some(send, true, &parts, error);
     if (status == TPRPC_OK && send->moved < send->total) {
         status = tpr_cuda_ipc_wait_read(send, chunk, error);
-        if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, box, chunk, error);
+        if (status == TPRPC_OK) status = tpr_cuda_ipc_pack(send, chunk, error);
         if (status == TPRPC_OK && send->moved == send->total) status = tpr_cuda_ipc_packed(send, error);
-        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(box, chunk, &parts);
+        if (status == TPRPC_OK) tpr_cuda_ipc_chunk_part(chunk, &parts);
     }
     tpr_cuda_device_leave(queue->set, &guard);
     if (status == TPRPC_OK) tpr_cuda_ipc_say_parts(send, &parts);
@@ -4888,21 +4980,17 @@ static bool tpr_cuda_ipc_look_slow(tpr_cuda_ipc_net *net) {
 // One of our streams, which comes behind all streams of a receive.
 static tprpc_status tpr_cuda_ipc_join(tpr_cuda_batch *receive, tpr_cuda_driver_stream *out, tprpc_error *error) {
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
-    tpr_cuda_device_guard guard;
-    tprpc_status status = tpr_cuda_device_enter(queue->set, receive->orders[0].device, &guard, error);
-    if (status != TPRPC_OK) return status;
-    status = tpr_cuda_stream_own(queue, receive->orders[0].device, out, error);
-    tpr_cuda_device_leave(queue->set, &guard);
+    tprpc_status status = tpr_cuda_batch_enter(receive->end, receive->orders[0].device, error);
+    if (status == TPRPC_OK) status = tpr_cuda_stream_own(queue, receive->orders[0].device, out, error);
     for (uint32_t i = 0; i < receive->order_count && status == TPRPC_OK; i++) {
         const tpr_cuda_batch_order *order = &receive->orders[i];
         tpr_cuda_driver_event event = NULL;
-        status = tpr_cuda_device_enter(queue->set, order->device, &guard, error);
+        status = tpr_cuda_batch_enter(receive->end, order->device, error);
         if (status != TPRPC_OK) break;
         status = tpr_cuda_stream_record(queue, order->device, order->stream, &event, error);
         if (status == TPRPC_OK)
             status = TPR_CUDA_DRIVER_CALL(queue->set->cu, cuStreamWaitEvent, (*out, event, 0), error);
         tpr_cuda_stream_event_back(queue, order->device, event);
-        tpr_cuda_device_leave(queue->set, &guard);
     }
     return status;
 }
@@ -4951,13 +5039,12 @@ static tprpc_status tpr_cuda_ipc_write_done(tpr_cuda_batch *receive, const tpr_c
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
     tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
     tpr_cuda_driver_stream stream = receive->stream ? receive->stream : receive->orders[0].stream;
-    const bool beside = receive->order_count > 1 || !(part->flags & TPR_CUDA_WIRE_PART_WAITS);
-    tpr_cuda_device_guard guard;
+    const bool beside = receive->order_count > 1 || !(part->flags & TPR_CUDA_WIRE_PART_WAITS) ||
+                        (TPR_CUDA_IPC_BESIDE && !receive->stream);
     tprpc_status status = beside ? tpr_cuda_ipc_join(receive, &stream, error) : TPRPC_OK;
-    if (status == TPRPC_OK) status = tpr_cuda_device_enter(queue->set, receive->orders[0].device, &guard, error);
+    if (status == TPRPC_OK) status = tpr_cuda_batch_enter(receive->end, receive->orders[0].device, error);
     if (status != TPRPC_OK) return status;
     status = tpr_cuda_word_write(queue->set, &link->theirs, part->slot, true, part->seq, stream, error);
-    tpr_cuda_device_leave(queue->set, &guard);
     tpr_cuda_word_tend(&tpr_cuda_ipc_net_of(receive)->tender);
     return status;
 }
@@ -5012,21 +5099,16 @@ static tprpc_status tpr_cuda_ipc_take(tpr_cuda_batch *receive, const tpr_cuda_wi
     uint64_t done = 0;
     if (!import || part->from > import->size || part->size > import->size - part->from || part->at != receive->moved)
         return tprpc_error_set(error, TPRPC_ERROR_PROTOCOL, 0, "cuda_ipc: the peer offered memory that it has not");
+    tpr_cuda_batch_advance(receive, 0);
     while (done < part->size && receive->buffer < receive->count && *can && status == TPRPC_OK) {
-        const tprpc_buffer *buffer = &receive->buffers[receive->buffer];
-        size_t size = buffer->size - receive->at;
-        if (size > part->size - done) size = (size_t)(part->size - done);
-        if (size) status = tpr_cuda_ipc_copy(receive, import, part, done, size, can, error);
+        const size_t size = tpr_cuda_batch_run(receive, part->size - done);
+        status = tpr_cuda_ipc_copy(receive, import, part, done, size, can, error);
         if (!*can || status != TPRPC_OK) break;
         done += size;
-        receive->at += size;
-        if (receive->at < buffer->size) continue;
-        receive->buffer++;
-        receive->at = 0;
+        tpr_cuda_batch_advance(receive, size);
     }
     if (status != TPRPC_OK || !*can) return status;
     receive->moved += part->size;
-    if (part->flags & TPR_CUDA_WIRE_PART_LAST || receive->moved == receive->total) tpr_cuda_batch_leave(receive->end);
     if (part->flags & TPR_CUDA_WIRE_PART_LAST || receive->moved == receive->total)
         status = tpr_cuda_batch_flush(receive->end, error);
     if (status == TPRPC_OK && (part->flags & TPR_CUDA_WIRE_PART_LAST))
@@ -5110,12 +5192,14 @@ typedef enum tpr_cuda_ipc_state { TPR_CUDA_IPC_PROVEN, TPR_CUDA_IPC_OPEN, TPR_CU
 static tpr_cuda_ipc_state tpr_cuda_ipc_look_at(tpr_cuda_batch *receive, uint64_t devices, bool late) {
     tpr_cuda_ipc_net *net = tpr_cuda_ipc_net_of(receive);
     tpr_cuda_ipc_state state = TPR_CUDA_IPC_PROVEN;
-    for (uint32_t k = 0; k < TPR_CUDA_WIRE_DEVICE_MOST; k++) {
+    for (uint32_t k = 0; k < TPR_CUDA_WIRE_DEVICE_MOST && devices >> k; k++) {
         if (!(devices & UINT64_C(1) << k)) continue;
         tpr_cuda_ipc_seen *seen = tpr_cuda_ipc_see(tpr_cuda_ipc_end_of(receive), k);
         for (uint32_t i = 0; i < receive->order_count; i++) {
             tpr_cuda_device *device = receive->orders[i].device;
             const uint64_t bit = UINT64_C(1) << device->index;
+            if (seen && (seen->good & bit)) continue;
+            tpr_cuda_batch_leave(receive->end);
             if (seen && !late && !((seen->good | seen->bad) & bit) && seen->page && !net->reader.busy)
                 tpr_cuda_ipc_read_page(net, seen, device);
             if (seen && late && !(seen->good & bit))
@@ -5171,6 +5255,7 @@ static tpr_cuda_batch_outcome tpr_cuda_ipc_fetch(tpr_cuda_batch *receive, const 
     for (uint32_t i = 0; i < receive->order_count; i++) here |= UINT64_C(1) << receive->orders[i].device->index;
     if (rest)
         return tpr_cuda_ipc_take_all(receive, descriptor + TPR_CUDA_WIRE_DEVICES, rest / TPR_CUDA_WIRE_PART, error);
+    tpr_cuda_batch_leave(receive->end);
     tpr_cuda_batch_say(receive->end, TPR_CUDA_WIRE_TOOK, receive->id, TPR_CUDA_WIRE_NOWHERE, here, 0, NULL);
     return TPR_CUDA_BATCH_GOING_ON;
 }

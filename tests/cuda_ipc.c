@@ -5,7 +5,8 @@
 enum { SIZE = 100000, LARGE = (34 << 20) + 12, FEW = 10 };
 enum { SENT = 1, GOT, GO, DONE };      /* flags */
 
-static void more_memory(void) { setenv("STANDIN_MEMORY_MB", "256", 1); }
+static const char *memory_mb = "256";
+static void more_memory(void) { setenv("STANDIN_MEMORY_MB", memory_mb, 1); }
 
 /* ---- bytes arrive ---- */
 
@@ -90,6 +91,47 @@ static void large(bool registered) {
 
 TEST(large_registered_memory) { large(true); }
 TEST(large_memory) { large(false); }
+
+TEST(large_memory_where_large_chunks_have_no_room) {
+    memory_mb = "100";
+    large(false);
+}
+
+/* One message that has more bytes than the outbox has: each chunk is used again, and one holds parts of two tensors. */
+enum { MUCH = 5, MUCH_EACH = (22 << 20) + 4 };
+
+static void much_receive(two *t, void *arg) {
+    cargo c;
+    tprpc_tensor in[MUCH];
+    CUstream r = gpu_stream(1);
+    (void)arg;
+    uint8_t *target = (uint8_t *)gpu_alloc(1, MUCH * (size_t)MUCH_EACH);
+    for (size_t i = 0; i < MUCH; i++) in[i] = gpu_tensor(1, target + i * MUCH_EACH, MUCH_EACH, r, 1);
+    two_got(t, &c, in, MUCH);
+    for (size_t i = 0; i < MUCH; i++) CHECK(gpu_matches(1, r, in[i].data, MUCH_EACH, i));
+}
+
+TEST(more_than_the_outbox_has) {
+    two t;
+    cargo c;
+    tprpc_tensor out[MUCH];
+    more_memory();
+    two_open(&t, "shm://", "cuda_ipc,basic", much_receive, NULL);
+    if (gpu.count < 2) {
+        two_kill(&t);
+        SKIP("one device");
+    }
+    CUstream s = gpu_stream(0);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, MUCH * (size_t)MUCH_EACH);
+    for (size_t i = 0; i < MUCH; i++) {
+        out[i] = gpu_tensor(0, source + i * MUCH_EACH, MUCH_EACH, s, 1);
+        CU(cuStreamSynchronize(s));    /* what the bytes come from has room for two */
+        gpu_put(0, s, out[i].data, MUCH_EACH, i);
+    }
+    two_sent(&t, &c, out, MUCH);
+    gpu_set(0, s, source, 0, MUCH * (size_t)MUCH_EACH);
+    two_close(&t, false);
+}
 
 /* ---- memory that others than cuMemAlloc gave: by way of the outbox; it cannot be registered ---- */
 
@@ -551,45 +593,113 @@ static tprpc_tensor *smalls(int device, uint8_t *memory, size_t step, CUstream s
     return tensors;
 }
 
+typedef struct steps { size_t from, to; } steps;   /* from tensor to tensor, in the sender's memory and the other's */
+
+static int calls_of(const char *name) { return gpu.standin_calls ? (int)gpu.standin_calls(name) : 0; }
+
 static void smalls_receive(two *t, void *arg) {
     cargo c;
-    const bool apart = *(const size_t *)arg != EACH;
+    const size_t to = ((const steps *)arg)->to;
+    int copies = 0;
     CUstream r = gpu_stream(other());
-    uint8_t *target = (uint8_t *)gpu_alloc(other(), SMALLS * EACH);
-    tprpc_tensor *in = smalls(other(), target, EACH, r, other());
+    uint8_t *target = (uint8_t *)gpu_alloc(other(), SMALLS * to);
+    tprpc_tensor *in = smalls(other(), target, to, r, other());
     for (uint64_t i = 0; i < 3; i++) {
+        const int before = calls_of("cuMemcpyAsync");
         two_got(t, &c, in, SMALLS);
-        if (!apart) CHECK(gpu_matches(other(), r, target, SMALLS * EACH, i));
-        for (size_t k = 0; apart && k < SMALLS; k++) CHECK(gpu_matches(other(), r, target + k * EACH, EACH, i + k));
+        copies += calls_of("cuMemcpyAsync") - before;
+        for (size_t k = 0; k < SMALLS; k++) CHECK(gpu_matches(other(), r, target + k * to, EACH, i + k));
         two_raise(t, 10 + (int)i);
     }
-    if (gpu.standin_calls) CHECK_LE_INT(3, gpu.standin_calls("cuLaunchKernel"));   /* by a kernel */
+    const int launches = calls_of("cuLaunchKernel");
+    if (gpu.standin_calls && to != EACH) CHECK_LE_INT(3, launches);   /* by a kernel */
+    if (gpu.standin_calls && to == EACH) CHECK_EQ_INT(launches, 0);   /* neighbours at both ends: one copy each time */
+    if (gpu.standin_calls) CHECK_LE_INT(copies, 4);                   /* and one of the proof's */
     free(in);
 }
 
-static void many_smalls(bool registered, size_t step) {
+static void many_smalls(bool registered, size_t from, size_t to) {
     two t;
     cargo c;
+    steps step;
+    step.from = from;
+    step.to = to;
     more_memory();
     two_open(&t, "shm://", "cuda_ipc,basic", smalls_receive, &step);
     CUstream s = gpu_stream(0);
-    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * step);
-    tprpc_tensor *out = smalls(0, source, step, s, other());
-    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * step, NULL), TPRPC_OK);
+    uint8_t *source = (uint8_t *)gpu_alloc(0, SMALLS * from);
+    tprpc_tensor *out = smalls(0, source, from, s, other());
+    if (registered) REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, SMALLS * from, NULL), TPRPC_OK);
     for (uint64_t i = 0; i < 3; i++) {
-        if (step == EACH) gpu_put(0, s, source, SMALLS * EACH, i);
-        for (size_t k = 0; step != EACH && k < SMALLS; k++) gpu_put(0, s, source + k * step, EACH, i + k);
+        for (size_t k = 0; k < SMALLS; k++) gpu_put(0, s, source + k * from, EACH, i + k);
         two_sent(&t, &c, out, SMALLS);
-        gpu_set(0, s, source, 0, SMALLS * step);
+        gpu_set(0, s, source, 0, SMALLS * from);
         two_await(&t, 10 + (int)i);
     }
     free(out);
     two_close(&t, false);
 }
 
-TEST(many_small_registered) { many_smalls(true, EACH); }
-TEST(many_small_here_and_there) { many_smalls(true, APART); }
-TEST(many_small) { many_smalls(false, EACH); }
+TEST(many_small_registered) { many_smalls(true, EACH, APART); }
+TEST(many_small_here_and_there) { many_smalls(true, APART, APART); }
+TEST(many_small) { many_smalls(false, EACH, APART); }
+TEST(many_small_to_one_place) { many_smalls(true, APART, EACH); }
+TEST(neighbours_at_both_ends) { many_smalls(true, EACH, EACH); }
+TEST(neighbours_at_both_ends_through_the_outbox) { many_smalls(false, EACH, EACH); }
+
+/* ---- what stands between a small transfer and its copy ---- */
+
+enum { EIGHT = 8, BEFORE = 50, LITTLE_SENT = 20, LITTLE_GOT = 30 };    /* the last two: flags */
+
+static int calls_of_all(void) {
+    static const char *const names[] = {
+        "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuThreadExchangeStreamCaptureMode", "cuPointerGetAttributes",
+        "cuStreamIsCapturing", "cuStreamGetCtx", "cuStreamQuery", "cuStreamWaitValue64_v2", "cuStreamWriteValue64_v2",
+        "cuMemcpyAsync", "cuEventRecord", "cuEventQuery", "cuStreamWaitEvent", "cuMemcpyPeerAsync",
+    };
+    int sum = 0;
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) sum += calls_of(names[i]);
+    return sum;
+}
+
+static void little_receive(two *t, void *arg) {
+    cargo c;
+    (void)arg;
+    CUstream r = gpu_stream(other());
+    void *target = gpu_alloc(other(), EIGHT);
+    tprpc_tensor in = gpu_tensor(other(), target, EIGHT, r, other());
+    for (int i = 0; i < 3; i++) {
+        two_await(t, LITTLE_SENT + i);
+        tprpc_poll(t->s.ctx, 3000, 0);
+        const int before = calls_of_all();
+        two_got(t, &c, &in, 1);
+        const int calls = calls_of_all() - before;
+        if (i == 2) CHECK_LE_INT(calls, 10);
+        CHECK(gpu_matches(other(), r, target, EIGHT, (uint64_t)i));
+        two_raise(t, LITTLE_GOT + i);
+    }
+}
+
+TEST(a_small_transfer_asks_little_of_the_driver) {
+    two t;
+    cargo c;
+    two_open(&t, "shm://", "cuda_ipc,basic", little_receive, NULL);
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, EIGHT);
+    tprpc_tensor out = gpu_tensor(0, source, EIGHT, s, other());
+    REQUIRE_EQ_INT(tprpc_cuda_register(t.s.ctx, 0, source, EIGHT, NULL), TPRPC_OK);
+    for (int i = 0; i < 3; i++) {
+        for (int k = 0; k < BEFORE; k++) gpu_put(0, s, source, EIGHT, (uint64_t)i);
+        const int before = calls_of_all();
+        two_send(&t, &c, &out, 1);
+        const int calls = calls_of_all() - before;
+        if (i == 2) CHECK_LE_INT(calls, 8);
+        two_raise(&t, LITTLE_SENT + i);
+        two_await(&t, LITTLE_GOT + i);
+        WAIT(&t.s, c.wrote.runs, 1);
+    }
+    two_close(&t, false);
+}
 
 /* ---- what is sent ahead of its receiver leaves room in the outbox for what he waits for ---- */
 
@@ -761,6 +871,7 @@ static void waves(size_t size, int count, bool registered) {
             CHECK_EQ_INT(c[i].wrote.status, TPRPC_OK);
         }
         two_await(&t, 10 + w);
+        CU(cuStreamSynchronize(s));    /* all has been compared; this process, too, knows that its bytes were read */
     }
     two_close(&t, false);
 }

@@ -225,6 +225,34 @@ TEST(base_pool) {
     tpr_base_pool_clear(&pool);                     /* of an empty one: nothing */
 }
 
+TEST(base_pool_keeps_a_few_large_blocks) {
+    enum { SIZE = 400000, HUGE_SIZE = TPR_BASE_POOL_SPARE + 1 };
+    tpr_base_memory memory = memory_of(UINT64_MAX);
+    tpr_base_pool pool;
+    void *blocks[TPR_BASE_POOL_SPARES + 2];
+    memset(&pool, 0, sizeof pool);
+    pool.memory = &memory;
+    for (int i = 0; i < TPR_BASE_POOL_SPARES + 2; i++) blocks[i] = tpr_base_pool_alloc(&pool, SIZE);
+    for (int i = 0; i < TPR_BASE_POOL_SPARES + 2; i++) tpr_base_pool_free(&pool, blocks[i], SIZE);
+    CHECK_EQ_INT(memory.used, TPR_BASE_POOL_SPARES * (uint64_t)SIZE);
+    const uint64_t warm = allocations;
+    for (int i = 0; i < 1000; i++) {
+        void *a = tpr_base_pool_alloc(&pool, SIZE), *b = tpr_base_pool_alloc(&pool, SIZE);
+        REQUIRE(a && b && a != b);
+        memset(a, 1, SIZE);
+        tpr_base_pool_free(&pool, b, SIZE);
+        tpr_base_pool_free(&pool, a, SIZE);
+    }
+    CHECK_EQ_INT(allocations - warm, 0);
+    tpr_base_pool_free(&pool, tpr_base_pool_alloc(&pool, SIZE + 1), SIZE + 1);   /* of another size: takes a place */
+    CHECK_EQ_INT(allocations - warm, 1);
+    CHECK_EQ_INT(memory.used, TPR_BASE_POOL_SPARES * (uint64_t)SIZE + 1);
+    tpr_base_pool_free(&pool, tpr_base_pool_alloc(&pool, HUGE_SIZE), HUGE_SIZE);
+    CHECK_EQ_INT(memory.used, TPR_BASE_POOL_SPARES * (uint64_t)SIZE + 1);
+    tpr_base_pool_clear(&pool);
+    check_all_given_back(&memory);
+}
+
 TEST(base_pool_allocates_nothing_once_warm) {
     tpr_base_memory memory = memory_of(UINT64_MAX);
     tpr_base_pool pool;

@@ -321,10 +321,13 @@ static void perf_check(const perf_options *o) {
     perf_check_numbers(o);
 }
 
-// With GPUs: what takes a tenth of a second or so, or 4 GiB.
+// With GPUs: what takes a tenth of a second or so, or 4 GiB; one way between GPUs 32 GiB. Of 4 GiB, which take 2 ms
+// within a GPU, a twentieth was the time in which the end that measures wakes up to be told that all is there.
 static int64_t perf_default_iters_gpu(const perf_options *o) {
     const bool one_way = o->test == PERF_BW || o->medium == PERF_BARE_PEER || o->medium == PERF_BARE_PINNED;
-    const int64_t fits = INT64_C(4) * PERF_GIB / (o->size * o->count), most = one_way ? 4000 : 2000;
+    const bool host = o->devices[0].kind != PERF_CUDA || o->devices[1].kind != PERF_CUDA;
+    const int64_t all = (one_way && !host ? INT64_C(32) : INT64_C(4)) * PERF_GIB;
+    const int64_t fits = all / (o->size * o->count), most = one_way ? 4000 : 2000;
     return fits > most ? most : fits < 8 ? 8 : fits;
 }
 
@@ -703,6 +706,7 @@ typedef struct perf_end perf_end;
 typedef struct perf_slot {           // memory for one message's tensors on their way in
     perf_end      *end;
     unsigned char *data;
+    tprpc_tensor  *places;           // in it
     bool           busy;
 } perf_slot;
 
@@ -718,7 +722,6 @@ struct perf_end {                    // one end of a measurement over a pipe
     perf_gpu        gpu;
     tprpc_message   message;         // what this end sends, again and again
     tprpc_tensor   *tensors;         // its own, all in one piece of memory
-    tprpc_tensor   *places;          // those of a slot
     int64_t         flying;          // tensors, or groups of messages, that the library still holds
 
     void          (*on_message)(perf_end *end);   // a message of the test has arrived
@@ -940,6 +943,13 @@ static void perf_lend(const perf_options *o, tprpc_context *ctx, const perf_gpu 
     if (status != TPRPC_OK && status != TPRPC_ERROR_UNSUPPORTED) perf_die("register", &error);
 }
 
+// A slot, whose places are written once: who has such memory of his own has them ready, too.
+static void perf_slot_make(perf_end *end, perf_slot *slot, unsigned char *data) {
+    *slot = (perf_slot){.end = end, .data = data};
+    slot->places = (tprpc_tensor *)perf_memory((size_t)end->o->count * sizeof *slot->places);
+    slot->places[0] = (tprpc_tensor){.data = data, .size = (size_t)end->o->size, .device = {TPRPC_CPU, 0}};
+}
+
 // The same with GPUs. Each end's bytes are other ones: seeds 1 and 2.
 static void perf_prepare_gpu(perf_end *end) {
     const perf_options *o = end->o;
@@ -953,15 +963,16 @@ static void perf_prepare_gpu(perf_end *end) {
     }
     end->message = (tprpc_message){.tensors = end->tensors, .tensor_count = (size_t)o->count, .release = perf_released,
                                    .release_user = end};
-    for (int i = 0; i < 2; i++)
-        end->slots[i] = (perf_slot){.end = end, .data = takes ? perf_gpu_memory(&end->gpu, size) : NULL};
+    for (int i = 0; i < 2 && takes; i++) {
+        perf_slot_make(end, &end->slots[i], perf_gpu_memory(&end->gpu, size));
+        perf_lay_out(o, &end->gpu, end->slots[i].places, end->slots[i].data, NULL);
+    }
 }
 
 // What this end sends: a body, which the library copies, or a tensor, which is lent, any number of times at once.
 static void perf_prepare(perf_end *end) {
     size_t size = (size_t)end->o->size;
     end->tensors = (tprpc_tensor *)perf_memory((size_t)end->o->count * sizeof *end->tensors);
-    end->places = (tprpc_tensor *)perf_memory((size_t)end->o->count * sizeof *end->places);
     if (end->gpu.used) {
         perf_prepare_gpu(end);
         return;
@@ -975,8 +986,7 @@ static void perf_prepare(perf_end *end) {
     end->tensors[0] = (tprpc_tensor){.data = data, .size = size, .device = {TPRPC_CPU, 0}};
     end->message = (tprpc_message){.tensors = end->tensors, .tensor_count = 1, .release = perf_released,
                                    .release_user = end};
-    for (int i = 0; i < 2; i++)
-        end->slots[i] = (perf_slot){.end = end, .data = takes ? (unsigned char *)perf_memory(size) : NULL};
+    for (int i = 0; i < 2 && takes; i++) perf_slot_make(end, &end->slots[i], (unsigned char *)perf_memory(size));
 }
 
 static void perf_send(perf_end *end) {
@@ -1025,9 +1035,7 @@ static void perf_on_described(tprpc_status status, const tprpc_message *message,
     perf_end *end = (perf_end *)user;
     if (perf_ended(end, status, error)) return;
     perf_slot *slot = end->slots[0].busy ? &end->slots[1] : &end->slots[0];
-    tprpc_message allocation = {.tensors = end->places, .tensor_count = end->gpu.used ? (size_t)end->o->count : 1};
-    end->places[0] = (tprpc_tensor){.data = slot->data, .size = (size_t)end->o->size, .device = {TPRPC_CPU, 0}};
-    if (end->gpu.used) perf_lay_out(end->o, &end->gpu, end->places, slot->data, NULL);
+    tprpc_message allocation = {.tensors = slot->places, .tensor_count = end->gpu.used ? (size_t)end->o->count : 1};
     errno = EBADMSG;
     if (message->tensor_count != allocation.tensor_count || message->tensors[0].size != (size_t)end->o->size)
         perf_die("a tensor arrived with another size", NULL);
