@@ -10128,7 +10128,6 @@ static int32_t tpr_pipe_link_process(tprpc_link *link) {
 // Payload or tensor i of a message, payloads first, to where it is to stand: of thousands, one that is put together
 // elsewhere and then copied takes several times as long, for what was written in parts is read back as a whole.
 static inline void tpr_pipe_item_to(const tprpc_message *m, size_t i, tprpc_buffer *out) {
-    const tprpc_tensor *tensor = &m->tensors[i - m->payload_count];
     if (i < m->payload_count) {
         memset(out, 0, sizeof *out);
         out->data = m->payloads[i].data;
@@ -10136,6 +10135,7 @@ static inline void tpr_pipe_item_to(const tprpc_message *m, size_t i, tprpc_buff
         out->device.kind = TPRPC_CPU;
         return;
     }
+    const tprpc_tensor *tensor = &m->tensors[i - m->payload_count];
     out->data = tensor->data;
     out->size = tensor->size;
     out->stream = tensor->stream;
