@@ -68,6 +68,19 @@ static UNUSED void gpu_load(void) {
     REQUIRE(gpu.count > 0);
 }
 
+/* How many devices there are, for who has yet to fork: a driver works in no child of who has loaded it. */
+static UNUSED int gpu_count_apart(void) {
+    int status = 0;
+    const pid_t pid = fork();
+    REQUIRE(pid >= 0);
+    if (pid == 0) {
+        gpu_load();
+        _exit(gpu.count);
+    }
+    REQUIRE(waitpid(pid, &status, 0) == pid && WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
 /* The next calls are for this device. */
 static UNUSED void gpu_on(int device) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;

@@ -115,12 +115,9 @@ TEST(more_than_the_outbox_has) {
     two t;
     cargo c;
     tprpc_tensor out[MUCH];
+    if (gpu_count_apart() < 2) SKIP("one device");
     more_memory();
     two_open(&t, "shm://", "cuda_ipc,basic", much_receive, NULL);
-    if (gpu.count < 2) {
-        two_kill(&t);
-        SKIP("one device");
-    }
     CUstream s = gpu_stream(0);
     uint8_t *source = (uint8_t *)gpu_alloc(0, MUCH * (size_t)MUCH_EACH);
     for (size_t i = 0; i < MUCH; i++) {
@@ -809,12 +806,9 @@ static void other_numbers_receive(two *t, void *arg) {
 TEST(other_visible_devices) {
     two t;
     cargo c;
+    if (gpu_count_apart() < 2) SKIP("one device");
     two_visible = "1";
     two_open(&t, "shm://", "cuda_ipc,basic", other_numbers_receive, NULL);
-    if (gpu.count < 2) {
-        two_kill(&t);
-        SKIP("one device");
-    }
     CUstream s = gpu_stream(0);
     void *source = gpu_alloc(0, SIZE);
     tprpc_tensor out = gpu_tensor(0, source, SIZE, s, 0);
