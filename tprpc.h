@@ -5072,6 +5072,11 @@ static inline void tpr_loop_timer(tpr_loop *loop, tprpc_work *work, int64_t due_
     if (TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->asleep)) && due_us < loop->sleep_until) tpr_os_bell_ring(loop->bell);
 }
 
+// The same, so long from now.
+TPR_COLD static void tpr_loop_timer_in(tpr_loop *loop, tprpc_work *work, int64_t us) {
+    tpr_loop_timer(loop, work, tpr_loop_clock(loop) + us);
+}
+
 static void tpr_loop_drain(tpr_loop *loop) {
     tprpc_work *list = TPR_ATOMIC_SWAP(&loop->inbox, (tprpc_work *)NULL), *first = NULL;
     while (list) {   // oldest first
@@ -6152,7 +6157,7 @@ static void tpr_tcp_suspect(tpr_tcp_conn *conn) {
     conn->unproven = true;
     conn->waiting_us = 0;
     if (tcp->silence_us < INT64_MAX && !tpr_timer_is_set(&tcp->check))
-        tpr_loop_timer(tcp->loop, &tcp->check, tpr_loop_clock(tcp->loop) + tpr_tcp_check_us(tcp));
+        tpr_loop_timer_in(tcp->loop, &tcp->check, tpr_tcp_check_us(tcp));
 }
 
 static size_t tpr_tcp_send(void *at, const tprpc_span *spans, size_t count, const intptr_t *handles,
@@ -6274,7 +6279,7 @@ TPR_COLD static void tpr_tcp_opened(tpr_tcp_conn *conn) {
 TPR_COLD static void tpr_tcp_retry(tprpc_work *work) {
     tpr_tcp_listener *listener = TPR_CONTAINER(work, tpr_tcp_listener, retry);
     if (!tpr_tcp_watch(&listener->socket, TPR_OS_READABLE))
-        tpr_loop_timer(listener->socket.tcp->loop, work, tpr_loop_clock(listener->socket.tcp->loop) + TPR_TCP_RETRY_US);
+        tpr_loop_timer_in(listener->socket.tcp->loop, work, TPR_TCP_RETRY_US);
 }
 
 // Lets the queue of connections be for a moment, rather than spinning on what cannot be accepted.
@@ -6290,7 +6295,7 @@ static void tpr_tcp_pause(tpr_tcp_listener *listener, int code) {
     listener->warned = true;
     tpr_tcp_watch(&listener->socket, 0);
     if (!tpr_timer_is_set(&listener->retry))
-        tpr_loop_timer(loop, &listener->retry, tpr_loop_clock(loop) + TPR_TCP_RETRY_US);
+        tpr_loop_timer_in(loop, &listener->retry, TPR_TCP_RETRY_US);
 }
 
 TPR_COLD static bool tpr_tcp_accept(tpr_tcp_listener *listener) {
@@ -6839,7 +6844,7 @@ TPR_COLD static void tpr_shm_trim_later(tpr_shm_conn *conn) {
     tpr_base_list_add(&instance->written, &conn->written);
     if (instance->trimming) return;
     instance->trimming = true;
-    tpr_loop_timer(instance->loop, &instance->trim, tpr_loop_clock(instance->loop) + TPR_SHM_TRIM_US);
+    tpr_loop_timer_in(instance->loop, &instance->trim, TPR_SHM_TRIM_US);
 }
 
 // Learns what the peer has consumed. False: it lies.
@@ -6882,7 +6887,7 @@ TPR_COLD static void tpr_shm_trim(tprpc_work *work) {
         tpr_base_list_remove(node);
     }
     instance->trimming = !tpr_base_list_empty(&instance->written);
-    if (instance->trimming) tpr_loop_timer(instance->loop, work, tpr_loop_clock(instance->loop) + TPR_SHM_TRIM_US);
+    if (instance->trimming) tpr_loop_timer_in(instance->loop, work, TPR_SHM_TRIM_US);
 }
 
 // How much of `left` bytes the next record can hold; 0: the ring is full. May move tx_pos to the ring's start.
@@ -7311,7 +7316,7 @@ static void tpr_shm_asked(tpr_shm_conn *conn) {
 TPR_COLD static void tpr_shm_unpause(tprpc_work *work) {
     tpr_shm_listener *listener = TPR_CONTAINER(work, tpr_shm_listener, timer);
     if (tpr_os_poller_set(listener->instance->poller, listener->fd, TPR_OS_READABLE, &listener->watch, false) != 0)
-        tpr_loop_timer(listener->instance->loop, work, tpr_loop_clock(listener->instance->loop) + TPR_SHM_PAUSE_US);
+        tpr_loop_timer_in(listener->instance->loop, work, TPR_SHM_PAUSE_US);
 }
 
 // What waits in the queue would wake the loop for ever where there is no descriptor to accept it with.
@@ -7320,7 +7325,7 @@ static void tpr_shm_pause(tpr_shm_listener *listener) {
     TPR_LOG(&instance->ctx->env.logger, TPRPC_LOG_WARNING, "shm", listener->name, "cannot accept: %s", strerror(errno));
     tpr_os_poller_remove(instance->poller, listener->fd);
     listener->timer.run = tpr_shm_unpause;
-    tpr_loop_timer(instance->loop, &listener->timer, tpr_loop_clock(instance->loop) + TPR_SHM_PAUSE_US);
+    tpr_loop_timer_in(instance->loop, &listener->timer, TPR_SHM_PAUSE_US);
 }
 
 // The connection that has said nothing for longest makes room: who says nothing keeps nobody out.
@@ -12333,7 +12338,7 @@ static void tpr_pipe_lane_connect(tprpc_pipe *pipe, uint32_t number) {
     tpr_base_store_le64(lane->nonce, tpr_base_load_le64(pipe->nonce) + ++pipe->lanes_made);
     lane->state = TPR_PIPE_LANE_CONNECTING;
     lane->conn.entry = pipe->now.entry;
-    tpr_loop_timer(pipe->loop, &lane->timer, tpr_loop_clock(pipe->loop) + TPR_PIPE_LANE_MS * 1000);
+    tpr_loop_timer_in(pipe->loop, &lane->timer, TPR_PIPE_LANE_MS * 1000);
     if (table->connect(pipe->now.entry->instances[pipe->loop->index], address, number, &lane->conn.owner,
                        &lane->conn.conn, &error) == TPRPC_OK) return;
     lane->conn.conn = NULL;
@@ -12412,7 +12417,7 @@ TPR_COLD static void tpr_pipe_set_timer(tprpc_pipe *pipe, int64_t ms) {
     pipe->heard = pipe->bytes_received;
     if (pipe->orphaned) ms = TPR_PIPE_MOURN_MS;
     tpr_timer_cancel(&pipe->loop->wheel, &pipe->timer);
-    tpr_loop_timer(pipe->loop, &pipe->timer, tpr_loop_clock(pipe->loop) + ms * 1000);
+    tpr_loop_timer_in(pipe->loop, &pipe->timer, ms * 1000);
 }
 
 TPR_COLD static void tpr_pipe_timed_out(tprpc_work *work) {
@@ -12596,8 +12601,7 @@ TPR_COLD static void tpr_pipe_greeting_lane(tpr_pipe_greeting *greeting, size_t 
             table->own(greeting->conn, &lane->conn.owner);
             greeting->conn = NULL;
             lane->state = TPR_PIPE_LANE_ASKED;
-            tpr_loop_timer(pipe->loop, &lane->timer,
-                           tpr_loop_clock(pipe->loop) + TPR_PIPE_HANDSHAKE_MS * INT64_C(1000));
+            tpr_loop_timer_in(pipe->loop, &lane->timer, TPR_PIPE_HANDSHAKE_MS * INT64_C(1000));
         }
     }
     tpr_pipe_greeting_end(greeting, TPRPC_ERROR_DENIED);
@@ -12678,7 +12682,7 @@ TPR_COLD static void tpr_pipe_accepted_conn(tprpc_listen_owner *owner, void *con
     tpr_base_list_add(&listener->greeting_list, &greeting->node);
     listener->greetings++;
     listener->refs++;
-    tpr_loop_timer(listener->loop, &greeting->timer, tpr_loop_clock(listener->loop) + TPR_PIPE_HANDSHAKE_MS * 1000);
+    tpr_loop_timer_in(listener->loop, &greeting->timer, TPR_PIPE_HANDSHAKE_MS * 1000);
     table->own(conn, &greeting->owner);
 }
 
@@ -14015,7 +14019,7 @@ TPR_COLD static void tpr_store_server_accepted(tprpc_listen_owner *owner, void *
     store->conn_count++;
     store->unknown++;
     tpr_base_list_add(&store->strangers, &c->node);
-    tpr_loop_timer(store->home, &c->timer, tpr_loop_clock(store->home) + TPR_STORE_HELLO_US);
+    tpr_loop_timer_in(store->home, &c->timer, TPR_STORE_HELLO_US);
     store->transport->own(conn, &c->owner);
     tpr_store_server_read(c);   // what came before it was ours
 }
@@ -17047,7 +17051,7 @@ TPR_COLD static bool tpr_agent_call_again(tpr_agent_call *call, const tprpc_erro
     keep->attempt++;
     int64_t pause = tpr_agent_pause_us(call->worker->agent, tpr_agent_id(&call->slot, loop), failures);
     tpr_timer_cancel(&loop->wheel, &keep->timer);
-    tpr_loop_timer(loop, &keep->timer, tpr_loop_clock(loop) + pause);
+    tpr_loop_timer_in(loop, &keep->timer, pause);
     return true;
 }
 
@@ -17920,7 +17924,7 @@ TPR_COLD static void tpr_agent_submit_again(tprpc_work *work) {
 
 static void tpr_agent_submit_later(tpr_agent_request *request, tpr_loop *loop) {
     tpr_loop_enter(loop);
-    tpr_loop_timer(loop, &request->retry, tpr_loop_clock(loop) + 1000);
+    tpr_loop_timer_in(loop, &request->retry, 1000);
     tpr_loop_leave(loop);
 }
 
@@ -19951,7 +19955,7 @@ TPR_COLD static void tpr_group_start_late(tprpc_work *work) {
     for (uint32_t r = 0; r < (agent->is_static ? agent->world_size : 1); r++)
         if (agent->starts[r].op) tpr_store_cancel_for(agent->store, agent->starts[r].op, TPRPC_ERROR_TIMEOUT);
     if (agent->mixed.op) tpr_store_cancel(agent->store, agent->mixed.op);
-    tpr_loop_timer(tpr_agent_home(agent), work, tpr_loop_clock(tpr_agent_home(agent)) + 1000000);
+    tpr_loop_timer_in(tpr_agent_home(agent), work, 1000000);
 }
 
 static int64_t tpr_group_start_deadline(tprpc_agent *agent) {
@@ -20208,7 +20212,7 @@ static void tpr_group_change_unlock(tpr_agent_change *change) {
     change->locked = change->came = false;
     if ((locked || came) && change->quits) {   // which does not wait for a store that is silent
         change->timer.run = tpr_group_change_quit;
-        tpr_loop_timer(home, &change->timer, tpr_loop_clock(home) + TPR_GROUP_QUIT_US);
+        tpr_loop_timer_in(home, &change->timer, TPR_GROUP_QUIT_US);
     }
     if (!locked) {
         if (came) tpr_group_change_go(change, TPR_GROUP_NEXT, NULL, 0);
