@@ -19671,7 +19671,7 @@ static void tpr_group_set_state(tprpc_agent *agent, tpr_agent_state state) {
 }
 
 // The start has ended, well or not; under the first loop's lock.
-static void tpr_group_started(tprpc_agent *agent) {
+TPR_COLD static void tpr_group_started(tprpc_agent *agent) {
     tpr_loop *home = tpr_agent_home(agent);
     if (agent->starting_done) return;
     agent->starting_done = true;
@@ -19739,7 +19739,7 @@ static bool tpr_group_overridden(tpr_wire_reader maps, uint32_t count, uint32_t 
 }
 
 // Another rank's device maps have come, or not.
-static void tpr_group_mapped_peer(tprpc_store_op *op, void *arg) {
+TPR_COLD static void tpr_group_mapped_peer(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     tpr_wire_reader maps;
@@ -19821,7 +19821,7 @@ static void tpr_group_publish_maps(tprpc_agent *agent) {
 }
 
 // All ranks are known, if nothing has failed: the maps of those that have any are exchanged.
-static void tpr_group_gathered(tprpc_agent *agent) {
+TPR_COLD static void tpr_group_gathered(tprpc_agent *agent) {
     int64_t deadline = tpr_group_start_deadline(agent);
     char key[64];
     const bool all = !agent->start_pending && !agent->starting_done && agent->start_error.status == TPRPC_OK;
@@ -19838,7 +19838,7 @@ static void tpr_group_gathered(tprpc_agent *agent) {
 }
 
 // Another rank's word has come, or not.
-static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
+TPR_COLD static void tpr_group_start_peer(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     tpr_wire_worker *where = (tpr_wire_worker *)tpr_agent_alloc(agent, sizeof *where);
@@ -19963,7 +19963,7 @@ static int64_t tpr_group_start_deadline(tprpc_agent *agent) {
     return deadline == INT64_MAX ? TPRPC_FOREVER : deadline;
 }
 
-static void tpr_group_start_ranked(tprpc_store_op *op, void *arg) {
+TPR_COLD static void tpr_group_start_ranked(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     char what[64], key[64];
@@ -20003,7 +20003,7 @@ static void tpr_group_start_named(tprpc_store_op *op, void *arg) {
 }
 
 // The kind first: those of another kind take no name and no rank.
-static void tpr_group_start_kind(tprpc_store_op *op, void *arg) {
+TPR_COLD static void tpr_group_start_kind(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     uint8_t value[TPR_WIRE_ENTRY];
@@ -20171,7 +20171,7 @@ TPR_COLD static void tpr_group_change_quit(tprpc_work *work) {
 
 // Makes the record that this agent writes of the one that was seen last: with the lock, or without it and with the
 // member's id taken or free. False: no memory.
-static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
+TPR_COLD static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
     tprpc_agent *agent = change->agent;
     tpr_wire_members members;
     size_t id_byte = change->id / 8;
@@ -20203,7 +20203,7 @@ static bool tpr_group_change_write(tpr_agent_change *change, bool locks) {
 }
 
 // Gives back the lock, with the change where there is no error, and the turn; then it is over.
-static void tpr_group_change_unlock(tpr_agent_change *change) {
+TPR_COLD static void tpr_group_change_unlock(tpr_agent_change *change) {
     tprpc_agent *agent = change->agent;
     tpr_loop *home = tpr_agent_home(agent);
     uint8_t *held = change->own;
@@ -20290,7 +20290,7 @@ static bool tpr_group_change_queue(tpr_agent_change *change, const tpr_wire_memb
 }
 
 // What the record is, after the lock was tried or looked at.
-static void tpr_group_change_tried(tpr_agent_change *change, const tprpc_store_op *op) {
+TPR_COLD static void tpr_group_change_tried(tpr_agent_change *change, const tprpc_store_op *op) {
     tpr_loop *home = tpr_agent_home(change->agent);
     int64_t now = tpr_loop_clock(home), seen_us = change->seen_us;
     tpr_wire_members members;
@@ -20419,7 +20419,7 @@ static void tpr_group_change_drew(tpr_agent_change *change, const tprpc_store_op
     else tpr_group_change_go(change, TPR_GROUP_TURN, NULL, 0);
 }
 
-static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) {
+TPR_COLD static void tpr_group_change_step(tpr_agent_change *change, tprpc_store_op *op) {
     bool joins = change->kind == TPR_GROUP_JOIN;
     char text[220];
     tprpc_status status;
@@ -20748,8 +20748,8 @@ TPR_COLD static void tpr_group_left_peer(tprpc_store_op *op, void *arg) {
 }
 
 // One step that all take: says `what` for this rank, and with `wait` waits until all ranks have.
-static tprpc_status tpr_group_all(tprpc_agent *agent, const char *what, bool wait, int64_t deadline,
-                                  tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_group_all(tprpc_agent *agent, const char *what, bool wait, int64_t deadline,
+                                           tprpc_error *error) {
     tpr_loop *home = tpr_agent_home(agent);
     char key[64];
     tpr_loop_enter(home);
@@ -20903,7 +20903,7 @@ static const char *tpr_group_runs_text(const tpr_wire_leave *word, char *out, si
 }
 
 // A worker's word has come, or an operation that has none is over.
-static void tpr_group_word(tprpc_store_op *op, void *arg) {
+TPR_COLD static void tpr_group_word(tprpc_store_op *op, void *arg) {
     tpr_agent_start *slot = (tpr_agent_start *)arg;
     tprpc_agent *agent = slot->agent;
     tpr_wire_leave word;
@@ -21163,7 +21163,7 @@ static bool tpr_group_by_rounds(tprpc_agent *agent) {
     return true;
 }
 
-static tprpc_status tpr_group_leave_static(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_group_leave_static(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
     bool rounds = tpr_group_by_rounds(agent);
     tpr_wire_leave word;
     uint32_t round = 0;
@@ -21178,7 +21178,7 @@ static tprpc_status tpr_group_leave_static(tprpc_agent *agent, int64_t deadline_
 }
 
 // Out of the store first, so that nobody finds it any more; then what is at work here comes to its end.
-static tprpc_status tpr_group_leave_dynamic(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
+TPR_COLD static tprpc_status tpr_group_leave_dynamic(tprpc_agent *agent, int64_t deadline_us, tprpc_error *error) {
     tpr_loop *home = tpr_agent_home(agent);
     tpr_wire_leave word;
     tprpc_error why = TPR_ZERO;
@@ -21231,7 +21231,7 @@ struct tpr_group_look {                // a look into the store, and its end awa
 
 static bool tpr_group_look_over(void *arg) { return ((tpr_group_look *)arg)->pending == 0; }
 
-static void tpr_group_look_done(tprpc_store_op *op, void *arg) {
+TPR_COLD static void tpr_group_look_done(tprpc_store_op *op, void *arg) {
     tpr_group_looked *at = (tpr_group_looked *)arg;
     tpr_group_look *look = at->look;
     tpr_wire_members members;
@@ -21297,7 +21297,7 @@ static void tpr_group_look_wait(tpr_group_look *look, int64_t deadline_us) {
 }
 
 // What a worker's entry says, and what this agent knows of it.
-static void tpr_group_show(tprpc_agent *agent, const tpr_wire_worker *where, tprpc_worker_info *out) {
+TPR_COLD static void tpr_group_show(tprpc_agent *agent, const tpr_wire_worker *where, tprpc_worker_info *out) {
     memset(out, 0, sizeof *out);
     snprintf(out->name, sizeof out->name, "%s", where->name);
     out->id = where->rank;
