@@ -1830,7 +1830,7 @@ TPR_COLD TPR_UNUSED static void tpr_os_lock_await(tpr_os_lock *lock) {
     }
 }
 
-static inline void tpr_os_lock_take(tpr_os_lock *lock) {
+TPR_APART static void tpr_os_lock_take(tpr_os_lock *lock) {
     if (TPR_UNLIKELY(!tpr_os_trylock(lock))) tpr_os_lock_await(lock);
 }
 
@@ -3241,7 +3241,7 @@ static inline uint32_t tpr_base_map_at(const tpr_base_map *map, uint64_t key) {
     return (uint32_t)((key * UINT64_C(0x9e3779b97f4a7c15)) >> 32) & (map->capacity - 1);
 }
 
-static void *tpr_base_map_get(const tpr_base_map *map, uint64_t key) {
+TPR_APART static void *tpr_base_map_get(const tpr_base_map *map, uint64_t key) {
     if (!map->count) return NULL;
     for (uint32_t i = tpr_base_map_at(map, key);; i = (i + 1) & (map->capacity - 1)) {
         if (!map->entries[i].value) return NULL;
@@ -3456,7 +3456,7 @@ typedef struct tpr_base_bytes { const uint8_t *data; size_t size; } tpr_base_byt
 static inline tpr_base_bytes tpr_base_bytes_none(void) { tpr_base_bytes none = {NULL, 0}; return none; }
 
 // memcpy that takes NULL with size 0.
-static inline void tpr_base_copy(void *to, const void *from, size_t size) {
+TPR_APART static void tpr_base_copy(void *to, const void *from, size_t size) {
     if (size) memcpy(to, from, size);
 }
 
@@ -4886,7 +4886,7 @@ typedef struct tpr_loop_object {       // something of a user's that lives on a 
     void (*close)(struct tpr_loop_object *object);   // under the lock; it leaves the list once nothing of it is left
 } tpr_loop_object;
 
-static inline int64_t tpr_loop_clock(tpr_loop *loop) {
+TPR_APART static int64_t tpr_loop_clock(tpr_loop *loop) {
     tpr_loop_env *env = loop->env;
     loop->now_us = env->clock_us ? env->clock_us(env->user) : tpr_os_now_us();
     return loop->now_us;
@@ -5516,7 +5516,7 @@ static int64_t tpr_context_time(int64_t given, int64_t otherwise) {
 }
 
 // When `given` from now ends, on the context's clock: INT64_MAX for no limit.
-static int64_t tpr_context_deadline(int64_t now_us, int64_t given_ms) {
+TPR_APART static int64_t tpr_context_deadline(int64_t now_us, int64_t given_ms) {
     if (given_ms < 0 || given_ms > (INT64_MAX - now_us) / 1000 - 1) return INT64_MAX;
     return now_us + given_ms * 1000;
 }
@@ -9986,7 +9986,7 @@ static bool tpr_pipe_send_frame(tprpc_pipe *pipe, tpr_pipe_frame *frame) {
     return true;
 }
 
-static void tpr_pipe_resume_later(tprpc_pipe *pipe) {
+TPR_APART static void tpr_pipe_resume_later(tprpc_pipe *pipe) {
     if (pipe->resume_set) return;
     pipe->resume_set = true;
     pipe->refs++;
