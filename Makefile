@@ -2,6 +2,7 @@
 # make demo     the wave simulation; installs what it needs. Where GPUs and nvcc are, on those, and installs nothing
 # make test     all tests; installs what they need
 # make gpu-test the tests of CUDA on this machine's GPUs; installs nothing
+# make gpu-sanitize  most of them under compute-sanitizer, which comes with the CUDA toolkit
 # make bench    measurements against others; installs what it needs
 # make gpu-bench  measurements on this machine's GPUs, beside driver calls and PyTorch; installs nothing
 # make soak     the tests that are the better the longer they run, until stopped or for SOAK_SECONDS
@@ -106,15 +107,15 @@ in_order = $(filter-out %/agent_cost,$(1)) -- $(filter %/agent_cost,$(1))
 # The simulated network uses all processors by itself.
 SIMS = build/sim build/asan/sim
 
-# make test, gpu-test, gpu-bench, demo and coverage compile on all cores without being asked to.
-ifneq ($(filter demo test gpu-test gpu-bench coverage,$(MAKECMDGOALS)),)
+# make test, gpu-test, gpu-sanitize, gpu-bench, demo and coverage compile on all cores without being asked to.
+ifneq ($(filter demo test gpu-test gpu-sanitize gpu-bench coverage,$(MAKECMDGOALS)),)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 endif
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all demo test gpu-test bench gpu-bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
+.PHONY: all demo test gpu-test gpu-sanitize bench gpu-bench soak $(SOAK_PARTS) fuzz coverage clean asan tsan \
         setup-demo setup-test setup-bench setup-coverage \
         test-plain test-asan test-tsan test-sim test-compile test-scripts test-fuzz test-floors
 
@@ -170,6 +171,10 @@ test-floors:
 
 gpu-test: $(TESTS_GPU:%=build/gpu/tests/%)
 	@CUDA_LIBRARY=libcuda.so.1 tests/run.sh -- $^
+
+# Without those whose kernels fault on purpose; in minutes.
+gpu-sanitize: $(filter-out %/cuda_driver %/in_cuda_abi,$(TESTS_GPU:%=build/gpu/tests/%))
+	@tests/run.sh -- $(^:%='tests/cuda/sanitized.sh %')
 
 gpu-bench: build/tprpc-perf build/tprpc-info
 	tools/gpu-bench.py $(GPU_BENCH_ARGS)
