@@ -3439,9 +3439,9 @@ static void tpr_cuda_batch_loaded(tpr_cuda_stream_wait *wait, tprpc_status statu
         return;
     }
     tpr_cuda_batch_piece_free(piece);
-    send->lent--;
     if (status != TPRPC_OK) tpr_cuda_batch_send_failed(send, status, error);
-    else tpr_cuda_batch_settle(send);
+    send->lent--;
+    tpr_cuda_batch_settle(send);
 }
 
 // Queues the copy of a piece into pinned memory, behind what was on its stream when it was sent.
