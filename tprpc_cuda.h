@@ -2062,9 +2062,6 @@ enum {
     TPR_CUDA_WORD_SIZE = TPR_CUDA_WORD_SLOTS * 16,   // bytes: a slot is u64 ready, u64 done
     TPR_CUDA_WORD_TEND_US = 50000      // a peer's death is looked for, while something waits for it
 };
-#ifndef TPR_CUDA_WORD_DONE_FLAGS
-#define TPR_CUDA_WORD_DONE_FLAGS 0     // 1: no barrier before `done`, which publishes nothing: it says that was read
-#endif
 
 typedef struct tpr_cuda_word_side {    // the words of one direction: its sender writes `ready`, its receiver `done`
     tpr_cuda_arena_memory memory;
@@ -2122,10 +2119,9 @@ static tprpc_status tpr_cuda_word_wait(const tpr_cuda_device_set *set, tpr_cuda_
 static tprpc_status tpr_cuda_word_write(const tpr_cuda_device_set *set, tpr_cuda_word_side *side, uint32_t slot,
                                         bool done, uint64_t value, tpr_cuda_driver_stream stream, tprpc_error *error) {
     const tpr_cuda_driver_ptr at = side->memory.at + 16 * (uint64_t)slot + (done ? 8 : 0);
-    const unsigned int flags =
-        done ? (unsigned int)TPR_CUDA_WORD_DONE_FLAGS : (unsigned int)TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT;
-    const tprpc_status status =
-        TPR_CUDA_DRIVER_CALL(set->cu, cuStreamWriteValue64, (stream, at, value, flags), error);
+    const tprpc_status status = TPR_CUDA_DRIVER_CALL(
+        set->cu, cuStreamWriteValue64, (stream, at, value, (unsigned int)TPR_CUDA_DRIVER_STREAM_WRITE_VALUE_DEFAULT),
+        error);
     if (status == TPRPC_OK) side->writes[slot] = value;
     return status;
 }
@@ -2441,14 +2437,8 @@ TPRPC_API tprpc_status tprpc_cuda_unregister(tprpc_context *ctx, void *base, tpr
 
 // A device has two on a loop. The second is for transfers of many bytes: a copy between two H200 takes 4 us more than
 // its bytes do, and a chunk's words 3 us, so that chunks of 8 MiB (21 us) reached three quarters of a long copy's rate.
-#ifndef TPR_CUDA_OUTBOX_LARGE_MIB
-#define TPR_CUDA_OUTBOX_LARGE_MIB 32
-#endif
-#ifndef TPR_CUDA_OUTBOX_LARGE_COUNT
-#define TPR_CUDA_OUTBOX_LARGE_COUNT 3
-#endif
 enum {
-    TPR_CUDA_OUTBOX_LARGE = TPR_CUDA_OUTBOX_LARGE_MIB << 20, TPR_CUDA_OUTBOX_LARGES = TPR_CUDA_OUTBOX_LARGE_COUNT,
+    TPR_CUDA_OUTBOX_LARGE = 32 << 20, TPR_CUDA_OUTBOX_LARGES = 3,
     TPR_CUDA_OUTBOX_MIDDLE = 2 << 20, TPR_CUDA_OUTBOX_MIDDLES = 8,
     TPR_CUDA_OUTBOX_SMALL = 64 << 10, TPR_CUDA_OUTBOX_SMALLS = 64,
     TPR_CUDA_OUTBOX_MOST = TPR_CUDA_OUTBOX_MIDDLES + TPR_CUDA_OUTBOX_SMALLS
@@ -4209,9 +4199,6 @@ typedef struct tpr_cuda_ipc_end {
 
 enum { TPR_CUDA_IPC_ASKED, TPR_CUDA_IPC_DIRECT, TPR_CUDA_IPC_OUTBOX, TPR_CUDA_IPC_LATE };   // which way a send goes
 enum { TPR_CUDA_IPC_CANNOT = 1 };
-#ifndef TPR_CUDA_IPC_BESIDE
-#define TPR_CUDA_IPC_BESIDE 0          // 1: `done` is never written on a user's stream
-#endif
 enum { TPR_CUDA_IPC_LARGE = 1 << 20 }; // bytes of a part that is fetched beside the next one
 #define TPR_CUDA_IPC_NEVER (UINT64_C(1) << 62)
 
@@ -5039,8 +5026,7 @@ static tprpc_status tpr_cuda_ipc_write_done(tpr_cuda_batch *receive, const tpr_c
     tpr_cuda_stream_queue *queue = receive->end->net->queue;
     tpr_cuda_word_link *link = tpr_cuda_ipc_end_of(receive)->words;
     tpr_cuda_driver_stream stream = receive->stream ? receive->stream : receive->orders[0].stream;
-    const bool beside = receive->order_count > 1 || !(part->flags & TPR_CUDA_WIRE_PART_WAITS) ||
-                        (TPR_CUDA_IPC_BESIDE && !receive->stream);
+    const bool beside = receive->order_count > 1 || !(part->flags & TPR_CUDA_WIRE_PART_WAITS);
     tprpc_status status = beside ? tpr_cuda_ipc_join(receive, &stream, error) : TPRPC_OK;
     if (status == TPRPC_OK) status = tpr_cuda_batch_enter(receive->end, receive->orders[0].device, error);
     if (status != TPRPC_OK) return status;
