@@ -22,6 +22,7 @@ typedef struct stage {
     int ready, go, buried, over;       /* the round that bob has joined in, may die in, is dead in; that ann has done */
     int gone;                          /* ann may end */
     pid_t bob, child;                  /* child: bob's, which outlives it */
+    int   forking;                     /* it may soon be there */
     int64_t died_us;
     char url[300], address[128];       /* the store; ann's listener for pipes beside */
     int kinds[BY_KINDS], joining, forked, proofs;
@@ -238,11 +239,15 @@ static void bob_join(busy *b) {
     }
 }
 
+/* Another of bob's threads may die for all of them right behind the fork: so the child says itself that it is there. */
 static void bob_forks(void) {
-    pid_t pid = fork();
-    if (pid == 0) for (;;) pause();
+    STORE(&on->forking, 1);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        STORE(&on->child, getpid());
+        for (;;) pause();
+    }
     REQUIRE(pid > 0);
-    STORE(&on->child, pid);
 }
 
 static void bob_main(void *arg) {
@@ -503,6 +508,7 @@ static void moments_run(void *arg) {
             REQUIRE(waitpid(ann, &status, WNOHANG) == 0);    /* ann lives */
         }
         STORE(&on->child, 0);
+        STORE(&on->forking, 0);
         pid_t bob = test_fork_run(bob_main, &round);
         REQUIRE(waitpid(bob, &status, 0) == bob);
         if (!CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL))
@@ -512,6 +518,7 @@ static void moments_run(void *arg) {
             test_sleep_us(50);
             REQUIRE(waitpid(ann, &status, WNOHANG) == 0);    /* ann lives */
         }
+        for (int i = 0; LOAD(&on->forking) && !LOAD(&on->child) && i < 1000; i++) test_sleep_us(100);
         if (LOAD(&on->child)) {
             on->forked++;
             kill(on->child, SIGKILL);
