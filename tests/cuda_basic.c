@@ -61,14 +61,6 @@ TEST(device_to_host_over_tcp) { there_and_back("tcp://127.0.0.1:0", 0, -1); }
 
 /* ---- deaths ---- */
 
-static void gone_on(two *t, CUstream stream) {
-    const int64_t end = test_now_us() + WAIT_S * INT64_C(1000000);
-    while (gate_holds(stream)) {
-        REQUIRE(test_now_us() < end);
-        tprpc_poll(t->s.ctx, 1000, 0);
-    }
-}
-
 /* Its stream stands still, so of what it sends nothing comes. */
 static void sends_nothing(two *t, void *arg) {
     const way *w = (const way *)arg;
@@ -100,7 +92,7 @@ static void sender_dies(const char *address) {
     two_kill(&t);
     WAIT(&t.s, c.got.runs, 1);
     CHECK(c.got.status != TPRPC_OK);
-    gone_on(&t, stream);
+    two_goes_on(&t, 0, stream);
     two_close(&t, true);
 }
 
@@ -136,100 +128,16 @@ static void receiver_dies(const char *address) {
     two_kill(&t);
     WAIT(&t.s, c.wrote.runs, 1);
     CHECK(c.wrote.status != TPRPC_OK);
-    gone_on(&t, stream);
+    two_goes_on(&t, 0, stream);
     two_close(&t, true);
 }
 
 TEST(receiver_dies_shared) { receiver_dies("shm://"); }
 TEST(receiver_dies_over_tcp) { receiver_dies("tcp://127.0.0.1:0"); }
 
-/* ---- long transfers both ways, and the peer is killed ---- */
-
-enum { LONG = (40 << 20) + 77 };
-
-static void long_memory(void) { setenv("STANDIN_MEMORY_MB", "256", 1); }
-
-static void usable(two *t) {
-    pair p;
-    cargo c;
-    memset(&p, 0, sizeof p);
-    p.s.ctx = t->s.ctx;
-    p.s.also = gpu_context("shm", "cuda_basic,basic", 0);
-    pair_connect(&p, "shm://", 0);
-    CUstream stream = gpu_stream(0);
-    void *memory = gpu_alloc(0, SIZE), *target = gpu_alloc(0, SIZE);
-    tprpc_tensor out = gpu_tensor(0, memory, SIZE, stream, 0), in = gpu_tensor(0, target, SIZE, stream, 0);
-    gpu_put(0, stream, memory, SIZE, 12);
-    cargo_carry(&c, &p, &out, &in, 1);
-    CHECK(gpu_matches(0, stream, target, SIZE, 12));
-    tprpc_pipe_close(p.a);
-    tprpc_pipe_close(p.b);
-    tprpc_listener_close(p.s.listener);
-    CHECK_EQ_INT(tprpc_context_destroy(p.s.also), TPRPC_OK);
-}
-
-/* Killed at any moment, while both send to each other. */
-static void busy(two *t, bool child) {
-    cargo out, in;
-    CUstream s = gpu_stream(0), r = gpu_stream(0);
-    void *source = gpu_alloc(0, LONG), *target = gpu_alloc(0, LONG);
-    const tprpc_tensor from = gpu_tensor(0, source, LONG, s, 0);
-    tprpc_tensor to = gpu_tensor(0, target, LONG, r, 0);
-    for (int i = 0; ; i++) {
-        memset(&out, 0, sizeof out);
-        memset(&in, 0, sizeof in);
-        out.out.tensors = &from;
-        in.in.tensors = &to;
-        out.out.tensor_count = in.in.tensor_count = 1;
-        out.out.release = on_release;
-        out.out.release_user = &out.wrote;
-        gpu_set(0, s, source, i, LONG);
-        if (tprpc_pipe_write(t->s.pipe, &out.out, on_written, &out.wrote) != TPRPC_OK) break;
-        if (tprpc_pipe_read_descriptor(t->s.pipe, on_described, &in.described) == TPRPC_OK) {
-            WAIT(&t->s, in.described.runs, 1);
-            if (child) two_raise(t, READY);
-            if (in.described.status == TPRPC_OK && tprpc_pipe_read(t->s.pipe, &in.in, on_read, &in.got) == TPRPC_OK)
-                WAIT(&t->s, in.got.runs, 1);
-        }
-        WAIT(&t->s, out.wrote.runs, 1);
-        if (out.wrote.status != TPRPC_OK || in.got.status != TPRPC_OK) break;
-    }
-    if (child) return;
-    gone_on(t, s);
-    gone_on(t, r);
-}
-
-static void busy_child(two *t, void *arg) {
-    (void)arg;
-    busy(t, true);
-}
-
-static void *kills_after(void *arg) {
-    two *t = (two *)arg;
-    while (!LOAD(t->shared->flags[READY])) test_sleep_us(50);
-    test_sleep_us((int64_t)t->shared->gate);
-    kill(t->child, SIGKILL);
-    return NULL;
-}
-
-static void killed_at(void *arg) {
-    two t;
-    pthread_t killer;
-    long_memory();
-    two_open(&t, "shm://", "cuda_basic,basic", busy_child, NULL);
-    t.shared->gate = *(uint64_t *)arg;
-    REQUIRE(pthread_create(&killer, NULL, kills_after, &t) == 0);
-    busy(&t, false);
-    pthread_join(killer, NULL);
-    CHECK_EQ_INT(test_wait_child(t.child, 20), 128 + SIGKILL);
-    usable(&t);
-    two_close(&t, true);
-}
-
+/* While both send to each other what takes many chunks. */
 TEST(killed_at_any_moment) {
-    for (uint64_t i = 0; i < 10 / TEST_SLOWDOWN; i++) {
-        uint64_t us = test_mix(i) % 60000;
-        if (!CHECK_EQ_INT(test_wait_child(test_fork_run(killed_at, &us), 30), 0))
-            fprintf(stderr, "killed after %d us\n", (int)us);
-    }
+    const two_exchange e = {"cuda_basic,basic", (40 << 20) + 77, 0, 0};
+    setenv("STANDIN_MEMORY_MB", "256", 1);
+    two_killed_at_any_moment(e, 60000);
 }

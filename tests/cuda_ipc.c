@@ -402,40 +402,6 @@ TEST(sent_before_it_is_refused_registered) { early(true, CANNOT_OPEN); }
 
 /* ---- a process is killed: streams of the other go on, with what was queued behind ---- */
 
-static void goes_on(two *t, int device, CUstream stream) {
-    uint8_t *mark = (uint8_t *)gpu_pinned(64);
-    void *memory = gpu_alloc(device, 64);
-    const int64_t end = test_now_us() + WAIT_S * INT64_C(1000000);
-    gpu_set(device, stream, memory, 0x77, 64);
-    gpu_on(device);
-    CU(cuMemcpyAsync((CUdeviceptr)(uintptr_t)mark, (CUdeviceptr)(uintptr_t)memory, 64, stream));
-    while (gate_holds(stream)) {
-        REQUIRE(test_now_us() < end);
-        tprpc_poll(t->s.ctx, 1000, 0);
-    }
-    CU(cuStreamSynchronize(stream));
-    CHECK_EQ_INT(mark[63], 0x77);
-}
-
-/* The context can still be used: a tensor to a pipe of its own. */
-static void usable(two *t) {
-    pair p;
-    cargo c;
-    memset(&p, 0, sizeof p);
-    p.s.ctx = t->s.ctx;
-    p.s.also = gpu_context("shm", NULL, 0);
-    pair_connect(&p, "shm://", 0);
-    void *memory = gpu_alloc(0, SIZE), *target = gpu_alloc(0, SIZE);
-    tprpc_tensor out = gpu_tensor(0, memory, SIZE, NULL, 0), in = gpu_tensor(0, target, SIZE, NULL, 0);
-    gpu_put(0, NULL, memory, SIZE, 12);
-    cargo_carry(&c, &p, &out, &in, 1);
-    CHECK(gpu_matches(0, NULL, target, SIZE, 12));
-    tprpc_pipe_close(p.a);
-    tprpc_pipe_close(p.b);
-    tprpc_listener_close(p.s.listener);
-    CHECK_EQ_INT(tprpc_context_destroy(p.s.also), TPRPC_OK);
-}
-
 static void sender_that_dies(two *t, void *arg) {
     const ends *x = (const ends *)arg;
     cargo c;
@@ -465,8 +431,8 @@ static void sender_dies(bool registered, bool closed) {
     if (closed) t.s.pipe = NULL;
     idle(&t.s, 2000);
     two_kill(&t);
-    goes_on(&t, other(), r);
-    usable(&t);
+    two_goes_on(&t, other(), r);
+    two_usable(&t, NULL);
     two_close(&t, true);
 }
 
@@ -503,8 +469,8 @@ static void receiver_dies(bool registered, bool closed) {
     if (closed) tprpc_pipe_close(t.s.pipe);
     if (closed) t.s.pipe = NULL;
     two_kill(&t);
-    goes_on(&t, 0, s);
-    usable(&t);
+    two_goes_on(&t, 0, s);
+    two_usable(&t, NULL);
     if (registered) {
         tprpc_status status;
         while ((status = tprpc_cuda_unregister(t.s.ctx, source, NULL)) == TPRPC_PENDING) tprpc_poll(t.s.ctx, 1000, 0);
@@ -517,66 +483,11 @@ TEST(receiver_dies_registered) { receiver_dies(true, false); }
 TEST(receiver_dies_outbox) { receiver_dies(false, false); }
 TEST(receiver_dies_after_the_pipe) { receiver_dies(true, true); }
 
-/* Killed at any moment, while both send to each other. */
-static void busy(two *t, void *arg) {
-    enum { BUSY = 4 << 20 };
-    cargo out, in;
-    CUstream s = gpu_stream(0), r = gpu_stream(other());
-    void *source = gpu_alloc(0, BUSY), *target = gpu_alloc(other(), BUSY);
-    const tprpc_tensor from = gpu_tensor(0, source, BUSY, s, other());
-    tprpc_tensor to = gpu_tensor(other(), target, BUSY, r, other());
-    const bool child = arg != NULL;
-    for (int i = 0; ; i++) {
-        memset(&out, 0, sizeof out);
-        out.out.tensors = &from;
-        out.out.tensor_count = 1;
-        out.out.release = on_release;
-        out.out.release_user = &out.wrote;
-        gpu_set(0, s, source, i, BUSY);
-        if (tprpc_pipe_write(t->s.pipe, &out.out, on_written, &out.wrote) != TPRPC_OK) break;
-        memset(&in, 0, sizeof in);
-        in.in.tensors = &to;
-        in.in.tensor_count = 1;
-        if (tprpc_pipe_read_descriptor(t->s.pipe, on_described, &in.described) == TPRPC_OK) {
-            WAIT(&t->s, in.described.runs, 1);
-            if (in.described.status == TPRPC_OK && tprpc_pipe_read(t->s.pipe, &in.in, on_read, &in.got) == TPRPC_OK)
-                WAIT(&t->s, in.got.runs, 1);
-        }
-        WAIT(&t->s, out.wrote.runs, 1);
-        if (child) two_raise(t, SENT);
-        if (out.wrote.status != TPRPC_OK || in.got.status != TPRPC_OK) break;
-    }
-    if (child) return;
-    goes_on(t, 0, s);
-    goes_on(t, other(), r);
-}
-
-static void *kills_after(void *arg) {
-    two *t = (two *)arg;
-    while (!LOAD(t->shared->flags[SENT])) test_sleep_us(50);
-    test_sleep_us((int64_t)t->shared->gate);
-    kill(t->child, SIGKILL);
-    return NULL;
-}
-
-static void killed_at(void *arg) {
-    two t;
-    pthread_t killer;
-    two_open(&t, "shm://", "cuda_xth,cuda_ipc,basic", busy, &t);
-    t.shared->gate = *(uint64_t *)arg;
-    REQUIRE(pthread_create(&killer, NULL, kills_after, &t) == 0);
-    busy(&t, NULL);
-    pthread_join(killer, NULL);
-    CHECK_EQ_INT(test_wait_child(t.child, 20), 128 + SIGKILL);
-    usable(&t);
-    two_close(&t, true);
-}
-
+/* While both send to each other. */
 TEST(killed_at_any_moment) {
-    for (uint64_t i = 0; i < FEW / TEST_SLOWDOWN; i++) {
-        uint64_t us = test_mix(i) % 4000;
-        CHECK_EQ_INT(test_wait_child(test_fork_run(killed_at, &us), 30), 0);
-    }
+    two_exchange e = {"cuda_xth,cuda_ipc,basic", 4 << 20, 0, 0};
+    e.to = gpu_count_apart() > 1;
+    two_killed_at_any_moment(e, 4000);
 }
 
 /* ---- many small tensors ---- */

@@ -4,7 +4,7 @@
 
 #include "cuda_common.h"
 
-enum { TWO_ACCEPTED = 31 };
+enum { TWO_BUSY = 30, TWO_ACCEPTED };
 
 /* What both see. Flags go up. */
 typedef struct two_shared { int flags[32]; char address[128]; uint64_t gate; } two_shared;
@@ -130,6 +130,115 @@ static UNUSED void two_got(two *t, cargo *c, tprpc_tensor *in, size_t count) {
     WAIT(&t->s, c->got.runs, 1);
     if (c->got.status != TPRPC_OK) fprintf(stderr, "got: %s\n", c->got.text);
     CHECK_EQ_INT(c->got.status, TPRPC_OK);
+}
+
+/* ---- the other process was killed: what this one has left ---- */
+
+/* What is queued on a user's stream is done, within the time that anything may take. */
+static UNUSED void two_goes_on(two *t, int device, CUstream stream) {
+    uint8_t *mark = (uint8_t *)gpu_pinned(64);
+    void *memory = gpu_alloc(device, 64);
+    const int64_t end = test_now_us() + WAIT_S * INT64_C(1000000);
+    gpu_set(device, stream, memory, 0x77, 64);
+    gpu_on(device);
+    CU(cuMemcpyAsync((CUdeviceptr)(uintptr_t)mark, (CUdeviceptr)(uintptr_t)memory, 64, stream));
+    while (gate_holds(stream)) {
+        REQUIRE(test_now_us() < end);
+        tprpc_poll(t->s.ctx, 1000, 0);
+    }
+    CU(cuStreamSynchronize(stream));
+    CHECK_EQ_INT(mark[63], 0x77);
+}
+
+/* The context can still be used: a tensor to a pipe of its own. */
+static UNUSED void two_usable(two *t, const char *channels) {
+    enum { SOME = 100000 };
+    pair p;
+    cargo c;
+    memset(&p, 0, sizeof p);
+    p.s.ctx = t->s.ctx;
+    p.s.also = gpu_context("shm", channels, 0);
+    pair_connect(&p, "shm://", 0);
+    void *memory = gpu_alloc(0, SOME), *target = gpu_alloc(0, SOME);
+    tprpc_tensor out = gpu_tensor(0, memory, SOME, NULL, 0), in = gpu_tensor(0, target, SOME, NULL, 0);
+    gpu_put(0, NULL, memory, SOME, 12);
+    cargo_carry(&c, &p, &out, &in, 1);
+    CHECK(gpu_matches(0, NULL, target, SOME, 12));
+    tprpc_pipe_close(p.a);
+    tprpc_pipe_close(p.b);
+    tprpc_listener_close(p.s.listener);
+    CHECK_EQ_INT(tprpc_context_destroy(p.s.also), TPRPC_OK);
+}
+
+/* Both send to each other, from device 0 to device `to`, until one of them is killed. */
+typedef struct two_exchange {
+    const char *channels;
+    size_t size;
+    int to;
+    uint64_t after_us;                 /* the child is killed so long after the first message has come there */
+} two_exchange;
+
+static void two_exchange_on(two *t, const two_exchange *e, bool child) {
+    cargo out, in;
+    CUstream s = gpu_stream(0), r = gpu_stream(e->to);
+    void *source = gpu_alloc(0, e->size), *target = gpu_alloc(e->to, e->size);
+    const tprpc_tensor from = gpu_tensor(0, source, e->size, s, e->to);
+    tprpc_tensor to = gpu_tensor(e->to, target, e->size, r, e->to);
+    for (int i = 0; ; i++) {
+        memset(&out, 0, sizeof out);
+        memset(&in, 0, sizeof in);
+        out.out.tensors = &from;
+        in.in.tensors = &to;
+        out.out.tensor_count = in.in.tensor_count = 1;
+        out.out.release = on_release;
+        out.out.release_user = &out.wrote;
+        gpu_set(0, s, source, i, e->size);
+        if (tprpc_pipe_write(t->s.pipe, &out.out, on_written, &out.wrote) != TPRPC_OK) break;
+        if (tprpc_pipe_read_descriptor(t->s.pipe, on_described, &in.described) == TPRPC_OK) {
+            WAIT(&t->s, in.described.runs, 1);
+            if (child) two_raise(t, TWO_BUSY);
+            if (in.described.status == TPRPC_OK && tprpc_pipe_read(t->s.pipe, &in.in, on_read, &in.got) == TPRPC_OK)
+                WAIT(&t->s, in.got.runs, 1);
+        }
+        WAIT(&t->s, out.wrote.runs, 1);
+        if (out.wrote.status != TPRPC_OK || in.got.status != TPRPC_OK) break;
+    }
+    if (child) return;
+    two_goes_on(t, 0, s);
+    two_goes_on(t, e->to, r);
+}
+
+static UNUSED void two_exchange_child(two *t, void *arg) { two_exchange_on(t, (const two_exchange *)arg, true); }
+
+static UNUSED void *two_kills_after(void *arg) {
+    two *t = (two *)arg;
+    while (!LOAD(t->shared->flags[TWO_BUSY])) test_sleep_us(50);
+    test_sleep_us((int64_t)t->shared->gate);
+    kill(t->child, SIGKILL);
+    return NULL;
+}
+
+static UNUSED void two_killed_at(void *arg) {
+    two_exchange *e = (two_exchange *)arg;
+    two t;
+    pthread_t killer;
+    two_open(&t, "shm://", e->channels, two_exchange_child, e);
+    t.shared->gate = e->after_us;
+    REQUIRE(pthread_create(&killer, NULL, two_kills_after, &t) == 0);
+    two_exchange_on(&t, e, false);
+    pthread_join(killer, NULL);
+    CHECK_EQ_INT(test_wait_child(t.child, 20), 128 + SIGKILL);
+    two_usable(&t, e->channels);
+    two_close(&t, true);
+}
+
+/* At ten moments within so many us, each in processes of its own. */
+static UNUSED void two_killed_at_any_moment(two_exchange e, uint64_t within_us) {
+    for (uint64_t i = 0; i < 10 / TEST_SLOWDOWN; i++) {
+        e.after_us = test_mix(i) % within_us;
+        if (!CHECK_EQ_INT(test_wait_child(test_fork_run(two_killed_at, &e), 30), 0))
+            fprintf(stderr, "killed after %d us\n", (int)e.after_us);
+    }
 }
 
 #endif
