@@ -346,3 +346,32 @@ static void lost(const char *channels) {
 
 TEST(a_kernel_faults) { lost("cuda_xth,cuda_basic,basic"); }
 TEST(a_kernel_faults_on_the_way_through_the_host) { lost("cuda_basic,basic"); }
+
+/* Its receiver has left, and the device fails under what is still being copied: the send ends all the same. */
+TEST(a_kernel_faults_when_the_send_is_over) {
+    pair p;
+    cargo c;
+    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+    gpu_load();
+    gpu_pair(&p, "shm://", "cuda_basic,basic", 0);
+    CUstream s = gpu_stream(0);
+    void *source = gpu_alloc(0, SIZE), *host = malloc(SIZE);
+    tprpc_tensor out = gpu_tensor(0, source, SIZE, s, -1), in = gpu_tensor(-1, host, SIZE, NULL, -1);
+    const CUfunction fault = fault_load();
+    cargo_carry(&c, &p, &out, &in, 1);
+    uint64_t *gate = gate_close(0, s);
+    CU(cuLaunchKernel(fault, 1, 1, 1, 1, 1, 1, 0, s, NULL, NULL));
+    cargo_send(&c, p.a, p.b, &out, &in, 1);
+    cargo_read(&c, &p.s, p.b);
+    idle(&p.s, 5000);                  /* a piece was asked for, and waits behind the gate */
+    tprpc_pipe_close(p.b);
+    p.b = NULL;
+    WAIT(&p.s, c.got.runs, 1);
+    idle(&p.s, 5000);
+    CHECK_EQ_INT(c.wrote.runs, 0);
+    gate_open(gate);
+    WAIT(&p.s, c.wrote.runs, 1);
+    CHECK(c.wrote.status != TPRPC_OK);
+    pair_close(&p);
+    free(host);
+}
