@@ -18869,7 +18869,7 @@ static inline bool tpr_agent_wait_enter(tpr_agent_waiting *waiting, int64_t time
     tpr_loop *loop = waiting->loop;
     uint32_t looked = 0;
     int64_t until_us = 0;
-    if (tpr_agent_any_seen(waiting)) return false;
+    if (waiting->count == 1 && tpr_agent_any_seen(waiting)) return false;      // of many, all are looked at below
     if (TPR_LIKELY(tpr_os_trylock(&loop->lock))) return true;
     const bool aside = timeout_ms != 0 && loop->env->spin_us > 0 && !waiting->several &&
                        TPR_ATOMIC_LOAD(&loop->callback_thread) != tpr_os_thread_id();
