@@ -317,7 +317,7 @@ IN_MODES(attacks_on_a_server, INSIDE_MODES) { with_bob(with, attack_all); }
 static void bear_it(side *s) {
     heap h = {0};
     tprpc_context *ctx = raw_context(&h, s->mode->transports);
-    tpr_wire_call huge = {TPR_WIRE_CALL, 0xfe, echo_id(), 5, UINT32_MAX, UINT64_MAX, 255};
+    tpr_wire_call huge = {TPR_WIRE_CALL, 0xfe, echo_id(), 5, UINT64_MAX, UINT32_MAX, 255};
     uint8_t prefix[TPR_WIRE_PREFIX] = {0};
     const uint32_t hold = tpr_agent_method_id("hold");
     mallory m;

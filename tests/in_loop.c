@@ -163,7 +163,7 @@ typedef struct errand { tprpc_work work; tpr_loop *loop; uint32_t ran; pthread_t
 static void on_errand(tprpc_work *work) {
     errand *e = (errand *)(void *)work;
     e->by = pthread_self();
-    TPR_ATOMIC_STORE(&e->ran, 1u);
+    tpr_loop_ran(&e->ran);
 }
 
 static void *wants(void *arg) {
@@ -181,18 +181,24 @@ TEST(who_has_the_lock_does_what_others_want_it_for) {
     e.work.run = on_errand;
     tpr_loop_enter(loop);
     REQUIRE_EQ_INT(pthread_create(&thread, NULL, wants, &e), 0);
-    while (!TPR_ATOMIC_LOAD(&e.ran)) tpr_loop_drain(loop);               /* which it never gives away */
+    while (TPR_ATOMIC_LOAD(&e.ran) != 1) tpr_loop_drain(loop);           /* which it never gives away */
     tpr_loop_leave(loop);
     pthread_join(thread, NULL);
     CHECK(pthread_equal(e.by, pthread_self()));
     e.ran = 0;
+    memset(&e.by, 0, sizeof e.by);
     tpr_loop_enter(loop);
     REQUIRE_EQ_INT(pthread_create(&thread, NULL, wants, &e), 0);
-    test_sleep_us(10 * TPR_LOOP_ASIDE_US);                               /* who has the lock does nothing for others */
-    CHECK_EQ_INT(TPR_ATOMIC_LOAD(&e.ran), 0);
-    tpr_loop_leave(loop);
+    while (!TPR_ATOMIC_LOAD(&e.ran)) test_sleep_us(100);                 /* until it sleeps */
+    CHECK_EQ_INT(TPR_ATOMIC_LOAD(&e.ran), 2);
+    CHECK(!e.by);
+    tpr_loop_leave(loop);                                                /* who has the lock looks once more */
+    CHECK_EQ_INT(TPR_ATOMIC_LOAD(&e.ran), 1);
     pthread_join(thread, NULL);
-    CHECK(pthread_equal(e.by, thread));
+    CHECK(pthread_equal(e.by, pthread_self()));
+    e.ran = 0;
+    wants(&e);                                                           /* nobody has it */
+    CHECK_EQ_INT(TPR_ATOMIC_LOAD(&e.ran), 1);
     loop_free(loop);
 }
 

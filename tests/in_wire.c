@@ -539,7 +539,7 @@ static bool worker_decode(const uint8_t *bytes, size_t size) {
 }
 
 TEST(calls) {
-    tpr_wire_call in = {TPR_WIRE_REPLY, 1, 0x11223344, 0x55667788, 0x99AABBCC, UINT64_C(0x123456789ABCDEF0), 7}, out;
+    tpr_wire_call in = {TPR_WIRE_REPLY, 1, 0x11223344, 0x55667788, UINT64_C(0x123456789ABCDEF0), 0x99AABBCC, 7}, out;
     uint8_t bytes[400];
     tprpc_error error;
     char name[TPR_WIRE_NAME];
