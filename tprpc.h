@@ -17669,12 +17669,12 @@ static void tpr_agent_ring_void(tpr_agent_entry *entry) {
     TPR_ATOMIC_STORE(&entry->turn, TPR_ATOMIC_PEEK(&entry->turn) + 1);
 }
 
-// Whether a call may be set aside: of those that are free half at most, so that few are taken back, and none that the
-// limit leaves to others.
+// Whether a call may be set aside: not what the limit leaves to others. Memory for as many as there are entries was
+// taken when the ring was made, and no more is.
 static bool tpr_agent_ring_may_equip(const tpr_agent_ring *ring) {
     const tpr_agent_loop *on = tpr_agent_on(ring->agent, ring->loop);
-    return on->calls.chunk_count * TPR_BASE_SLAB_CHUNK - on->calls.used > ring->aside &&
-           on->calls.used < on->calls.limit && on->active + TPR_AGENT_RING < ring->agent->ctx->limits.pending_calls;
+    return on->calls.free_head && on->calls.used < on->calls.limit &&
+           on->active + TPR_AGENT_RING < ring->agent->ctx->limits.pending_calls;
 }
 
 static void tpr_agent_ring_equip(tpr_agent_ring *ring, tpr_agent_entry *entry) {
@@ -17713,7 +17713,7 @@ static void tpr_agent_ring_close(tpr_agent_ring *ring) {
 
 // ---- a call is begun
 
-// Takes back what was set aside: that goes before there are more calls.
+// Takes back one that was set aside: there are no more.
 TPR_COLD static tpr_agent_call *tpr_agent_call_back(tpr_agent_ring *ring) {
     tpr_agent_entry *entry;
     while (ring && ring->aside && (entry = tpr_agent_ring_draw(ring, false)) != NULL) {
@@ -17725,9 +17725,8 @@ TPR_COLD static tpr_agent_call *tpr_agent_call_back(tpr_agent_ring *ring) {
 }
 
 static inline tpr_agent_call *tpr_agent_call_new(tpr_agent_loop *on) {
-    const bool free = on->calls.free_head && on->calls.used < on->calls.limit;
-    tpr_agent_call *call = TPR_LIKELY(free) ? NULL : tpr_agent_call_back(on->ring);
-    return call ? call : (tpr_agent_call *)(void *)tpr_base_slab_take(&on->calls);
+    tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_base_slab_take(&on->calls);
+    return TPR_LIKELY(call != NULL) ? call : tpr_agent_call_back(on->ring);
 }
 
 // Makes a call of one that is ready.
@@ -18057,10 +18056,11 @@ static void tpr_agent_ring_run(tprpc_work *work) {
     tpr_agent_ring_tend(ring);
 }
 
-// No memory for a ring: calls do without.
+// No memory for a ring: calls do without. So they do where few may be pending.
 static void tpr_agent_ring_open(tprpc_agent *agent, tpr_loop *loop) {
-    tpr_agent_ring *ring = (tpr_agent_ring *)tpr_agent_alloc(agent, sizeof *ring);
-    tpr_agent_on(agent, loop)->ring = ring;
+    tpr_agent_loop *on = tpr_agent_on(agent, loop);
+    if (agent->ctx->limits.pending_calls <= TPR_AGENT_RING || !tpr_base_slab_grow(&on->calls)) return;
+    tpr_agent_ring *ring = on->ring = (tpr_agent_ring *)tpr_agent_alloc(agent, sizeof *ring);
     if (!ring) return;
     ring->agent = agent;
     ring->loop = loop;
@@ -18115,8 +18115,9 @@ static bool tpr_agent_ring_leave(tpr_agent_beginning *b) {
     entry->asked = b->held;
     if (entry->size) memcpy(entry->body, b->message->metadata, entry->size);
     if (b->out) {
+        const tpr_agent_call *call = TPR_ATOMIC_PEEK(&entry->call);
         b->out->owner = worker->agent;
-        b->out->id = tpr_agent_id(&TPR_ATOMIC_PEEK(&entry->call)->slot, worker->loop);
+        b->out->id = tpr_agent_id(&call->slot, worker->loop);
     }
     tpr_agent_ring_fill(ring, entry);
     return true;
