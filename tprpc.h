@@ -95,7 +95,7 @@
 // at a time. Who has the loop does it for the others, too: they leave him their calls, if those have no tensors and at
 // most 64 bytes, and their releases, and go on. That costs them little where they share a few cores (README.md, "16
 // threads"). Where each has a core of its own, what they pass to each other crosses between the cores' caches: 16
-// threads on 16 cores make 1.4 million calls a second, one that keeps as many under way 2.3 (Xeon VM).
+// threads on 16 cores make 1.3 million calls a second, one that keeps as many under way 2.3 (Xeon VM).
 //
 // To others a context is in one of three states. Polling or waiting: peers just write. Asleep or armed: peers wake it.
 // Away, which is an engine between two frames: nobody wakes it, and nothing is lost; the bytes wait. Idle costs no CPU.
@@ -1835,22 +1835,23 @@ static inline bool tpr_os_trylock(tpr_os_lock *lock) {
     return TPR_ATOMIC_PEEK(&lock->state) == 0 && TPR_ATOMIC_CAS(&lock->state, &expected, 1u);
 }
 
-TPR_COLD TPR_UNUSED static void tpr_os_lock_await(tpr_os_lock *lock) {
+// False: it slept for limit_us (negative: no limit), and has not got it.
+TPR_COLD TPR_UNUSED static bool tpr_os_lock_await(tpr_os_lock *lock, int64_t limit_us) {
     uint32_t held = 1;                 // or 2, since others may still sleep: it does not know whether it was the last
     for (;;) {
         for (int i = 0; i < 40; i++) { // two microseconds at most: who holds it longer has no processor, or much to do
             uint32_t expected = 0;
-            if (TPR_ATOMIC_PEEK(&lock->state) == 0 && TPR_ATOMIC_CAS(&lock->state, &expected, held)) return;
+            if (TPR_ATOMIC_PEEK(&lock->state) == 0 && TPR_ATOMIC_CAS(&lock->state, &expected, held)) return true;
             tpr_atomic_pause();
         }
-        if (TPR_ATOMIC_SWAP(&lock->state, 2u) == 0) return;
-        tpr_os_futex_wait(&lock->state, 2, -1);
+        if (TPR_ATOMIC_SWAP(&lock->state, 2u) == 0) return true;
+        if (tpr_os_futex_wait(&lock->state, 2, limit_us) != 0 && errno == ETIMEDOUT) return false;
         held = 2;
     }
 }
 
 TPR_APART static void tpr_os_lock_take(tpr_os_lock *lock) {
-    if (TPR_UNLIKELY(!tpr_os_trylock(lock))) tpr_os_lock_await(lock);
+    if (TPR_UNLIKELY(!tpr_os_trylock(lock))) tpr_os_lock_await(lock, -1);
 }
 
 // Returns whether tpr_os_lock_tell may have been called meanwhile.
@@ -4842,6 +4843,7 @@ enum {
     TPR_LOOP_ASIDE_US = 50,            // after this time it waits for the lock, where it must; where it need not,
     TPR_LOOP_LOOKS = 256,              // after so many looks
     TPR_LOOP_NAP_US = 1000,            // it sleeps, at most so long at a time
+    TPR_LOOP_HUNGRY_US = 1000,         // who has slept for the lock for so long gets it before those who come by
     TPR_LOOP_STALE_US = 1000,
     TPR_LOOP_ABOUT_US = 11000
 };
@@ -4887,6 +4889,7 @@ typedef struct tpr_loop {
     tpr_os_lock      lock;
     uint32_t         contenders, passed, giving;   // atomic: threads that wait for the lock; how often one that had
                                        // waited got it; that let others pass
+    uint32_t         hungry;           // atomic: threads that have waited for the lock for long
     tprpc_work      *inbox;            // atomic: deferred, the newest first
     uint32_t         asleep, woken;    // atomic: someone sleeps or is armed; tprpc_wake was called
     uint32_t         deferring;        // atomic: threads in tpr_loop_defer_from
@@ -4943,7 +4946,11 @@ static inline size_t tpr_loop_chunk(const tpr_loop *loop, size_t most, size_t qu
 
 TPR_COLD static void tpr_loop_contend(tpr_loop *loop) {
     TPR_ATOMIC_ADD(&loop->contenders, 1u);
-    tpr_os_lock_await(&loop->lock);
+    if (!tpr_os_lock_await(&loop->lock, TPR_LOOP_HUNGRY_US)) {
+        TPR_ATOMIC_ADD(&loop->hungry, 1u);
+        tpr_os_lock_await(&loop->lock, -1);
+        TPR_ATOMIC_SUB(&loop->hungry, 1u);
+    }
     TPR_ATOMIC_SUB(&loop->contenders, 1u);
     TPR_ATOMIC_ADD(&loop->passed, 1u);
     if (TPR_ATOMIC_PEEK(&loop->giving)) tpr_os_futex_wake(&loop->passed, INT32_MAX);
@@ -4955,8 +4962,14 @@ TPR_COLD static void tpr_loop_contend(tpr_loop *loop) {
     if (++loop->contended >= TPR_LOOP_CROWD) loop->crowd_us = now + TPR_LOOP_CROWD_US;
 }
 
+// Who has been woken for the lock is slower than those who are awake, and would not get it as long as they come by: so
+// from a certain time on they leave it to him.
+static inline bool tpr_loop_trylock(tpr_loop *loop) {
+    return TPR_LIKELY(!TPR_ATOMIC_PEEK(&loop->hungry)) && tpr_os_trylock(&loop->lock);
+}
+
 static inline void tpr_loop_enter(tpr_loop *loop) {
-    if (TPR_UNLIKELY(!tpr_os_trylock(&loop->lock))) tpr_loop_contend(loop);
+    if (TPR_UNLIKELY(!tpr_loop_trylock(loop))) tpr_loop_contend(loop);
 }
 
 TPR_COLD static void tpr_loop_after(tpr_loop *loop);
@@ -5153,7 +5166,7 @@ TPR_COLD static void tpr_loop_leave_to(tpr_loop *loop, tprpc_work *work) {
 TPR_COLD static bool tpr_loop_enter_aside(tpr_loop *loop, uint32_t *looked, int64_t *until_us) {
     tpr_atomic_pause();
     if (++*looked % TPR_LOOP_ASIDE != 0) return false;
-    if (!TPR_ATOMIC_PEEK(&loop->contenders) && tpr_os_trylock(&loop->lock)) return true;
+    if (tpr_loop_trylock(loop)) return true;
     const int64_t now = until_us ? tpr_os_now_us() : 0;
     if (until_us && !*until_us) *until_us = now + TPR_LOOP_ASIDE_US;
     if (until_us && now >= *until_us) {
@@ -5335,7 +5348,7 @@ static void tpr_loop_hand_on(tpr_loop *loop) {
 TPR_COLD static void tpr_loop_serve(tpr_loop *loop) {
     const int64_t until_us = tpr_loop_clock(loop) + TPR_LOOP_OTHERS_US;
     do tpr_loop_turn(loop);
-    while (TPR_ATOMIC_PEEK(&loop->inbox) && tpr_loop_clock(loop) < until_us);
+    while (TPR_ATOMIC_PEEK(&loop->inbox) && !TPR_ATOMIC_PEEK(&loop->hungry) && tpr_loop_clock(loop) < until_us);
 }
 
 // Drives the loop, or waits for who does, until ready(arg), at most until deadline_us (INT64_MAX: no limit). Under
@@ -18146,7 +18159,7 @@ static tprpc_status tpr_agent_call_to(tprpc_agent *agent, tpr_agent_worker *work
     b.depth = TPR_UNLIKELY(agent->thread_count != 0) ? tpr_agent_chain(agent) : 0;
     b.status = TPRPC_OK;
     if (TPR_UNLIKELY(b.options->stream_count)) b.status = tpr_agent_check_streams(agent->ctx, b.options, error);
-    if (TPR_LIKELY(b.status == TPRPC_OK) && TPR_LIKELY(tpr_os_trylock(&loop->lock))) {
+    if (TPR_LIKELY(b.status == TPRPC_OK) && TPR_LIKELY(tpr_loop_trylock(loop))) {
         if (TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->inbox))) tpr_loop_drain(loop);     // what others left
         begun = tpr_agent_ring_past(ring, b.drawn);
         if (TPR_LIKELY(begun)) tpr_agent_call_in(&b);
@@ -19347,7 +19360,7 @@ static inline bool tpr_agent_wait_enter(tpr_agent_waiting *waiting, int64_t time
     uint32_t looked = 0;
     int64_t until_us = 0;
     if (waiting->count == 1 && tpr_agent_any_seen(waiting)) return false;      // of many, all are looked at below
-    if (TPR_LIKELY(tpr_os_trylock(&loop->lock))) return true;
+    if (TPR_LIKELY(tpr_loop_trylock(loop))) return true;
     const bool aside = timeout_ms != 0 && env->spin_us > 0 && !waiting->several &&
                        TPR_ATOMIC_LOAD(&loop->callback_thread) != tpr_os_thread_id();
     const bool naps = aside && waiting->count == 1 && !waiting->thread && !env->polled && !env->clock_us;
@@ -20059,7 +20072,7 @@ TPRPC_API tprpc_status tprpc_future_cancel(tprpc_future future) {
 TPRPC_API void tprpc_future_release(tprpc_future future) {
     tpr_loop *loop = tpr_agent_loop_of(future.owner, future.id);
     if (!loop) return;
-    if (TPR_UNLIKELY(!tpr_os_trylock(&loop->lock))) {
+    if (TPR_UNLIKELY(!tpr_loop_trylock(loop))) {
         if (tpr_agent_release_left(future, loop)) return;
         tpr_loop_enter(loop);
     }

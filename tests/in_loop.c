@@ -202,6 +202,35 @@ TEST(who_has_the_lock_does_what_others_want_it_for) {
     loop_free(loop);
 }
 
+static void *comes_in(void *arg) {
+    tpr_loop *loop = (tpr_loop *)arg;
+    tpr_loop_enter(loop);
+    STORE(&over, 1);
+    tpr_loop_leave(loop);
+    return NULL;
+}
+
+/* Who has waited long for the lock gets it next, whoever else comes by. */
+TEST(who_has_waited_long_is_let_in) {
+    tpr_loop *loop = loop_new(GIVE_UP_US);
+    pthread_t thread, next;
+    STORE(&over, 0);
+    tpr_loop_enter(loop);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, comes_in, loop), 0);
+    while (!TPR_ATOMIC_LOAD(&loop->hungry)) test_sleep_us(100);
+    CHECK_EQ_INT(LOAD(&over), 0);
+    CHECK(!tpr_loop_trylock(loop));
+    tpr_loop_leave(loop);
+    REQUIRE_EQ_INT(pthread_create(&next, NULL, comes_in, loop), 0);
+    pthread_join(thread, NULL);
+    pthread_join(next, NULL);
+    CHECK_EQ_INT(LOAD(&over), 1);
+    CHECK_EQ_INT(TPR_ATOMIC_LOAD(&loop->hungry), 0);
+    CHECK_EQ_INT(TPR_ATOMIC_LOAD(&loop->contenders), 0);
+    CHECK_EQ_INT(TPR_ATOMIC_LOAD(&loop->lock.state), 0);
+    loop_free(loop);
+}
+
 /* ---- the timers of a loop that has work ---- */
 
 static int64_t hands;                    /* of a clock that each turn with work moves on by a millisecond */
