@@ -15906,6 +15906,7 @@ typedef struct tpr_agent_ring {
     tpr_loop     *loop;
     uint32_t      first, stocked;      // numbers: of the entry that is looked at next; that is free next
     uint32_t      aside;               // calls that are set aside
+    tpr_loop_work behind;              // calls that are to be begun behind an entry that is still being filled
 } tpr_agent_ring;
 
 typedef struct tpr_agent_loop {        // what an agent has on one loop
@@ -16308,9 +16309,10 @@ TPR_COLD static void tpr_agent_enter(tprpc_agent *agent, tpr_loop *loop) {
     tpr_agent_ring *ring = agent->loops[loop->index].ring;
     const uint32_t drawn = tpr_agent_ring_drawn(ring);
     tpr_loop_enter(loop);
-    while (!tpr_agent_ring_past(ring, drawn)) {
+    for (uint32_t tries = 1, none = 0; !tpr_agent_ring_past(ring, drawn); tries++) {
         tpr_loop_give(loop);
-        tpr_os_yield();
+        if (tries % TPR_LOOP_ASIDE != 0) tpr_os_yield();
+        else tpr_os_futex_wait(&none, 0, TPR_LOOP_ASIDE_US);   // who fills one may be of a lower priority
         tpr_loop_enter(loop);
     }
 }
@@ -18027,6 +18029,18 @@ static uint32_t tpr_agent_ring_look(tpr_agent_ring *ring, tpr_agent_entry **entr
     return TPR_AGENT_RING_AHEAD;
 }
 
+// Begins the calls whose turn has come, of threads that wait for that.
+static void tpr_agent_ring_behind(tpr_agent_ring *ring) {
+    while (TPR_UNLIKELY(ring->behind.head != NULL)) {
+        tpr_agent_beginning *b = TPR_CONTAINER(ring->behind.head, tpr_agent_beginning, work);
+        if ((int32_t)(ring->first - b->drawn) < 0) return;
+        ring->behind.head = b->work.next;
+        if (!ring->behind.head) ring->behind.tail = &ring->behind.head;
+        tpr_agent_call_in(b);
+        tpr_loop_ran(&b->ran);
+    }
+}
+
 // Deals with all that was left. Under the lock.
 static void tpr_agent_ring_take(tpr_agent_ring *ring) {
     tpr_agent_entry *entries[TPR_AGENT_RING_AHEAD];
@@ -18049,6 +18063,7 @@ static void tpr_agent_ring_take(tpr_agent_ring *ring) {
         ring->first += count;
         tpr_agent_ring_stock(ring);
     } while ((count = tpr_agent_ring_look(ring, entries)) != 0);
+    tpr_agent_ring_behind(ring);
 }
 
 // The same, and entries without a call, behind which calls would have to wait for a release, go by if they may get one.
@@ -18078,6 +18093,7 @@ static void tpr_agent_ring_open(tprpc_agent *agent, tpr_loop *loop) {
     ring->agent = agent;
     ring->loop = loop;
     ring->work.run = tpr_agent_ring_run;
+    ring->behind.tail = &ring->behind.head;
     tpr_agent_ring_stock(ring);
 }
 
@@ -18085,7 +18101,9 @@ static void tpr_agent_call_run(tprpc_work *work) {
     tpr_agent_beginning *b = TPR_CONTAINER(work, tpr_agent_beginning, work);
     tpr_agent_ring *ring = tpr_agent_on(b->worker->agent, b->worker->loop)->ring;
     if (!tpr_agent_ring_past(ring, b->drawn)) {
-        tpr_loop_defer(b->worker->loop, work, false);
+        work->next = NULL;
+        *ring->behind.tail = work;
+        ring->behind.tail = &work->next;
         return;
     }
     tpr_agent_call_in(b);

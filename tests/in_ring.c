@@ -231,7 +231,9 @@ static void behind(const kind *with, void *(*does)(void *), void *arg) {
         CHECK_EQ_INT(LOAD(&through), 0);
     }
     CHECK_EQ_INT(on->started, started);
-    tpr_agent_ring_void(entry);
+    entry->worker = NULL;
+    entry->of.released = NULL;
+    tpr_agent_ring_fill(on->ring, entry);
     while (!LOAD(&through)) turn();
     pthread_join(thread, NULL);
     CHECK(both_until(&outcomes[0].count, 1) && both_until(&outcomes[1].count, 1));
