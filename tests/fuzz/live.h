@@ -372,7 +372,7 @@ static uint8_t fill_prefix(uint8_t *prefix) {
     call.lane = how & 128 ? fuzz_u8() & 3 : 0;
     call.timeout_ms = how & 128 ? (uint32_t)fuzz_number() : 0;
     tpr_wire_put_call(prefix, &call);
-    return call.kind;
+    return (uint8_t)call.kind;
 }
 
 static size_t fill_metadata(uint8_t kind, uint8_t *out) {
