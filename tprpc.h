@@ -17695,7 +17695,7 @@ static bool tpr_agent_ring_may_equip(const tpr_agent_ring *ring) {
 static void tpr_agent_ring_equip(tpr_agent_ring *ring, tpr_agent_entry *entry) {
     tpr_agent_loop *on = tpr_agent_on(ring->agent, ring->loop);
     tpr_agent_call *call = (tpr_agent_call *)(void *)tpr_base_slab_take(&on->calls);
-    tpr_agent_call_ready(call, true);
+    tpr_agent_call_ready(call, false);
     TPR_ATOMIC_POKE(&entry->call, call);
     ring->aside++;
 }
@@ -18084,10 +18084,12 @@ static void tpr_agent_ring_run(tprpc_work *work) {
     tpr_agent_ring_tend(ring);
 }
 
-// No memory for a ring: calls do without. So they do where few may be pending.
+// No memory for a ring: calls do without. So they do where few may be pending. Of twice as many calls as it sets aside
+// the second half is, and others have the first.
 static void tpr_agent_ring_open(tprpc_agent *agent, tpr_loop *loop) {
     tpr_agent_loop *on = tpr_agent_on(agent, loop);
-    if (agent->ctx->limits.pending_calls <= TPR_AGENT_RING || !tpr_base_slab_grow(&on->calls)) return;
+    if (agent->ctx->limits.pending_calls <= TPR_AGENT_RING || !tpr_base_slab_grow(&on->calls) ||
+        !tpr_base_slab_grow(&on->calls)) return;
     tpr_agent_ring *ring = on->ring = (tpr_agent_ring *)tpr_agent_alloc(agent, sizeof *ring);
     if (!ring) return;
     ring->agent = agent;
@@ -18146,7 +18148,8 @@ static bool tpr_agent_ring_leave(tpr_agent_beginning *b) {
     entry->asked = b->held;
     if (entry->size) memcpy(entry->body, b->message->metadata, entry->size);
     if (b->out) {
-        const tpr_agent_call *call = TPR_ATOMIC_PEEK(&entry->call);
+        tpr_agent_call *call = TPR_ATOMIC_PEEK(&entry->call);
+        TPR_ATOMIC_POKE(&call->future, TPR_ATOMIC_PEEK(&call->future) | (uint64_t)TPR_AGENT_FUTURE_HELD);
         b->out->owner = worker->agent;
         b->out->id = tpr_agent_id(&call->slot, worker->loop);
     }
