@@ -269,6 +269,39 @@ IN_KINDS(what_was_left_ends_with_its_agent, POLLED) {
     for (int i = 0; i < count; i++) CHECK(outcomes[i].count == 1 && outcomes[i].status == TPRPC_ERROR_CLOSED);
 }
 
+/* ---- where few calls may be pending ---- */
+
+static void few_pending(side *s, tprpc_context_desc *context, tprpc_agent_desc *agent) {
+    (void)s; (void)agent;
+    context->limits.pending_calls = 10;
+}
+
+static void *waits(void *arg) {
+    (void)arg;
+    CHECK_EQ_INT(tprpc_future_wait(futures[0], WAIT_MS), TPRPC_OK);
+    return NULL;
+}
+
+/* There is no ring, and who waits sleeps for the lock as others do. */
+IN_KINDS(without_a_ring_the_lock_is_waited_for, EVERY & ~POLLED) {
+    pthread_t thread;
+    two_tune = few_pending;
+    two_join(with, echo_methods);
+    REQUIRE_EQ_INT(tprpc_resolve(two[0].agent, "bob", "echo", &echo_id, NULL), TPRPC_OK);
+    tpr_loop *loop = tpr_agent_worker_of(two[0].agent, "bob", false)->loop;
+    CHECK(on_of(&two[0])->ring == NULL);
+    CHECK_EQ_INT(tprpc_call_id(two[0].agent, echo_id, NULL, NULL, &futures[0]), TPRPC_OK);
+    tpr_loop_enter(loop);                              /* the call is on its way, for its pipe was not made before */
+    REQUIRE(!tpr_agent_future(futures[0], loop)->done);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, waits, NULL), 0);
+    test_sleep_us(20000);                              /* the loop's own thread may be one */
+    while (LOAD(&loop->contenders) < 2) test_sleep_us(100);
+    tpr_loop_leave(loop);
+    pthread_join(thread, NULL);
+    tprpc_future_release(futures[0]);
+    two_close();
+}
+
 /* ---- many threads at once ---- */
 
 enum { THREADS = 8, CALLS = 4000 };
