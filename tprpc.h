@@ -95,7 +95,7 @@
 // at a time. Who has the loop does it for the others, too: they leave him their calls, if those have no tensors and at
 // most 64 bytes, and their releases, and go on. That costs them little where they share a few cores (README.md, "16
 // threads"). Where each has a core of its own, what they pass to each other crosses between the cores' caches: 16
-// threads on 16 cores make 1.2 to 1.4 million calls a second, one that keeps as many under way 2.3 (Xeon VM).
+// threads on 16 cores make 0.8 to 1.1 million calls a second, one that keeps as many under way 2.1 to 2.7 (Xeon VMs).
 //
 // To others a context is in one of three states. Polling or waiting: peers just write. Asleep or armed: peers wake it.
 // Away, which is an engine between two frames: nobody wakes it, and nothing is lost; the bytes wait. Idle costs no CPU.
@@ -1806,7 +1806,26 @@ static int tpr_os_hooked(const char *call, int64_t *size) {
 
 enum { TPR_OS_SPANS = 16, TPR_OS_HANDLES = 8, TPR_OS_RETRIES = 100 };   // of a call that signals keep interrupting
 
-// ---- locks, threads, time
+// ---- time, locks, threads
+
+TPR_UNUSED static int64_t tpr_os_now_us(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+// The same clock as it was at the system's last tick, at most 10 ms ago; in a quarter of the time.
+TPR_UNUSED static int64_t tpr_os_tick_us(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
+    return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+TPR_UNUSED static int64_t tpr_os_now_ns(void) {   // the same clock
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
+}
 
 // A futex lock: 0 free, 1 held, 2 held and waited for, 3 held by who is to look whether something was left for him. No
 // pthread mutex, so that a build without threads needs none.
@@ -1835,17 +1854,19 @@ static inline bool tpr_os_trylock(tpr_os_lock *lock) {
     return TPR_ATOMIC_PEEK(&lock->state) == 0 && TPR_ATOMIC_CAS(&lock->state, &expected, 1u);
 }
 
-// False: it slept for limit_us (negative: no limit), and has not got it.
+// False: it has tried for limit_us (negative: no limit), and has not got it.
 TPR_COLD TPR_UNUSED static bool tpr_os_lock_await(tpr_os_lock *lock, int64_t limit_us) {
+    const int64_t until_us = limit_us < 0 ? 0 : tpr_os_now_us() + limit_us;
     uint32_t held = 1;                 // or 2, since others may still sleep: it does not know whether it was the last
-    for (;;) {
+    for (int64_t left_us = -1;;) {
         for (int i = 0; i < 40; i++) { // two microseconds at most: who holds it longer has no processor, or much to do
             uint32_t expected = 0;
             if (TPR_ATOMIC_PEEK(&lock->state) == 0 && TPR_ATOMIC_CAS(&lock->state, &expected, held)) return true;
             tpr_atomic_pause();
         }
-        if (TPR_ATOMIC_SWAP(&lock->state, 2u) == 0) return true;
-        if (tpr_os_futex_wait(&lock->state, 2, limit_us) != 0 && errno == ETIMEDOUT) return false;
+        if (TPR_ATOMIC_SWAP(&lock->state, 2u) == 0) return true;     // also of who gives up: he may have been woken
+        if (limit_us >= 0 && (left_us = until_us - tpr_os_now_us()) <= 0) return false;
+        tpr_os_futex_wait(&lock->state, 2, left_us);
         held = 2;
     }
 }
@@ -1914,25 +1935,6 @@ TPR_UNUSED static void tpr_os_run(void (*run)(void *), void (*ended)(void *), vo
     pthread_cleanup_pop(0);
 }
 #endif
-
-TPR_UNUSED static int64_t tpr_os_now_us(void) {
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
-}
-
-// The same clock as it was at the system's last tick, at most 10 ms ago; in a quarter of the time.
-TPR_UNUSED static int64_t tpr_os_tick_us(void) {
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
-    return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
-}
-
-TPR_UNUSED static int64_t tpr_os_now_ns(void) {   // the same clock
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
-}
 
 // The running thread's number, as tools for processes show it; -1: it cannot be told.
 TPR_COLD TPR_UNUSED static int32_t tpr_os_thread_number(void) {
@@ -4842,9 +4844,9 @@ enum {
     TPR_LOOP_OTHERS_US = 200,          // that who has what he waited for goes on for those who leave him their work
     TPR_LOOP_ASIDE = 16,               // looks at whether another thread has done what this one wants, before it tries
                                        // to have the lock, or lets others have the core;
-    TPR_LOOP_ASIDE_US = 50,            // after this time it waits for the lock, where it must; where it need not,
-    TPR_LOOP_LOOKS = 256,              // after so many looks
-    TPR_LOOP_NAP_US = 1000,            // it sleeps, at most so long at a time
+    TPR_LOOP_LOOKS = 256,              // after so many looks it sleeps,
+    TPR_LOOP_AWAIT_US = 100,           // at most so long at a time for the lock,
+    TPR_LOOP_NAP_US = 1000,            // or for what the other does
     TPR_LOOP_HUNGRY_US = 1000,         // who has slept for the lock for so long gets it before those who come by
     TPR_LOOP_STALE_US = 1000,
     TPR_LOOP_ABOUT_US = 11000
@@ -4946,22 +4948,26 @@ static inline size_t tpr_loop_chunk(const tpr_loop *loop, size_t most, size_t qu
     return about && most > quick ? quick : most;
 }
 
-TPR_COLD static void tpr_loop_contend(tpr_loop *loop) {
+// Sleeps for the lock, at most so long (negative: no limit). Returns whether it has it.
+TPR_COLD static bool tpr_loop_contend(tpr_loop *loop, int64_t limit_us) {
     TPR_ATOMIC_ADD(&loop->contenders, 1u);
-    if (!tpr_os_lock_await(&loop->lock, TPR_LOOP_HUNGRY_US)) {
+    bool has = tpr_os_lock_await(&loop->lock, limit_us < 0 ? (int64_t)TPR_LOOP_HUNGRY_US : limit_us);
+    if (!has && limit_us < 0) {
         TPR_ATOMIC_ADD(&loop->hungry, 1u);
-        tpr_os_lock_await(&loop->lock, -1);
+        has = tpr_os_lock_await(&loop->lock, -1);
         TPR_ATOMIC_SUB(&loop->hungry, 1u);
     }
     TPR_ATOMIC_SUB(&loop->contenders, 1u);
     TPR_ATOMIC_ADD(&loop->passed, 1u);
     if (TPR_ATOMIC_PEEK(&loop->giving)) tpr_os_futex_wake(&loop->passed, INT32_MAX);
+    if (!has) return false;
     const int64_t now = tpr_loop_clock_about(loop);
     if (now - loop->contended_us > TPR_LOOP_CROWD_US) {
         loop->contended_us = now;
         loop->contended = 0;
     }
     if (++loop->contended >= TPR_LOOP_CROWD) loop->crowd_us = now + TPR_LOOP_CROWD_US;
+    return true;
 }
 
 // Who has been woken for the lock is slower than those who are awake, and would not get it as long as they come by: so
@@ -4971,7 +4977,7 @@ static inline bool tpr_loop_trylock(tpr_loop *loop) {
 }
 
 static inline void tpr_loop_enter(tpr_loop *loop) {
-    if (TPR_UNLIKELY(!tpr_loop_trylock(loop))) tpr_loop_contend(loop);
+    if (TPR_UNLIKELY(!tpr_loop_trylock(loop))) tpr_loop_contend(loop, -1);
 }
 
 TPR_COLD static void tpr_loop_after(tpr_loop *loop);
@@ -5163,23 +5169,18 @@ TPR_COLD static void tpr_loop_leave_to(tpr_loop *loop, tprpc_work *work) {
 }
 
 // A thread that wants what another may do for it, who has the lock, comes by here until it is done or the lock its own.
-// `looked` counts how often; `until_us`, 0 at first, is when it waits for the lock as others do (NULL: never). Returns
-// whether it has the lock. Who gave the lock away often wants it again at once, and finds in his cache what it guards.
-TPR_COLD static bool tpr_loop_enter_aside(tpr_loop *loop, uint32_t *looked, int64_t *until_us) {
+// `looked` counts how often. Returns whether it has the lock. Who gave the lock away often wants it again at once, and
+// finds in his cache what it guards.
+TPR_COLD static bool tpr_loop_enter_aside(tpr_loop *loop, uint32_t *looked) {
     tpr_atomic_pause();
     if (++*looked % TPR_LOOP_ASIDE != 0) return false;
     if (tpr_loop_trylock(loop)) return true;
-    const int64_t now = until_us ? tpr_os_now_us() : 0;
-    if (until_us && !*until_us) *until_us = now + TPR_LOOP_ASIDE_US;
-    if (until_us && now >= *until_us) {
-        tpr_loop_enter(loop);
-        return true;
-    }
     tpr_os_yield();                    // who has it may want this core
     return false;
 }
 
-// The same, and returns once it has run, which it says by tpr_loop_ran as the last of its acts. ran: 0.
+// Leaves work to who has the lock, and returns once it has run, which it says by tpr_loop_ran as the last of its acts.
+// ran: 0.
 TPR_COLD static void tpr_loop_run_aside(tpr_loop *loop, tprpc_work *work, uint32_t *ran) {
     tpr_loop_leave_to(loop, work);
     for (uint32_t looks = 1; TPR_ATOMIC_LOAD(ran) != 1; looks++) {
@@ -16314,7 +16315,7 @@ TPR_COLD static void tpr_agent_enter(tprpc_agent *agent, tpr_loop *loop) {
     for (uint32_t tries = 1, none = 0; !tpr_agent_ring_past(ring, drawn); tries++) {
         tpr_loop_give(loop);
         if (tries % TPR_LOOP_ASIDE != 0) tpr_os_yield();
-        else tpr_os_futex_wait(&none, 0, TPR_LOOP_ASIDE_US);   // who fills one may be of a lower priority
+        else tpr_os_futex_wait(&none, 0, TPR_LOOP_AWAIT_US);   // who fills one may be of a lower priority
         tpr_loop_enter(loop);
     }
 }
@@ -19375,31 +19376,33 @@ TPR_COLD static void tpr_agent_nap(const tpr_agent_waiting *waiting, int64_t unt
     TPR_ATOMIC_SUB(&ring->sleepers, 1u);
 }
 
-// Takes the lock, unless an outcome is seen without it. Another thread that has it may be who brings the outcome; but
-// the callback thread is wanted for what has come. *deadline_us: INT64_MIN, or when the wait ends.
+// Takes the lock, unless an outcome is seen without it. Another thread that has it may be who brings the outcome: so
+// where somebody is sure to drive the loop this one sleeps for that, and else for the lock, but looks again and again,
+// for with many threads the outcome is there long before the lock is its own. The callback thread is wanted for what
+// has come. *deadline_us: INT64_MIN, or when the wait ends.
 static inline bool tpr_agent_wait_enter(tpr_agent_waiting *waiting, int64_t timeout_ms, int64_t *deadline_us) {
     tpr_loop *loop = waiting->loop;
     const tpr_loop_env *env = loop->env;
     uint32_t looked = 0;
-    int64_t until_us = 0;
     if (waiting->count == 1 && tpr_agent_any_seen(waiting)) return false;      // of many, all are looked at below
     if (TPR_LIKELY(tpr_loop_trylock(loop))) return true;
-    const bool aside = timeout_ms != 0 && env->spin_us > 0 && !waiting->several &&
+    const bool aside = timeout_ms != 0 && env->spin_us > 0 && !waiting->several && !env->clock_us &&
                        TPR_ATOMIC_LOAD(&loop->callback_thread) != tpr_os_thread_id();
     const tpr_agent_ring *ring = tpr_agent_on((tprpc_agent *)waiting->futures[0].owner, loop)->ring;
-    const bool naps = aside && ring && waiting->count == 1 && !waiting->thread && !env->polled && !env->clock_us;
+    const bool naps = ring && waiting->count == 1 && !waiting->thread && !env->polled;
     if (!aside) tpr_loop_enter(loop);
-    while (aside && !tpr_loop_enter_aside(loop, &looked, naps ? NULL : &until_us)) {
+    while (aside && !tpr_loop_enter_aside(loop, &looked)) {
         if (tpr_agent_any_seen(waiting)) return false;
-        if (!naps || looked < TPR_LOOP_LOOKS) continue;
+        if (looked < TPR_LOOP_LOOKS) continue;
+        looked = 0;
         const int64_t now = tpr_os_now_us();
         if (*deadline_us == INT64_MIN) *deadline_us = tpr_context_deadline(now, timeout_ms);
         if (now >= *deadline_us) {
             tpr_loop_enter(loop);
             return true;
         }
-        tpr_agent_nap(waiting, *deadline_us);
-        looked = 0;
+        if (naps) tpr_agent_nap(waiting, *deadline_us);
+        else if (tpr_loop_contend(loop, TPR_LOOP_AWAIT_US)) return true;
     }
     return true;
 }

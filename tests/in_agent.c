@@ -121,6 +121,35 @@ IN_KINDS(a_future_that_is_done_needs_no_lock, POLLED) {
     two_close();                                       /* which finds the release */
 }
 
+static void *waits(void *arg) {
+    CHECK_EQ_INT(tprpc_future_wait(*(const tprpc_future *)arg, WAIT_MS), TPRPC_OK);
+    STORE(&steps, 1);
+    return NULL;
+}
+
+/* Who has the lock, and keeps it, brings the outcome: who wants the lock for nothing else need not have it. */
+IN_KINDS(an_outcome_is_seen_by_who_waits_for_the_lock, POLLED) {
+    pthread_t thread;
+    tprpc_future future;
+    two_join(with, echo_methods);
+    tpr_loop *loop = &two[0].ctx->loops[0];
+    CHECK_EQ_INT(tprpc_call(two[0].agent, "bob", "echo", NULL, NULL, &future), TPRPC_OK);
+    STORE(&steps, 0);
+    tpr_loop_enter(loop);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, waits, &future), 0);
+    while (!LOAD(&loop->contenders)) test_sleep_us(100);
+    CHECK_EQ_INT(LOAD(&steps), 0);
+    for (int64_t end = test_now_us() + WAIT_MS * 1000 / 2; !LOAD(&steps) && test_now_us() < end;) {
+        tpr_loop_turn(loop);
+        tprpc_poll(two[1].ctx, TPRPC_NOW, 0);
+    }
+    CHECK_EQ_INT(LOAD(&steps), 1);
+    tpr_loop_leave(loop);
+    pthread_join(thread, NULL);
+    tprpc_future_release(future);
+    two_close();
+}
+
 /* ---- memory that runs short ---- */
 
 static int64_t allocations_left;       /* of the side that `short_of` names: the next one fails, and those after it */
