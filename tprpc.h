@@ -4841,7 +4841,7 @@ enum {
     TPR_LOOP_LET_PASS_US = 1000,       // that others have to take the lock
     TPR_LOOP_CROWD = 16,               // so many waits for the lock within
     TPR_LOOP_CROWD_US = 20000,         // this time make a crowd, which is taken to last for as long again
-    TPR_LOOP_OTHERS_US = 200,          // that who has what he waited for goes on for those who leave him their work
+    TPR_LOOP_OTHERS_US = 100,          // that who has what he waited for goes on for those who leave him their work
     TPR_LOOP_ASIDE = 16,               // looks at whether another thread has done what this one wants, before it tries
                                        // to have the lock, or lets others have the core;
     TPR_LOOP_LOOKS = 256,              // after so many looks it sleeps,
@@ -15775,8 +15775,7 @@ typedef struct tpr_agent_map {         // an entry of the device map
 
 // A call's future: the slot's generation above these. It is held until it is released; once it is done, the call's
 // status stands in the second byte, and what its holder may ask for changes no more until he releases it.
-enum { TPR_AGENT_FUTURE_HELD = 1, TPR_AGENT_FUTURE_DONE = 2, TPR_AGENT_FUTURE_SLEPT_ON = 4,
-       TPR_AGENT_FUTURE_STATUS_SHIFT = 8 };
+enum { TPR_AGENT_FUTURE_HELD = 1, TPR_AGENT_FUTURE_DONE = 2, TPR_AGENT_FUTURE_STATUS_SHIFT = 8 };
 
 typedef struct tpr_agent_call {        // a call begun here, and its future
     tpr_base_slot slot;                // first
@@ -15901,9 +15900,7 @@ typedef struct tpr_agent_ring {
     tpr_agent_entry entries[TPR_AGENT_RING];   // first, for they begin lines
     uint32_t      last;                // atomic: the number that is drawn next
     uint32_t      called;              // atomic: `work` is on its way
-    uint8_t       apart[56];
-    uint32_t      sleepers;            // atomic: threads that sleep, or are about to, on a call's future
-    uint8_t       also_apart[60];      // what follows is of who has the lock
+    uint8_t       apart[56];           // what follows is of who has the lock
     tprpc_work    work;
     struct tprpc_agent *agent;
     tpr_loop     *loop;
@@ -17017,23 +17014,6 @@ static void tpr_agent_call_active(tpr_agent_call *call, tpr_agent_loop *on, bool
 
 TPR_COLD static void tpr_agent_keep_end(tpr_agent_call *call, bool release);
 
-// What threads sleep on: the half of a call's future that changes.
-static inline uint32_t *tpr_agent_future_half(tpr_agent_call *call) {
-    const uint32_t one = 1;
-    return (uint32_t *)(void *)&call->future + (*(const uint8_t *)&one ? 0 : 1);
-}
-
-// Shows the outcome to who looks without the lock, and wakes who sleeps. Who is about to sleep while this core does not
-// know of him yet may miss that, and wakes by himself.
-static inline void tpr_agent_call_seal(tpr_agent_call *call, const tpr_agent_ring *ring) {
-    const uint64_t word = (TPR_ATOMIC_PEEK(&call->future) & ~(uint64_t)TPR_AGENT_FUTURE_SLEPT_ON) |
-                          (uint64_t)call->status << TPR_AGENT_FUTURE_STATUS_SHIFT | (uint64_t)TPR_AGENT_FUTURE_DONE;
-    if (TPR_LIKELY(!ring || !TPR_ATOMIC_PEEK(&ring->sleepers)))
-        TPR_ATOMIC_STORE(&call->future, word);
-    else if (TPR_ATOMIC_SWAP(&call->future, word) & (uint64_t)TPR_AGENT_FUTURE_SLEPT_ON)
-        tpr_os_futex_wake(tpr_agent_future_half(call), INT32_MAX);
-}
-
 // Sets a call's outcome, once.
 static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const tprpc_error *error) {
     tprpc_agent *agent = call->worker->agent;
@@ -17064,7 +17044,8 @@ static void tpr_agent_call_end(tpr_agent_call *call, tprpc_status status, const 
     }
     if (call->awaited) tpr_loop_notify(loop);
     if (call->reading && !call->parked && status != TPRPC_OK) tpr_agent_abort_in(call->in);
-    tpr_agent_call_seal(call, on->ring);   // from here on its holder may release it
+    TPR_ATOMIC_STORE(&call->future, TPR_ATOMIC_PEEK(&call->future) | (uint64_t)TPR_AGENT_FUTURE_DONE |
+                                    (uint64_t)status << TPR_AGENT_FUTURE_STATUS_SHIFT);    // its holder may release it
     tpr_agent_call_unref(agent, call);
 }
 
@@ -19360,26 +19341,9 @@ static inline bool tpr_agent_any_seen(tpr_agent_waiting *waiting) {
     return false;
 }
 
-// Sleeps for a while, until the outcome of the one call that is waited for. The loop's own thread drives meanwhile, if
-// no other does.
-TPR_COLD static void tpr_agent_nap(const tpr_agent_waiting *waiting, int64_t until_us) {
-    uint64_t word = 0;
-    tpr_agent_call *call = tpr_agent_future_peek(waiting->futures[0], waiting->loop, &word);
-    const int64_t left_us = until_us - tpr_os_now_us();
-    tpr_agent_ring *ring = tpr_agent_on((tprpc_agent *)waiting->futures[0].owner, waiting->loop)->ring;
-    if (!call || word & (uint64_t)TPR_AGENT_FUTURE_DONE || left_us <= 0) return;
-    const uint64_t slept_on = word | (uint64_t)TPR_AGENT_FUTURE_SLEPT_ON;
-    TPR_ATOMIC_ADD(&ring->sleepers, 1u);
-    if (word == slept_on || TPR_ATOMIC_CAS(&call->future, &word, slept_on))
-        tpr_os_futex_wait(tpr_agent_future_half(call), (uint32_t)slept_on,
-                          left_us < TPR_LOOP_NAP_US ? left_us : (int64_t)TPR_LOOP_NAP_US);
-    TPR_ATOMIC_SUB(&ring->sleepers, 1u);
-}
-
-// Takes the lock, unless an outcome is seen without it. Another thread that has it may be who brings the outcome: so
-// where somebody is sure to drive the loop this one sleeps for that, and else for the lock, but looks again and again,
-// for with many threads the outcome is there long before the lock is its own. The callback thread is wanted for what
-// has come. *deadline_us: INT64_MIN, or when the wait ends.
+// Takes the lock, unless an outcome is seen without it. Another thread that has it may be who brings the outcome, and
+// where there are many it is there long before the lock is this one's: so it looks again and again while it waits. The
+// callback thread is wanted for what has come. *deadline_us: INT64_MIN, or when the wait ends.
 static inline bool tpr_agent_wait_enter(tpr_agent_waiting *waiting, int64_t timeout_ms, int64_t *deadline_us) {
     tpr_loop *loop = waiting->loop;
     const tpr_loop_env *env = loop->env;
@@ -19388,8 +19352,6 @@ static inline bool tpr_agent_wait_enter(tpr_agent_waiting *waiting, int64_t time
     if (TPR_LIKELY(tpr_loop_trylock(loop))) return true;
     const bool aside = timeout_ms != 0 && env->spin_us > 0 && !waiting->several && !env->clock_us &&
                        TPR_ATOMIC_LOAD(&loop->callback_thread) != tpr_os_thread_id();
-    const tpr_agent_ring *ring = tpr_agent_on((tprpc_agent *)waiting->futures[0].owner, loop)->ring;
-    const bool naps = ring && waiting->count == 1 && !waiting->thread && !env->polled;
     if (!aside) tpr_loop_enter(loop);
     while (aside && !tpr_loop_enter_aside(loop, &looked)) {
         if (tpr_agent_any_seen(waiting)) return false;
@@ -19401,8 +19363,7 @@ static inline bool tpr_agent_wait_enter(tpr_agent_waiting *waiting, int64_t time
             tpr_loop_enter(loop);
             return true;
         }
-        if (naps) tpr_agent_nap(waiting, *deadline_us);
-        else if (tpr_loop_contend(loop, TPR_LOOP_AWAIT_US)) return true;
+        if (tpr_loop_contend(loop, TPR_LOOP_AWAIT_US)) return true;
     }
     return true;
 }

@@ -281,7 +281,7 @@ static void *waits(void *arg) {
     return NULL;
 }
 
-/* There is no ring, and who waits sleeps for the lock as others do. */
+/* Who waits sleeps for the lock at times, with a ring or, as here, without one. */
 IN_KINDS(without_a_ring_the_lock_is_waited_for, EVERY & ~POLLED) {
     pthread_t thread;
     two_tune = few_pending;
