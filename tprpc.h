@@ -1308,10 +1308,9 @@ typedef struct tprpc_work {
     uint32_t state;                  // the library's; 0 before the first use
     struct tprpc_work *prev;         // the library's
 } tprpc_work;
-// Deferred work: `run` is called once by the loop's driver, or by a thread that begins a call there, under the loop's
-// lock, after whatever it does now. The struct is the caller's, untouched until run is called, and may be freed in it.
-// Nothing is allocated, so a full machine does not lose it. Any thread or driver callback; wakes the loop when it
-// sleeps.
+// Deferred work: `run` is called once by the loop's driver, under the loop's lock, after whatever it does now. The
+// struct is the caller's, untouched until run is called, and may be freed in it. Nothing is allocated, so a full
+// machine does not lose it. Any thread or driver callback; wakes the loop when it sleeps.
 TPRPC_API void    tprpc_defer(tprpc_context *ctx, tprpc_work *work);
 TPRPC_API void    tprpc_defer_at(tprpc_context *ctx, tprpc_work *work, int64_t due_us);   // not before due_us
 TPRPC_API int64_t tprpc_now_us(tprpc_context *ctx);                         // the context's clock; any thread
@@ -4895,6 +4894,7 @@ typedef struct tpr_loop {
                                        // waited got it; that let others pass
     uint32_t         hungry;           // atomic: threads that have waited for the lock for long
     tprpc_work      *inbox;            // atomic: deferred, the newest first
+    tprpc_work      *left;             // atomic: likewise, what is for who has the lock, see tpr_loop_leave_to
     uint32_t         asleep, woken;    // atomic: someone sleeps or is armed; tprpc_wake was called
     uint32_t         deferring;        // atomic: threads in tpr_loop_defer_from
     tpr_loop_env    *env;
@@ -5098,12 +5098,16 @@ static inline bool tpr_loop_in_callback(tpr_loop *loop) {
 
 // ---- deferred work and timers
 
+static inline void tpr_loop_push(tprpc_work **list, tprpc_work *work) {
+    tprpc_work *head = TPR_ATOMIC_PEEK(list);
+    do work->next = head;
+    while (!TPR_ATOMIC_CAS(list, &head, work));
+}
+
 // Any thread, with or without the lock, a signal handler's excepted.
 static void tpr_loop_defer(tpr_loop *loop, tprpc_work *work, bool timed) {
     work->state = (uint32_t)TPR_TIMER_POSTED | (timed ? 0x100u : 0u);
-    tprpc_work *head = TPR_ATOMIC_PEEK(&loop->inbox);
-    do work->next = head;
-    while (!TPR_ATOMIC_CAS(&loop->inbox, &head, work));
+    tpr_loop_push(&loop->inbox, work);
     if (TPR_ATOMIC_LOAD_FULL(&loop->asleep)) tpr_os_bell_ring(loop->bell);
 }
 
@@ -5135,8 +5139,8 @@ TPR_COLD static void tpr_loop_timer_in(tpr_loop *loop, tprpc_work *work, int64_t
     tpr_loop_timer(loop, work, tpr_loop_clock(loop) + us);
 }
 
-static void tpr_loop_drain(tpr_loop *loop) {
-    tprpc_work *list = TPR_ATOMIC_SWAP(&loop->inbox, (tprpc_work *)NULL), *first = NULL;
+static void tpr_loop_run_list(tpr_loop *loop, tprpc_work **from) {
+    tprpc_work *list = TPR_ATOMIC_SWAP(from, (tprpc_work *)NULL), *first = NULL;
     while (list) {   // oldest first
         tprpc_work *next = list->next;
         tpr_atomic_prefetch((const char *)list + 64);  // another core's, as what stands around it
@@ -5154,17 +5158,28 @@ static void tpr_loop_drain(tpr_loop *loop) {
     }
 }
 
-// Whoever gives the lock looks whether he was left something, unless another has the lock by now, who will.
+// Runs what was left and what was deferred. Returns whether there was anything.
+static bool tpr_loop_drain(tpr_loop *loop) {
+    const bool left = TPR_ATOMIC_PEEK(&loop->left) != NULL;
+    if (left) tpr_loop_run_list(loop, &loop->left);
+    if (!TPR_ATOMIC_PEEK(&loop->inbox)) return left;
+    tpr_loop_run_list(loop, &loop->inbox);
+    return true;
+}
+
+// Whoever gives the lock looks whether he was left something, unless another has the lock by now, who will. What was
+// deferred he leaves to who drives: that may be a copy of a gigabyte, chunk by chunk.
 static void tpr_loop_after(tpr_loop *loop) {
-    while (TPR_ATOMIC_LOAD(&loop->inbox) && tpr_os_trylock(&loop->lock)) {
-        tpr_loop_drain(loop);
+    while (TPR_ATOMIC_LOAD_FULL(&loop->left) && tpr_os_trylock(&loop->lock)) {
+        tpr_loop_run_list(loop, &loop->left);
         tpr_os_lock_give(&loop->lock);
     }
 }
 
 // Has `work` run under the lock by who has that, at the latest when he gives it; by this thread, if nobody has it.
 TPR_COLD static void tpr_loop_leave_to(tpr_loop *loop, tprpc_work *work) {
-    tpr_loop_defer(loop, work, false);
+    work->state = TPR_TIMER_POSTED;
+    tpr_loop_push(&loop->left, work);
     if (!tpr_os_lock_tell(&loop->lock)) tpr_loop_after(loop);
 }
 
@@ -5211,11 +5226,7 @@ static void tpr_loop_run_later(tpr_loop *loop) {
 
 // One round over everything that may have work, under the lock. Returns whether anything was done.
 static inline bool tpr_loop_turn(tpr_loop *loop) {
-    bool did = false;
-    if (TPR_ATOMIC_PEEK(&loop->inbox)) {
-        tpr_loop_drain(loop);
-        did = true;
-    }
+    bool did = tpr_loop_drain(loop);
     if (loop->later.head) {
         tpr_loop_run_later(loop);
         did = true;
@@ -5351,7 +5362,7 @@ static void tpr_loop_hand_on(tpr_loop *loop) {
 TPR_COLD static void tpr_loop_serve(tpr_loop *loop) {
     const int64_t until_us = tpr_loop_clock(loop) + TPR_LOOP_OTHERS_US;
     do tpr_loop_turn(loop);
-    while (TPR_ATOMIC_PEEK(&loop->inbox) && !TPR_ATOMIC_PEEK(&loop->hungry) && tpr_loop_clock(loop) < until_us);
+    while (TPR_ATOMIC_PEEK(&loop->left) && !TPR_ATOMIC_PEEK(&loop->hungry) && tpr_loop_clock(loop) < until_us);
 }
 
 // Drives the loop, or waits for who does, until ready(arg), at most until deadline_us (INT64_MAX: no limit). Under
@@ -5397,7 +5408,7 @@ static bool tpr_loop_wait(tpr_loop *loop, bool (*ready)(void *), void *arg, int6
         }
         spin_until = 0;
     }
-    if (is_ready && TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->inbox))) tpr_loop_serve(loop);
+    if (is_ready && TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->left))) tpr_loop_serve(loop);
     if (!loop->driving) tpr_loop_hand_on(loop);
     return is_ready || ready(arg);
 }
@@ -18165,7 +18176,7 @@ static tprpc_status tpr_agent_call_to(tprpc_agent *agent, tpr_agent_worker *work
     b.status = TPRPC_OK;
     if (TPR_UNLIKELY(b.options->stream_count)) b.status = tpr_agent_check_streams(agent->ctx, b.options, error);
     if (TPR_LIKELY(b.status == TPRPC_OK) && TPR_LIKELY(tpr_loop_trylock(loop))) {
-        if (TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->inbox))) tpr_loop_drain(loop);     // what others left
+        if (TPR_UNLIKELY(TPR_ATOMIC_PEEK(&loop->left))) tpr_loop_run_list(loop, &loop->left);
         begun = tpr_agent_ring_past(ring, b.drawn);
         if (TPR_LIKELY(begun)) tpr_agent_call_in(&b);
         tpr_loop_leave(loop);

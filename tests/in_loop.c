@@ -172,6 +172,33 @@ static void *wants(void *arg) {
     return NULL;
 }
 
+/* What was deferred, which may be long, is for who drives, and not for who gives the lock. */
+TEST(who_gives_the_lock_does_what_was_left_and_no_more) {
+    tpr_loop *loop = loop_new(GIVE_UP_US);
+    pthread_t thread;
+    errand e, deferred;
+    memset(&e, 0, sizeof e);
+    memset(&deferred, 0, sizeof deferred);
+    e.loop = loop;
+    e.work.run = deferred.work.run = on_errand;
+    tpr_loop_enter(loop);
+    tpr_loop_defer(loop, &deferred.work, false);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, wants, &e), 0);
+    while (!TPR_ATOMIC_LOAD(&e.ran)) test_sleep_us(100);
+    tpr_loop_leave(loop);
+    CHECK_EQ_INT(TPR_ATOMIC_LOAD(&e.ran), 1);
+    CHECK_EQ_INT(deferred.ran, 0);
+    pthread_join(thread, NULL);
+    e.ran = 0;
+    wants(&e);                                                           /* nobody has it */
+    CHECK_EQ_INT(deferred.ran, 0);
+    tpr_loop_enter(loop);
+    tpr_loop_turn(loop);
+    CHECK_EQ_INT(deferred.ran, 1);
+    tpr_loop_leave(loop);
+    loop_free(loop);
+}
+
 TEST(who_has_the_lock_does_what_others_want_it_for) {
     tpr_loop *loop = loop_new(GIVE_UP_US);
     pthread_t thread;
