@@ -19304,7 +19304,7 @@ static bool tpr_agent_release_left(tprpc_future future, tpr_loop *loop) {
         tpr_agent_ring_fill(ring, entry);
     } else {
         call->timer.run = tpr_agent_future_released;
-        tpr_loop_defer(loop, &call->timer, false);
+        tpr_loop_leave_to(loop, &call->timer);
     }
     return true;
 }

@@ -301,6 +301,30 @@ IN_KINDS(without_a_ring_the_lock_is_waited_for, EVERY & ~POLLED) {
     two_close();
 }
 
+static void *releases(void *arg) {
+    (void)arg;
+    tprpc_future_release(futures[0]);
+    return NULL;
+}
+
+/* So that who calls next, with no call too many, is not refused for one that was released. */
+IN_KINDS(without_a_ring_who_gives_the_lock_releases, POLLED) {
+    pthread_t thread;
+    two_tune = few_pending;
+    two_join(with, echo_methods);
+    tpr_loop *loop = &two[0].ctx->loops[0];
+    CHECK(on_of(&two[0])->ring == NULL);
+    CHECK_EQ_INT(tprpc_call(two[0].agent, "bob", "echo", NULL, NULL, &futures[0]), TPRPC_OK);
+    while (tprpc_future_wait(futures[0], TPRPC_NOW) == TPRPC_PENDING) turn();
+    tpr_loop_enter(loop);
+    REQUIRE_EQ_INT(pthread_create(&thread, NULL, releases, NULL), 0);
+    pthread_join(thread, NULL);
+    CHECK_EQ_INT(on_of(&two[0])->calls.used, 1);
+    tpr_loop_leave(loop);
+    CHECK_EQ_INT(on_of(&two[0])->calls.used, 0);
+    two_close();
+}
+
 /* ---- many threads at once ---- */
 
 enum { THREADS = 8, CALLS = 4000 };
